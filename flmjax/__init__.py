@@ -1,0 +1,1 @@
+"""Pre-train decoder language models by growing them."""

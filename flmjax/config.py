@@ -1,0 +1,404 @@
+"""Every setting of a run: frozen dataclasses, one conversion to and from ml_collections, one validate()."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+NORMS = ("layernorm", "rmsnorm")
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+POSITIONS = ("xpos", "rope", "learned")
+ATTENTIONS = ("plain", "cudnn", "splash")
+REMATS = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16", "float64")
+SCHEDULES = ("constant", "cosine", "wsd")
+VOCABULARIES = ("sentencepiece", "bytes")
+GROWTH_FAMILIES = ("zero",)
+SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names the field and what would do. The command line exits with 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One pre-norm decoder block; FLM, Tele-FLM, GPT-2 and Llama are settings of it."""
+
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # None: one per query head
+    head_dim: int = 32
+    mlp_dim: int = 512
+    vocab_size: int | None = None  # None: the tokenizer's
+    vocab_multiple: int = 8  # rows of the table are padded to a multiple of this and of the tensor axis
+    max_length: int = 256  # tokens
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5  # of the first stage; width growth scales it, see RunConfig.stage_models
+    activation: str = "gelu"
+    position: str = "xpos"
+    rope_theta: float = 10_000.0
+    xpos_scale_base: float = 512.0
+    bias: bool = True
+    tied_embedding: bool = True
+    embedding_multiplier: float = 1.0
+    output_multiplier: float = 1.0
+    softmax_temperature: float = 1.0  # logits are divided by it
+    dropout: float = 0.0
+    init_std: float = 0.02
+    dtype: str = "float32"  # of the matrix multiplications; parameters are always float32
+    attention: str = "plain"
+    remat: str = "none"
+    scan_unroll: int = 1  # layers unrolled per iteration of the scan over layers
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table; those from vocab_size on never get a gradient and are never sampled."""
+        assert self.vocab_size is not None, "vocab_size is filled in from the tokenizer before a model is built"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on float32 masters; weight decay on matrices only."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0  # None: no clipping
+    max_nonfinite_updates: int = 5  # in a row; then the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    sources: tuple[str, ...] = ("python_docs",)  # built-in names (data/corpus), files, folders or globs
+    weights: tuple[float, ...] | None = None  # share of samples per source; None: by their number of tokens
+    vocabulary: str = "sentencepiece"
+    vocab_size: int = 4096  # pieces to train; ignored for bytes
+    validation_fraction: float = 0.05  # of the documents, chosen by hash
+    end_of_document: bool = True  # append the end token to each document
+    document_attention: bool = False  # True: attention and positions restart at every document
+    directory: str | None = None  # of the token files; None: WORKDIR/data
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; at most one is None and takes the devices that remain."""
+
+    replica: int = 1
+    fsdp: int | None = None
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of the schedule. Sizes that are None are those of the stage before (or of the model)."""
+
+    name: str = "stage"
+    steps: int = 100  # optimizer updates
+    batch_size: int = 8  # sequences per update, over all devices
+    microbatches: int = 1  # the batch is computed in this many parts
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2  # last part of the stage in which "wsd" decays
+    weights: tuple[float, ...] | None = None  # mixture from this stage on; None: as before
+    growth: str = "zero"  # family of the operator at the stage's start; the first stage does not use it
+    num_layers: int | None = None
+    embed_dim: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Saves are asynchronous; a stage's end is always saved."""
+
+    every: int = 100  # steps
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run: one model, its stages, and how to watch it."""
+
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = 10  # steps
+    evaluate_every: int = 100  # steps; a stage's end is always evaluated
+    evaluation_rows: int = 64  # validation rows per evaluation
+    certificate_rows: int = 4  # validation rows that a growth point compares logits on
+    certificate_float64_below: int = 20_000_000  # parameters; larger models are not recomputed in float64
+    certificate_tolerance: float = 1e-4  # max |difference| of float32 logits; a larger one stops the run
+    sample_prompt: str = "The "
+    sample_tokens: int = 64
+    peak_flops: float | None = None  # FLOP/s per device; None: table of known chips, else measured
+
+    @property
+    def stage_models(self) -> tuple[ModelConfig, ...]:
+        """The model of every stage.
+
+        Width growth keeps the function only if the norm's epsilon shrinks with it: eps' = eps d / d' (the new entries
+        add nothing to the sum that the variance divides by d'), so later stages derive theirs from the first.
+        """
+        models = []
+        multiple = math.lcm(self.model.vocab_multiple, self.mesh.tensor)
+        model = dataclasses.replace(self.model, vocab_multiple=multiple)
+        for i, stage in enumerate(self.stages):
+            sizes = {name: getattr(stage, name) for name in SIZES if getattr(stage, name) is not None}
+            model = resize(model, **sizes) if i else dataclasses.replace(model, **sizes)
+            models.append(model)
+        return tuple(models)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_starts(self) -> tuple[int, ...]:
+        """First step of every stage; a last entry holds the end of the run."""
+        return tuple(sum(s.steps for s in self.stages[:i]) for i in range(len(self.stages) + 1))
+
+    def sample_starts(self) -> tuple[int, ...]:
+        """Samples consumed before every stage."""
+        return tuple(sum(s.steps * s.batch_size for s in self.stages[:i]) for i in range(len(self.stages) + 1))
+
+
+def resize(model: ModelConfig, **sizes: int) -> ModelConfig:
+    """The configuration that `model` has after exact growth to `sizes`: width growth divides the norm's epsilon."""
+    embed_dim = sizes.get("embed_dim", model.embed_dim)
+    return dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)
+
+
+# ---- ml_collections -------------------------------------------------------------------------------------------------
+
+
+def to_config_dict(config: Any) -> config_dict.ConfigDict:
+    """A locked ConfigDict; fields that may be None take any literal, so that each can be set by flag."""
+    hints = typing.get_type_hints(type(config))
+    out = config_dict.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            value = tuple(to_config_dict(item) for item in value)
+        elif types.NoneType in typing.get_args(hints[field.name]):  # object: the flag takes a literal, None too
+            value = config_dict.FieldReference(value, field_type=object)
+        out[field.name] = value
+    return out.lock()
+
+
+def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str = "config") -> Any:
+    """Inverse of to_config_dict, for plain mappings too.
+
+    Raises:
+        ConfigError: for a key that is no field (with the nearest names) or a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in fields:
+            raise ConfigError(f"{path} has no field '{key}'{nearest(key, fields)}")
+        values[key] = _convert(value, hints[key], f"{path}.{key}")
+    return cls(**values)
+
+
+def nearest(word: str, choices: typing.Iterable[str]) -> str:
+    """`; did you mean a, b?` or, without a near name, the whole list."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else f"; choices: {', '.join(choices)}"
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping | config_dict.ConfigDict):
+            raise ConfigError(f"{path} must be a mapping of fields, not {value!r}")
+        return from_config_dict(value, typing.cast(type, hint), path)
+    args = typing.get_args(hint)
+    if types.NoneType in args:
+        return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list):
+            value = (value,)
+        return tuple(_convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Check every rule that one field or several must keep; returns the config.
+
+    Raises:
+        ConfigError: one line that names the field, its value and what would do.
+    """
+    _validate_model(config.model)
+    _validate_optimizer(config.optimizer)
+    _validate_data(config.data)
+    _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
+    for i, stage in enumerate(config.stages):
+        _validate_stage(stage, f"stages[{i}]", len(config.data.sources))
+    names = [stage.name for stage in config.stages]
+    _require(len(set(names)) == len(names), f"stages have the same name: {', '.join(names)}")
+    for i, (old, new) in enumerate(zip(config.stage_models, config.stage_models[1:], strict=False), start=1):
+        _validate_growth(old, new, f"stages[{i}]")
+    for i, model in enumerate(config.stage_models):
+        _validate_model(model, f"stages[{i}]")
+    for field in ("log_every", "evaluate_every", "evaluation_rows", "certificate_rows"):
+        _require(getattr(config, field) > 0, f"{field}={getattr(config, field)} must be positive")
+    _require(config.checkpoint.every > 0, f"checkpoint.every={config.checkpoint.every} must be positive")
+    _require(config.checkpoint.keep > 0, f"checkpoint.keep={config.checkpoint.keep} must be positive")
+    _require(config.sample_tokens >= 0, f"sample_tokens={config.sample_tokens} must not be negative")
+    return config
+
+
+def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{path}='{value}'{nearest(value, choices)}; choices: {', '.join(choices)}")
+
+
+def _validate_model(m: ModelConfig, path: str = "model") -> None:
+    for field, choices in (
+        ("norm", NORMS),
+        ("activation", ACTIVATIONS),
+        ("position", POSITIONS),
+        ("attention", ATTENTIONS),
+        ("remat", REMATS),
+        ("dtype", DTYPES),
+    ):
+        _choice(f"{path}.{field}", getattr(m, field), choices)
+    for field in ("num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "max_length", "vocab_multiple"):
+        _require(getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive")
+    for field in ("norm_eps", "softmax_temperature", "rope_theta", "xpos_scale_base", "init_std"):
+        value = getattr(m, field)
+        _require(math.isfinite(value) and value > 0, f"{path}.{field}={value} must be positive")
+    _require(m.vocab_size is None or m.vocab_size > 1, f"{path}.vocab_size={m.vocab_size} must be at least 2")
+    _require(0.0 <= m.dropout < 1.0, f"{path}.dropout={m.dropout} must lie in [0, 1)")
+    _require(
+        m.kv_heads > 0 and m.num_heads % m.kv_heads == 0,
+        f"{path}.num_heads={m.num_heads} is not a multiple of num_kv_heads={m.kv_heads}",
+    )
+    if m.position != "learned":
+        _require(m.head_dim % 2 == 0, f"{path}.head_dim={m.head_dim} must be even for position='{m.position}'")
+    _require(m.scan_unroll > 0, f"{path}.scan_unroll={m.scan_unroll} must be positive")
+
+
+def _validate_optimizer(o: OptimizerConfig) -> None:
+    for field in ("b1", "b2"):
+        _require(0.0 <= getattr(o, field) < 1.0, f"optimizer.{field}={getattr(o, field)} must lie in [0, 1)")
+    _require(o.eps > 0, f"optimizer.eps={o.eps} must be positive")
+    _require(o.weight_decay >= 0, f"optimizer.weight_decay={o.weight_decay} must not be negative")
+    _require(
+        o.clip_norm is None or (math.isfinite(o.clip_norm) and o.clip_norm > 0),
+        f"optimizer.clip_norm={o.clip_norm} must be positive, or None for no clipping",
+    )
+    _require(o.max_nonfinite_updates > 0, "optimizer.max_nonfinite_updates must be positive")
+
+
+def _validate_weights(path: str, weights: tuple[float, ...] | None, num_sources: int) -> None:
+    if weights is None:
+        return
+    _require(len(weights) == num_sources, f"{path} has {len(weights)} entries for {num_sources} sources")
+    for weight in weights:
+        _require(math.isfinite(weight) and weight > 0, f"{path}: {weight} must be positive")
+
+
+def _validate_data(d: DataConfig) -> None:
+    _require(len(d.sources) > 0, "data.sources is empty; name a built-in source, a file, a folder or a glob")
+    _require(len(set(d.sources)) == len(d.sources), f"data.sources names one source twice: {', '.join(d.sources)}")
+    _validate_weights("data.weights", d.weights, len(d.sources))
+    _choice("data.vocabulary", d.vocabulary, VOCABULARIES)
+    _require(d.vocab_size >= 300, f"data.vocab_size={d.vocab_size} must be at least 300 (256 bytes and a few pieces)")
+    _require(
+        0.0 < d.validation_fraction < 0.5, f"data.validation_fraction={d.validation_fraction} must lie in (0, 0.5)"
+    )
+
+
+def _validate_stage(s: StageConfig, path: str, num_sources: int) -> None:
+    for field in ("steps", "batch_size", "microbatches"):
+        _require(getattr(s, field) > 0, f"{path}.{field}={getattr(s, field)} must be positive")
+    _require(
+        s.batch_size % s.microbatches == 0,
+        f"{path}.batch_size={s.batch_size} is not a multiple of microbatches={s.microbatches}",
+    )
+    _require(0 <= s.warmup_steps < s.steps, f"{path}.warmup_steps={s.warmup_steps} must be less than steps={s.steps}")
+    _require(
+        math.isfinite(s.learning_rate) and s.learning_rate >= s.final_learning_rate >= 0,
+        f"{path}: learning_rate={s.learning_rate} must be at least final_learning_rate={s.final_learning_rate} >= 0",
+    )
+    _require(0 < s.decay_fraction <= 1, f"{path}.decay_fraction={s.decay_fraction} must lie in (0, 1]")
+    _choice(f"{path}.schedule", s.schedule, SCHEDULES)
+    _choice(f"{path}.growth", s.growth, GROWTH_FAMILIES)
+    _validate_weights(f"{path}.weights", s.weights, num_sources)
+
+
+def _validate_growth(old: ModelConfig, new: ModelConfig, path: str) -> None:
+    for field in SIZES:
+        before, after = getattr(old, field), getattr(new, field)
+        if field == "num_kv_heads":
+            before, after = old.kv_heads, new.kv_heads
+        _require(after >= before, f"{path}.{field}={after} is smaller than {before} of the stage before; stages grow")
+
+
+def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
+    """Resolve and check the mesh for `num_devices`: every size divides, the product is the device count.
+
+    Raises:
+        ConfigError: naming the leaf's axis, the mesh axis and both numbers.
+    """
+    sizes = {field.name: getattr(config.mesh, field.name) for field in dataclasses.fields(MeshConfig)}
+    free = [name for name, size in sizes.items() if size is None]
+    _require(len(free) <= 1, f"mesh: only one of {', '.join(free)} can be None")
+    fixed = math.prod(size for size in sizes.values() if size is not None)
+    _require(fixed > 0, f"mesh: sizes must be positive: {sizes}")
+    if free:
+        _require(num_devices % fixed == 0, f"mesh: {fixed} (fixed axes) does not divide the {num_devices} devices")
+        sizes[free[0]] = num_devices // fixed
+    product = math.prod(sizes.values())
+    _require(product == num_devices, f"mesh: {sizes} has {product} places for {num_devices} devices")
+    mesh = MeshConfig(**sizes)
+    data_axes = sizes["replica"] * sizes["fsdp"]
+    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
+        rows = stage.batch_size // stage.microbatches
+        checks = [
+            ("batch_size / microbatches", rows, "replica x fsdp", data_axes),
+            ("embed_dim", model.embed_dim, "fsdp", mesh.fsdp),
+            ("mlp_dim", model.mlp_dim, "tensor", mesh.tensor),
+            ("num_heads", model.num_heads, "tensor", mesh.tensor),
+            ("num_kv_heads", model.kv_heads, "tensor", mesh.tensor),
+            ("max_length", model.max_length, "tensor", mesh.tensor),
+        ]
+        for name, size, axis, parts in checks:
+            _require(size % parts == 0, f"stages[{i}]: {name}={size} does not divide over mesh axis {axis}={parts}")
+    return mesh
