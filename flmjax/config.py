@@ -59,6 +59,7 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads, G."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
@@ -172,6 +173,7 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
+        """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_starts(self) -> tuple[int, ...]:

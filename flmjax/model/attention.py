@@ -1,0 +1,121 @@
+"""Causal attention behind one function. Every backend honours segment ids or refuses them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flmjax.config import ConfigError, nearest
+
+# One place of a query in another segment gets this score: finite, so that no row is ever all -inf (NaN after softmax).
+MASKED = -1e30
+
+
+def attend(
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    *,
+    implementation: str,
+    placement: Any = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v over earlier places of the same segment.
+
+    H query heads share G key heads: query head h uses key head h // (H / G).
+
+    Args:
+        q_BLHK: queries, positions applied. k_BLGK, v_BLGK: keys and values.
+        segment_ids_BL: documents of a packed row, or None.
+        implementation: "plain", "cudnn" (GPU) or "splash" (TPU; interpreted, slowly, elsewhere).
+        placement: the activations' sharding (sharding.rules.Placement); splash runs under its shard_map.
+
+    Returns:
+        (B, L, H, K) in the queries' dtype.
+
+    Raises:
+        ConfigError: for an unknown backend, or one that cannot honour segment ids.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"attention='{implementation}'{nearest(implementation, IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[implementation](q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, placement)
+
+
+def _plain(
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, placement: Any
+) -> jax.Array:
+    del placement  # the compiler partitions it
+    B, L, H, K = q_BLHK.shape
+    G = k_BLGK.shape[2]
+    dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
+    q_BLGRK = q_BLHK.reshape(B, L, G, H // G, K)
+    scores = jnp.einsum("blgrk,bmgk->bgrlm", q_BLGRK, k_BLGK, preferred_element_type=dtype) / math.sqrt(K)
+    keep = jnp.tril(jnp.ones((L, L), bool))[None]
+    if segment_ids_BL is not None:
+        keep = keep & (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])
+    scores = jnp.where(keep[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BLHK.dtype)
+    return jnp.einsum("bgrlm,bmgk->blgrk", weights, v_BLGK).reshape(B, L, H, K)
+
+
+def _cudnn(
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, placement: Any
+) -> jax.Array:
+    del placement
+    if segment_ids_BL is not None:
+        raise ConfigError("attention='cudnn' cannot honour segment ids (data.document_attention); use 'plain'")
+    return jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, is_causal=True, implementation="cudnn")
+
+
+def _splash(
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, placement: Any
+) -> jax.Array:
+    kernel = functools.partial(_splash_local, interpret=jax.default_backend() != "tpu")
+    if placement is None:
+        return kernel(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
+    heads, kv_heads = placement.spec("batch", None, "heads", None), placement.spec("batch", None, "kv_heads", None)
+    # Pallas results carry no information on which mesh axes they vary over, so that check is off.
+    sharded = jax.shard_map(
+        kernel,
+        mesh=placement.mesh,
+        in_specs=(heads, kv_heads, kv_heads, placement.spec("batch", None)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return sharded(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
+
+
+def _splash_local(
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, *, interpret: bool
+) -> jax.Array:
+    # Imported here: Pallas for TPU takes 0.5 s and nobody else needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    L, H, K = q_BLHK.shape[1:]
+    block = min(512, L)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((L, L))] * H)
+    attention = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    repeats = H // k_BLGK.shape[2]
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BLHK / math.sqrt(K), k_BLGK, v_BLGK))
+    k, v = (jnp.repeat(x, repeats, axis=1) for x in (k, v))
+    if segment_ids_BL is None:
+        out = jax.vmap(attention)(q, k, v)
+    else:
+        out = jax.vmap(lambda q, k, v, s: attention(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segment_ids_BL)
+    return out.swapaxes(1, 2).astype(q_BLHK.dtype)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"plain": _plain, "cudnn": _cudnn, "splash": _splash}

@@ -1,0 +1,53 @@
+"""Rotary positions: RoPE (arXiv 2104.09864) and xPos (arXiv 2212.10554), on interleaved pairs (x0, x1), (x2, x3)..."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flmjax.config import ModelConfig
+
+
+class Rotation(NamedTuple):
+    """cos and sin for queries and keys, each (B or 1, L, 1, K), every pair's value twice, sign of sin included."""
+
+    query_cos: jax.Array
+    query_sin: jax.Array
+    key_cos: jax.Array
+    key_sin: jax.Array
+
+
+def rotation(config: ModelConfig, positions_BL: jax.Array) -> Rotation | None:
+    """Tables for `positions_BL` (tokens from the start of the document or row), or None for learned positions.
+
+    Computed in float32 whatever the model's dtype: in bfloat16 positions above 256 coincide.
+    xPos multiplies queries by s and keys by 1/s with s = zeta^((position - centre) / scale_base),
+    zeta_i = (2i + 0.4 K) / (1.4 K). The centre is max_length // 2 for every sequence, so that cached keys stay valid.
+    """
+    if config.position == "learned":
+        return None
+    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    even = jnp.arange(0, config.head_dim, 2, dtype=dtype)
+    angle = positions_BL[..., None].astype(dtype) * config.rope_theta ** (-even / config.head_dim)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if config.position == "rope":
+        query = key = (_pairs(cos, cos), _pairs(-sin, sin))
+    else:
+        zeta = (even + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+        power = (positions_BL[..., None].astype(dtype) - config.max_length // 2) / config.xpos_scale_base
+        scale = zeta**power
+        query = (_pairs(cos * scale, cos * scale), _pairs(-sin * scale, sin * scale))
+        key = (_pairs(cos / scale, cos / scale), _pairs(-sin / scale, sin / scale))
+    return Rotation(*query, *key)
+
+
+def rotate(x_BLHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for every pair; the result has the dtype of x."""
+    *front, head_dim = x_BLHK.shape
+    swapped = jnp.flip(x_BLHK.reshape(*front, head_dim // 2, 2), axis=-1).reshape(x_BLHK.shape)
+    return (x_BLHK * cos + swapped * sin).astype(x_BLHK.dtype)
+
+
+def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
+    """(..., K/2) twice -> (..., 1, K) interleaved, with a place for heads."""
+    return jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], 1, 2 * first.shape[-1])

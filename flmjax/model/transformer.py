@@ -1,0 +1,152 @@
+"""The decoder. Tensor names carry shapes:
+
+B batch (sequences), L length (tokens), D embed, F mlp, H query heads, G key/value heads, K head_dim, V vocab (padded),
+N layers.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flmjax.config import ModelConfig
+from flmjax.model.attention import MASKED
+from flmjax.model.axes import axes_of, declare
+from flmjax.model.layers import Attention, Mlp, Norm, pin
+from flmjax.model.positions import Rotation, rotation
+
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+RESIDUAL = ("batch", "sequence", None)  # between blocks activations are split over the sequence too
+GATHERED = ("batch", None, None)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+    placement: Any = None
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: jax.Array, rotation: Rotation | None, segment_ids_BL: jax.Array | None
+    ) -> tuple[jax.Array, None]:
+        """Returns (B, L, D) and nothing to stack, as nn.scan wants it."""
+        c = self.config
+        dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+
+        def normed(name: str, x_BLD: jax.Array) -> jax.Array:
+            # Normalise the shard, then gather in config.dtype: the other order gathers float32.
+            y_BLD = pin(self.placement, Norm(c, name=name)(x_BLD), *RESIDUAL)
+            return pin(self.placement, y_BLD, *GATHERED)
+
+        y_BLD = Attention(c, self.placement, name="attention")(
+            normed("attention_norm", x_BLD), rotation, segment_ids_BL
+        )
+        x_BLD = pin(self.placement, x_BLD + dropout(pin(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
+        y_BLD = Mlp(c, self.placement, name="mlp")(normed("mlp_norm", x_BLD))
+        x_BLD = pin(self.placement, x_BLD + dropout(pin(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
+        return x_BLD, None
+
+
+class Transformer(nn.Module):
+    """Pre-norm decoder language model.
+
+    Args:
+        config: sizes and settings.
+        placement: sharding.rules.Placement of the activations, or None on one device.
+        deterministic: False switches dropout on; apply then needs rngs={"dropout": key}.
+    """
+
+    config: ModelConfig
+    placement: Any = None
+    deterministic: bool = True
+
+    @nn.compact
+    def features(
+        self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None, positions_BL: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Final hidden states (B, L, D), multipliers included, and the output table (V, D), both in config.dtype.
+
+        Logits are their product; a loss may form them in pieces.
+        """
+        c = self.config
+        normal = nn.initializers.normal(c.init_std)
+        if positions_BL is None:
+            positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+        table_shape = (c.padded_vocab_size, c.embed_dim)
+        table_VD = self.param("embedding", declare(normal, vocab="index", embed="write"), table_shape, jnp.float32)
+        # Whole rows on every device of a vocab shard, else the lookup rematerialises the table.
+        table_VD = pin(self.placement, table_VD.astype(c.dtype), "vocab", None)
+        x_BLD = pin(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(c.embedding_multiplier, c.dtype)
+        if c.position == "learned":
+            init = declare(normal, length="index", embed="write")
+            positions_CD = self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)
+            x_BLD = x_BLD + positions_CD.astype(c.dtype)[positions_BL]
+        x_BLD = pin(self.placement, x_BLD, *RESIDUAL)
+        x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
+        x_BLD, _ = self._layers()(x_BLD, rotation(c, positions_BL), segment_ids_BL)
+        x_BLD = pin(self.placement, Norm(c, name="final_norm")(x_BLD), *RESIDUAL)
+        x_BLD = pin(self.placement, x_BLD, *GATHERED) * jnp.asarray(
+            c.output_multiplier / c.softmax_temperature, c.dtype
+        )
+        if c.tied_embedding:
+            return x_BLD, table_VD
+        head_DV = self.param("head", declare(normal, embed="read", vocab="write"), table_shape[::-1], jnp.float32)
+        return x_BLD, head_DV.astype(c.dtype).T
+
+    def __call__(
+        self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None, positions_BL: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits (B, L, V), at least float32; those of padded ids are -1e30, so that they have no probability."""
+        x_BLD, table_VD = self.features(tokens_BL, segment_ids_BL, positions_BL)
+        logits_BLV = jnp.einsum(
+            "bld,vd->blv", x_BLD, table_VD, preferred_element_type=jnp.promote_types(x_BLD.dtype, jnp.float32)
+        )
+        logits_BLV = pin(self.placement, logits_BLV, "batch", None, "vocab")
+        return mask_padding(logits_BLV, self.config)
+
+    def _layers(self) -> nn.Module:
+        c = self.config
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            unroll=c.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(c, self.placement, self.deterministic, name="layers")
+
+
+def mask_padding(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits (..., V) with those of ids from vocab_size on at -1e30."""
+    if config.padded_vocab_size == config.vocab_size:
+        return logits
+    return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, MASKED)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
+    """Fresh float32 parameters; the same values whatever the mesh they are placed on."""
+    return nn.meta.unbox(_init(config, key))
+
+
+def abstract_params(config: ModelConfig) -> tuple[Any, Any]:
+    """(tree of ShapeDtypeStruct, tree of LeafAxes), without computing anything."""
+    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+    return nn.meta.unbox(boxed), axes_of(boxed)
+
+
+def _init(config: ModelConfig, key: jax.Array) -> Any:
+    tokens = jnp.zeros((1, min(8, config.max_length)), jnp.int32)
+    return Transformer(config).init(key, tokens, method="features")["params"]
+
+
+def count_parameters(params: Any) -> int:
+    """Entries of all leaves, padding of the vocabulary included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
