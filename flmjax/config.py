@@ -21,6 +21,13 @@ VOCABULARIES = ("sentencepiece", "bytes")
 GROWTH_FAMILIES = ("zero",)
 SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
 
+# Endings of fields that decide how and where a run computes, not what: they may change when it goes on.
+HOW_IT_RUNS = (
+    *("mesh", "checkpoint", "log_every", "evaluate_every", "evaluation_rows", "data.directory", "peak_flops"),
+    *("certificate_rows", "certificate_float64_below", "certificate_tolerance", "sample_prompt", "sample_tokens"),
+    *("model.attention", "model.remat", "model.scan_unroll", "microbatches"),
+)
+
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names the field and what would do. The command line exits with 2."""
@@ -224,6 +231,38 @@ def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str =
             raise ConfigError(f"{path} has no field '{key}'{nearest(key, fields)}")
         values[key] = _convert(value, hints[key], f"{path}.{key}")
     return cls(**values)
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dictionary, as stored in a workdir; from_config_dict reads it back."""
+    return dataclasses.asdict(config)
+
+
+def differences(stored: Any, current: Any, path: str = "") -> list[str]:
+    """`field: stored -> current` for every field that decides what a run computes and is not the same."""
+    if isinstance(stored, Mapping) and isinstance(current, Mapping):
+        keys = dict.fromkeys([*stored, *current])
+        pairs = [(f"{path}.{key}".strip("."), stored.get(key), current.get(key)) for key in keys]
+    elif isinstance(stored, list | tuple) and isinstance(current, list | tuple) and len(stored) == len(current):
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, current, strict=True))]
+    else:
+        return [] if stored == current else [f"{path}: {stored} -> {current}"]
+    return [line for name, a, b in pairs if not name.endswith(HOW_IT_RUNS) for line in differences(a, b, name)]
+
+
+def check_path(path: str) -> None:
+    """Raise ConfigError with the nearest names unless `path`, as in `stages[0].steps`, names a field of a run."""
+    hint: Any = RunConfig
+    walked = "config"
+    for word in path.split("."):
+        name = word.split("[")[0]
+        if not dataclasses.is_dataclass(hint):
+            raise ConfigError(f"{walked} has no fields; '{name}' was asked for")
+        hints = typing.get_type_hints(hint)
+        if name not in hints:
+            raise ConfigError(f"{walked} has no field '{name}'{nearest(name, hints)}")
+        hint = typing.get_args(hints[name])[0] if "[" in word else hints[name]
+        walked += f".{word}"
 
 
 def nearest(word: str, choices: typing.Iterable[str]) -> str:

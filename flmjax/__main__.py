@@ -1,0 +1,5 @@
+"""python -m flmjax"""
+
+from flmjax.cli import run
+
+run()

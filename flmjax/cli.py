@@ -1,0 +1,120 @@
+"""`flmjax COMMAND --config=configs/x.py[:arg] [--config.a.b=v ...] --workdir=DIR`: flags to dataclasses to one call."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from flmjax.config import ConfigError, RunConfig, check_path, from_config_dict, nearest, validate
+
+USAGE = "usage: flmjax COMMAND --config=configs/x.py[:arg] [--config.a.b=v ...] --workdir=DIR"
+
+
+def train(config: RunConfig, workdir: Path) -> None:
+    """Train the schedule of stages, or go on with it; then write the report."""
+    from flmjax.evaluation.report import write_report
+    from flmjax.training.loop import train as run
+
+    run(config, workdir)
+    print(f"report: {write_report(workdir)}", flush=True)
+
+
+def prepare(config: RunConfig, workdir: Path) -> None:
+    """Turn the text sources into token files."""
+    from flmjax.data.prepare import prepare as run
+    from flmjax.training.loop import data_directory
+
+    data = run(config.data, data_directory(config, workdir), progress=True)
+    print(f"{data.directory}: {data.vocab_size} ids", flush=True)
+    for source in data.sources:
+        counts = ", ".join(f"{data.num_tokens(source, split):,} {split}" for split in ("train", "validation"))
+        print(f"  {source}: {counts} tokens", flush=True)
+
+
+def report(workdir: Path) -> None:
+    """Write report.html and loss.png of a run, finished or not."""
+    from flmjax.evaluation.report import write_report
+
+    print(f"report: {write_report(workdir)}", flush=True)
+
+
+# Imports live in the functions: a typo is answered before JAX is loaded.
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "prepare": prepare, "report": report}
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line (without the program's name); returns the exit status: 2 for one that cannot be meant."""
+    try:
+        command, config, workdir = parse(argv)
+    except (ConfigError, flags.Error) as error:
+        print(f"flmjax: {_one_line(error)}", file=sys.stderr)
+        return 2
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        COMMANDS[command](*([workdir] if config is None else [config, workdir]))
+    except ConfigError as error:
+        print(f"flmjax: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        if os.environ.get("FLMJAX_TRACEBACK"):
+            raise
+        print(f"flmjax: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flmjax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path]:
+    """(command, config or None where the command takes none, workdir).
+
+    Raises:
+        ConfigError or absl.flags.Error: whatever is not understood, with the nearest names.
+    """
+    if not argv or argv[0] not in COMMANDS:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            commands = "; ".join(f"{name}: {function.__doc__}" for name, function in COMMANDS.items())
+            raise ConfigError(f"{USAGE}; {commands}")
+        raise ConfigError(f"unknown command '{argv[0]}'{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    command, needs_config = argv[0], argv[0] != "report"
+    values = flags.FlagValues()
+    workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    config = None
+    if needs_config:
+        for argument in argv[1:]:
+            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+                check_path(override[1])
+        config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["flmjax", *argv[1:]])
+    rest = values(["flmjax", *argv[1:]])
+    if len(rest) > 1:
+        raise ConfigError(f"'{rest[1]}' is not a flag; {USAGE}")
+    if workdir.value is None:
+        raise ConfigError(f"--workdir is missing; {USAGE}")
+    if config is None:
+        return command, None, Path(workdir.value)
+    if config.value is None:
+        raise ConfigError(f"--config is missing; {USAGE}")
+    try:
+        tree = dict(config.value)
+    except OSError:  # said at the first use of a file that could not be loaded
+        raise ConfigError(f"there is no config file '{values['config'].config_filename}'") from None
+    return command, validate(from_config_dict(tree)), Path(workdir.value)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message; of a config file's traceback, which the flag quotes whole, the last line."""
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        text = f"{text.splitlines()[0].split(': ')[0]}: {text.strip().splitlines()[-1].split(': ', 1)[-1]}"
+    return " ".join(text.split())
+
+
+def run() -> None:
+    """Console script."""
+    sys.exit(main(sys.argv[1:]))

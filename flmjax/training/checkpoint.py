@@ -1,0 +1,177 @@
+"""Checkpoints of a run: Orbax, asynchronous, whole or not there."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+
+from flmjax.model.axes import path_name
+from flmjax.training.state import TrainState
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written; names the step and the folder."""
+
+
+class Checkpoints:
+    """Steps under one folder. Each holds `params`, the `rest` of the TrainState and `meta` (JSON).
+
+    Weights are an item of their own, so that reading them for evaluation or export leaves the moments on disk.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory
+        if jax.process_index() == 0:
+            remove_incomplete(directory)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=options,
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "rest": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, None if there is none."""
+        return self._manager.latest_step()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was stored beside the state: stage, samples_seen, fingerprint."""
+        return self._read(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state in the shapes and shardings of `abstract`, whatever mesh wrote it.
+
+        Raises:
+            CheckpointError: unreadable, or of another model (the leaf and both shapes are in the message).
+        """
+        return TrainState(**self._restore(step, {"params": abstract.params, "rest": _rest(abstract)}))
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """Weights alone."""
+        return self._restore(step, {"params": abstract})["params"]
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Start writing; an error of the save before is raised here."""
+        if step == self.latest_step():
+            return
+        try:
+            self._manager.check_for_errors()
+            args = ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave(_rest(state)),
+                meta=ocp.args.JsonSave({**meta, "bit_sums": _bit_sums({"params": state.params, "rest": _rest(state)})}),
+            )
+            saved = self._manager.save(step, args=args, force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._write_error(step, error) from error
+        if not saved:  # Orbax says no by returning False
+            newest = self.latest_step()
+            raise CheckpointError(f"step {step} was not saved in {self.directory}: the newest there is {newest}")
+
+    def wait(self) -> None:
+        """Until the last save is whole on disk; raises its error."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._write_error(self.latest_step(), error) from error
+
+    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        """Read items into the shapes of their abstract trees and compare them with the sums taken before saving."""
+        for name, abstract in items.items():
+            self._check_shapes(step, name, abstract)
+        found = self._read(step, **{name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()})
+        expected = self.meta(step)["bit_sums"]
+        sums = _bit_sums({name: found[name] for name in items})
+        damaged = [path for path, value in sums.items() if expected[path] != value]
+        if damaged:
+            raise self._read_error(step, f"damaged on disk: {', '.join(damaged[:3])}")
+        return {"params": found["params"], **found.get("rest", {})}
+
+    def _check_shapes(self, step: int, name: str, abstract: Any) -> None:
+        """Raise CheckpointError naming the leaf and both shapes if the stored model has another size."""
+        stored = _paths(self._metadata(step, name))
+        for path, leaf in _paths(abstract).items():
+            if path not in stored:
+                raise self._read_error(step, f"it has no {name}/{path}")
+            if tuple(stored[path].shape) != leaf.shape:
+                raise CheckpointError(
+                    f"checkpoint {self.directory / str(step)}: {path} has shape {tuple(stored[path].shape)}, the model "
+                    f"{leaf.shape}; a checkpoint of a smaller model becomes one of a larger by growth"
+                )
+
+    def _metadata(self, step: int, name: str) -> Any:
+        try:
+            return self._manager.item_metadata(step)[name].tree
+        except Exception as error:
+            raise self._read_error(step, error) from error
+
+    def _write_error(self, step: int | None, error: Exception) -> CheckpointError:
+        return CheckpointError(f"saving in {self.directory} failed (at step {step}): {_first_line(error)}")
+
+    def _read(self, step: int, **args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # Orbax raises that very class for an array that cannot be decoded
+            raise self._read_error(step, error) from error
+
+    def _read_error(self, step: int, error: Exception | str) -> CheckpointError:
+        older = [s for s in self._manager.all_steps() if s < step]
+        cure = f"; delete that folder to go on from step {max(older)}" if older else ""
+        return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}{cure}")
+
+
+def remove_incomplete(directory: Path) -> list[Path]:
+    """Delete step folders that are not whole (a killed save, or an empty folder that Orbax would take for the newest).
+
+    Returns those removed; each is logged.
+    """
+    removed = []
+    if directory.is_dir():
+        for folder in sorted(directory.iterdir()):
+            whole = (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
+            if folder.is_dir() and folder.name.isdigit() and not whole:
+                logging.warning("skipped and removed %s: not a complete checkpoint", folder)
+                shutil.rmtree(folder)
+                removed.append(folder)
+    return removed
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng, "nonfinite": state.nonfinite}
+
+
+def _paths(tree: Any) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _bit_sums(tree: Any) -> dict[str, int]:
+    """Sum modulo 2^32 of the bits of each leaf: the file format does not notice a flipped byte inside an array."""
+    return {path: int(value) for path, value in _paths(jax.device_get(_sum_bits(tree))).items()}
+
+
+@jax.jit
+def _sum_bits(tree: Any) -> Any:
+    def bits(x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(bits, tree)
+
+
+def _first_line(error: Exception | str) -> str:
+    """One readable line; tensor stores append their whole specification."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,369 @@
+"""A run: stages of training with growth between them, started or gone on with by the same call."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flmjax.config import ConfigError, RunConfig, differences, to_json, validate, validate_mesh
+from flmjax.data.loader import Segment, batches, check_size, default_weights, fingerprint, mixture, validation_rows
+from flmjax.data.prepare import Prepared, prepare
+from flmjax.growth.certificate import certify
+from flmjax.growth.grow import grow
+from flmjax.model.decode import generate
+from flmjax.model.transformer import count_parameters
+from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.rules import Placement
+from flmjax.training.checkpoint import Checkpoints
+from flmjax.training.metrics import FLOPS_CONVENTION, MetricsWriter, ProgressBar, flops_per_token, peak_flops
+from flmjax.training.optimizer import learning_rate
+from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
+from flmjax.training.step import compile_evaluation, compile_step, nonfinite_leaves, put_batch
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says at which step and why. The last checkpoint is intact."""
+
+
+def train(config: RunConfig, workdir: Path) -> None:
+    """Run the schedule in `workdir`, from wherever it stands there to its end.
+
+    Raises:
+        ConfigError: a setting, a source or a workdir that does not fit. CheckpointError, GrowthError, TrainingError.
+    """
+    validate(config)
+    mesh_config = validate_mesh(config, jax.device_count())
+    claim_workdir(config, workdir)
+    data = prepare(config.data, data_directory(config, workdir), progress=True)
+    config = with_vocabulary(config, data)
+    mesh = make_mesh(mesh_config, jax.devices())
+    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest_step() or 0
+        with MetricsWriter(workdir, step) as writer, ProgressBar(config.total_steps, step) as bar:
+            Run(config, workdir, data, mesh, checkpoints, writer, bar).run_schedule()
+
+
+def data_directory(config: RunConfig, workdir: Path) -> Path:
+    """Where the run's token files are."""
+    return Path(config.data.directory) if config.data.directory else workdir / "data"
+
+
+def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
+    """Fill in model.vocab_size from the tokenizer, or check it against that."""
+    if config.model.vocab_size not in (None, data.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} but the data's vocabulary has {data.vocab_size} ids; "
+            "leave it None to take the tokenizer's"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
+
+
+def claim_workdir(config: RunConfig, workdir: Path) -> None:
+    """Store the config in a new workdir; refuse one that holds a run of another config, naming the fields."""
+    path = workdir / "config.json"
+    if path.is_file():
+        changed = differences(json.loads(path.read_text()), json.loads(json.dumps(to_json(config))))
+        if changed:
+            raise ConfigError(f"{workdir} holds a run of another config: {'; '.join(changed)}; take another --workdir")
+    else:
+        if (workdir / "checkpoints").exists():
+            raise ConfigError(f"{workdir} has checkpoints but no config.json; it is not a workdir of this program")
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(to_json(config), indent=1) + "\n")
+        partial.replace(path)
+
+
+def run_stage(
+    state: TrainState, spec: StateSpec, config: RunConfig, index: int, rows: Iterator[dict[str, np.ndarray]], data: Any
+) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+    """Yield (steps done, state, metrics on the device) after each update until the stage's end.
+
+    The state is donated to the next update: a caller must be done with it before it asks for more.
+    """
+    train_step = compile_step(spec, config.stages[index].microbatches)
+    token_bytes = data.tokenizer.token_bytes
+    for step in range(int(state.step), config.stage_starts()[index + 1]):
+        batch = put_batch(next(rows), token_bytes, spec.mesh)
+        rate = np.float32(learning_rate(config.stages, step))
+        state, metrics = train_step(state, batch, rate)
+        yield step + 1, state, metrics
+
+
+class Run:
+    """What a run holds while it goes; `config` has its vocabulary."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Path,
+        data: Prepared,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        bar: ProgressBar,
+    ) -> None:
+        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
+        self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
+        self.length = config.model.max_length
+        self.data_axes = mesh.shape["replica"] * mesh.shape["fsdp"]
+        self.schedule = mixture_schedule(config, data)
+        kwargs = {"seed": config.seed, "length": self.length, "schedule": self.schedule}
+        self.stream = mixture(data, config.data, **kwargs)
+        self.fingerprint = fingerprint(data, config.data, **kwargs)
+        self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
+        if config.peak_flops is not None:
+            self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
+        self.validation = validation_rows(data, config.data, length=self.length, rows=config.evaluation_rows)
+
+    def run_schedule(self) -> None:
+        """Train every stage that is not done, growing between them."""
+        for stage in self.config.stages:
+            check_size(self.data, self.config.data, self.length, stage.batch_size)
+        index, spec, state = self.start()
+        while True:
+            if int(state.step) < self.config.stage_starts()[index + 1]:
+                state = self.train_stage(state, spec, index)
+            if index + 1 == len(self.config.stages):
+                return
+            spec, state = self.grow_into(index + 1, state)
+            index += 1
+
+    def start(self) -> tuple[int, StateSpec, TrainState]:
+        """(stage, its spec, state), from the first that exists: 1. this run's newest checkpoint, 2. scratch."""
+        step = self.checkpoints.latest_step()
+        if step is None:
+            spec = self.spec(0)
+            state, index = init_state(spec, self.config.seed), 0
+            self.bar.log(f"start: {self.describe(0, state)}")
+        else:
+            meta = self.checkpoints.meta(step)
+            if meta["fingerprint"] != self.fingerprint:
+                raise ConfigError(
+                    f"{self.workdir}: the data or its mixture is not that of the checkpoint at step {step} "
+                    f"(fingerprint {self.fingerprint[:12]}, there {meta['fingerprint'][:12]})"
+                )
+            index = meta["stage"]
+            spec = self.spec(index)
+            state = self.checkpoints.restore(step, spec.abstract)
+            self.bar.log(f"go on from step {step}: {self.describe(index, state)}")
+        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source}); {FLOPS_CONVENTION}")
+        return index, spec, state
+
+    def spec(self, index: int) -> StateSpec:
+        """Description of a stage's state."""
+        return state_spec(self.config.stage_models[index], self.config.optimizer, self.mesh)
+
+    def describe(self, index: int, state: TrainState) -> str:
+        """One line on a stage's model."""
+        m = self.config.stage_models[index]
+        return (
+            f"stage {self.config.stages[index].name}, {count_parameters(state.params):,} parameters ({m.num_layers} "
+            f"layers x {m.embed_dim}, {m.num_heads} heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
+        )
+
+    def progress(self, step: int) -> dict[str, float]:
+        """Tokens and model FLOPs spent in the first `step` steps: a function of the config alone."""
+        tokens, flops = 0, 0.0
+        for i, stage in enumerate(self.config.stages):
+            steps = min(max(step - self.config.stage_starts()[i], 0), stage.steps)
+            tokens += steps * stage.batch_size * self.length
+            flops += steps * stage.batch_size * self.length * flops_per_token(self.config.stage_models[i], self.length)
+        return {"tokens": tokens, "flops": flops}
+
+    def samples(self, step: int) -> int:
+        """Samples consumed in the first `step` steps."""
+        return int(self.progress(step)["tokens"]) // self.length
+
+    def train_stage(self, state: TrainState, spec: StateSpec, index: int) -> TrainState:
+        """Train to the stage's end, logging, evaluating and saving when due."""
+        stage = self.config.stages[index]
+        end = self.config.stage_starts()[index + 1]
+        rows = batches(
+            self.stream,
+            start=self.samples(int(state.step)),
+            batch_size=stage.batch_size,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        evaluate = compile_evaluation(spec)
+        clock = Clock()
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        updates = run_stage(state, spec, self.config, index, rows, self.data)
+        for step, state, metrics in updates:
+            # Fetched while the next update computes.
+            if pending is not None:
+                self.log(*pending, index, spec, clock)
+            pending = (step, metrics)
+            last = step == end
+            due = step % self.config.evaluate_every == 0 or last
+            if last or due or step % self.config.checkpoint.every == 0:
+                self.log(*pending, index, spec, clock)
+                pending = None
+                if due:
+                    self.evaluate(step, state, evaluate, index)
+                if last or step % self.config.checkpoint.every == 0:
+                    self.save(step, state, index)
+                clock.restart()
+        self.write_sample(state, index)
+        self.checkpoints.wait()
+        return state
+
+    def log(self, step: int, metrics: dict[str, jax.Array], index: int, spec: StateSpec, clock: "Clock") -> None:
+        """Check one step's metrics, and write them if due."""
+        skipped = int(metrics["nonfinite"])
+        clock.tick()
+        if skipped:
+            leaves = nonfinite_leaves(np.asarray(metrics["finite"]), spec.abstract.params) or ["the loss"]
+            text = f"step {step}: update skipped, not finite: {', '.join(leaves[:3])} ({skipped} in a row)"
+            self.bar.log(text)
+            if skipped >= self.config.optimizer.max_nonfinite_updates:
+                raise TrainingError(f"{text}; stopped, parameters are those of step {step - skipped}")
+        stage = self.config.stages[index]
+        if step % self.config.log_every and step != self.config.stage_starts()[index + 1] and not skipped:
+            return
+        tokens = stage.batch_size * self.length
+        rate = clock.rate(tokens)
+        values = {name: float(metrics[name]) for name in ("loss", "bits_per_byte", "gradient_norm")}
+        flops = flops_per_token(spec.config, self.length)
+        self.writer.write(
+            "train",
+            step,
+            stage=stage.name,
+            **values,
+            learning_rate=learning_rate(self.config.stages, step - 1),
+            **self.progress(step),
+            tokens_per_second=rate,
+            model_flops_utilization=None if rate is None else rate * flops / (self.peak * self.mesh.size),
+            skipped_updates=skipped,
+        )
+        self.bar.update(step, stage.name, values["loss"], rate or 0.0)
+
+    def evaluate(self, step: int, state: TrainState, evaluate: Any, index: int) -> None:
+        """Loss on the held-out rows."""
+        rows = -(-self.config.stages[index].batch_size // self.config.stages[index].microbatches)
+        sums: dict[str, float] = {}
+        for batch in chunks(self.validation, rows):
+            found = evaluate(state.params, put_batch(batch, self.data.tokenizer.token_bytes, self.mesh))
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+        loss, bits = sums["loss"] / sums["weight"], sums["loss"] / np.log(2) / sums["bytes"]
+        name = self.config.stages[index].name
+        self.writer.write("validation", step, stage=name, loss=loss, bits_per_byte=bits, **self.progress(step))
+        self.bar.log(f"{name} {step}: validation loss {loss:.4f} nats a token, {bits:.4f} bits a byte")
+
+    def save(self, step: int, state: TrainState, index: int) -> None:
+        """Start writing a checkpoint."""
+        meta = {
+            "stage": index,
+            "samples_seen": self.samples(step),
+            "fingerprint": self.fingerprint,
+            "config": to_json(self.config),
+        }
+        self.checkpoints.save(step, state, meta)
+
+    def grow_into(self, index: int, state: TrainState) -> tuple[StateSpec, TrainState]:
+        """Grow to stage `index`, prove it, and store the proof. The checkpoint before it is on disk already."""
+        start = time.monotonic()
+        step, stage = int(state.step), self.config.stages[index]
+        old, new = self.config.stage_models[index - 1 : index + 1]
+        spec = self.spec(index)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), index + 1)
+        grown = jax.jit(lambda state, key: grow(state, old, new, stage.growth, key), out_shardings=spec.shardings)(
+            state, key
+        )
+        rows = -(-self.config.certificate_rows // self.data_axes) * self.data_axes
+        certificate = certify(
+            state.params,
+            grown.params,
+            old,
+            new,
+            put_batch(next(chunks(self.validation, rows)), self.data.tokenizer.token_bytes, self.mesh),
+            family=stage.growth,
+            key=key,
+            placement=Placement(self.mesh),
+            float64_below=self.config.certificate_float64_below,
+            step=step,
+            from_stage=self.config.stages[index - 1].name,
+            to_stage=stage.name,
+            tolerance=self.config.certificate_tolerance,
+        )
+        certificate.check()
+        if jax.process_index() == 0:
+            certificate.save(self.workdir / "certificates")
+        self.bar.log(str(certificate))
+        self.writer.write(
+            "growth",
+            step,
+            stage=stage.name,
+            from_stage=certificate.from_stage,
+            **self.progress(step),
+            seconds=time.monotonic() - start,
+        )
+        return spec, grown
+
+    def write_sample(self, state: TrainState, index: int) -> None:
+        """A text sample of the stage's last model."""
+        if not self.config.sample_tokens:
+            return
+        tokenizer, model = self.data.tokenizer, self.config.stage_models[index]
+        prompt = tokenizer.encode(self.config.sample_prompt)
+        key = jax.random.key(self.config.seed)
+        ids = generate(state.params, model, prompt, self.config.sample_tokens, key)
+        text = tokenizer.decode([i for i in ids[len(prompt) :] if i != tokenizer.end_id])
+        step, name = int(state.step), self.config.stages[index].name
+        self.writer.write("sample", step, stage=name, prompt=self.config.sample_prompt, text=text)
+
+
+class Clock:
+    """Time per step, without the step after a restart: that one may compile, or follows an evaluation."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._steps = 0
+
+    def restart(self) -> None:
+        """Forget what was timed."""
+        self._start, self._steps = None, 0
+
+    def tick(self) -> None:
+        """A step's result has arrived."""
+        if self._start is None:
+            self._start = time.monotonic()
+        else:
+            self._steps += 1
+
+    def rate(self, tokens: int) -> float | None:
+        """Tokens per second since the last call, `tokens` a step; None if no whole step was timed."""
+        if self._start is None or not self._steps:
+            return None
+        now = time.monotonic()
+        rate = self._steps * tokens / max(now - self._start, 1e-9)
+        self._start, self._steps = now, 0
+        return rate
+
+
+def mixture_schedule(config: RunConfig, data: Prepared) -> list[Segment]:
+    """The mixture's weights and samples of every stage; the last goes on for ever."""
+    weights = config.data.weights or default_weights(data, config.data)
+    schedule = []
+    for i, stage in enumerate(config.stages):
+        weights = stage.weights or weights
+        last = i + 1 == len(config.stages)
+        schedule.append(Segment(weights, None if last else stage.steps * stage.batch_size))
+    return schedule
+
+
+def chunks(rows: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Parts of `size` rows; the last is filled up with rows of weight 0."""
+    total = len(rows["weights"])
+    for start in range(0, total, size):
+        index = np.arange(start, start + size)
+        part = {name: x[index % total] for name, x in rows.items()}
+        part["weights"] = part["weights"] * (index < total)[:, None].astype(np.float32)
+        yield part

@@ -1,0 +1,87 @@
+"""The training state: described once, as shapes with shardings; init, restore and growth all fill that description."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from flmjax.config import ModelConfig, OptimizerConfig
+from flmjax.model.transformer import abstract_params, init_params
+from flmjax.sharding.rules import replicated, tree_shardings
+from flmjax.training.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step reads and writes.
+
+    Attributes:
+        step: updates attempted since the run's start, int32; growth does not restart it.
+        params: float32 parameters.
+        opt_state: optax state; its count leaves out skipped updates.
+        rng: key data (uint32) that every step folds its number into, for dropout.
+        nonfinite: updates skipped in a row, int32.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+    nonfinite: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """What belongs to one model on one mesh: optimizer, axes, abstract state (with shardings on each leaf)."""
+
+    config: ModelConfig
+    mesh: Mesh
+    axes: Any
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        """NamedSharding of every leaf."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def state_spec(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> StateSpec:
+    """Describe the state of `config` on `mesh` without computing anything."""
+    params, axes = abstract_params(config)
+    optimizer = make_optimizer(optimizer_config, axes)
+    state = jax.eval_shape(lambda p, key: _new_state(p, optimizer, key), params, jax.random.key(0))
+    param_shardings = tree_shardings(mesh, axes)
+    # Moments have the structure of the parameters and their sharding; everything else is a scalar or a key.
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        param_shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    shardings = jax.tree.map(lambda _: replicated(mesh), state).replace(params=param_shardings, opt_state=opt_shardings)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return StateSpec(config, mesh, axes, optimizer, abstract)
+
+
+def init_state(spec: StateSpec, seed: int) -> TrainState:
+    """A fresh state, the same values on every mesh."""
+    init = jax.jit(
+        lambda key: _new_state(init_params(spec.config, key), spec.optimizer, key), out_shardings=spec.shardings
+    )
+    return init(jax.random.key(seed))
+
+
+def _new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+        nonfinite=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,128 @@
+"""One optimizer update, and one evaluation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flmjax.config import ModelConfig
+from flmjax.model.axes import path_name
+from flmjax.sharding.rules import Placement, batch_sharding, replicated
+from flmjax.training.losses import loss_sums
+from flmjax.training.state import StateSpec, TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
+    """Function transform: value_and_grad(params, batch, key) on parts of the batch, everything it returns summed.
+
+    Part j takes rows j, j + microbatches, ...: each device keeps its own rows. What is summed are sums, so that the
+    caller divides once; a part without a single weighted target adds 0.
+    """
+
+    def summed(params: Any, batch: Batch, key: jax.Array) -> Any:
+        if microbatches == 1:
+            return value_and_grad(params, batch, key)
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            result = value_and_grad(params, part[0], jax.random.fold_in(key, part[1]))
+            return jax.tree.map(jnp.add, total, result), None
+
+        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))[0]
+
+    return summed
+
+
+def gradients(
+    params: Any, batch: Batch, key: jax.Array, config: ModelConfig, placement: Placement | None, microbatches: int = 1
+) -> tuple[dict[str, jax.Array], Any]:
+    """({"loss", "weight", "bytes"} sums, gradients of the mean loss per weighted target)."""
+
+    def loss(params: Any, part: Batch, key: jax.Array) -> Any:
+        return loss_sums(params, part, config, placement, key if config.dropout else None)
+
+    def value_and_grad(params: Any, part: Batch, key: jax.Array) -> Any:
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, part, key)
+        return sums, grads
+
+    sums, grads = accumulate(value_and_grad, microbatches)(params, batch, key)
+    weight = jnp.maximum(sums["weight"], 1.0)
+    return sums, jax.tree.map(lambda g: g / weight, grads)
+
+
+def train_step(
+    state: TrainState, batch: Batch, learning_rate: jax.Array, *, spec: StateSpec, microbatches: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. If a gradient is not finite, parameters and moments stay as they are and the skip is counted.
+
+    Returns:
+        The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, nonfinite (skips in a row),
+        finite (one flag for each leaf, in tree order).
+    """
+    placement = Placement(spec.mesh)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    sums, grads = gradients(state.params, batch, key, spec.config, placement, microbatches)
+    # Pinned, else the partitioner may keep gradients whole.
+    grads = jax.lax.with_sharding_constraint(grads, spec.shardings.params)
+    squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
+    finite = jnp.isfinite(jnp.stack(squares))
+    ok = jnp.all(finite) & jnp.isfinite(sums["loss"])
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
+    nonfinite = jnp.where(ok, 0, state.nonfinite + 1)
+    metrics = {
+        "loss": sums["loss"] / jnp.maximum(sums["weight"], 1.0),
+        "bits_per_byte": sums["loss"] / jnp.log(2.0) / jnp.maximum(sums["bytes"], 1.0),
+        "gradient_norm": jnp.sqrt(sum(squares, jnp.zeros(()))),
+        "nonfinite": nonfinite,
+        "finite": finite,
+    }
+    new_state = state.replace(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        nonfinite=nonfinite,
+    )
+    return new_state, metrics
+
+
+def compile_step(spec: StateSpec, microbatches: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """train_step under jit: state donated, shardings fixed."""
+    return jax.jit(
+        functools.partial(train_step, spec=spec, microbatches=microbatches),
+        in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),
+        out_shardings=(spec.shardings, replicated(spec.mesh)),
+        donate_argnums=0,
+    )
+
+
+def compile_evaluation(spec: StateSpec) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """(params, batch) -> {"loss", "weight", "bytes"} sums, dropout off."""
+    placement = Placement(spec.mesh)
+    return jax.jit(
+        lambda params, batch: loss_sums(params, batch, spec.config, placement)[1],
+        in_shardings=(spec.shardings.params, batch_sharding(spec.mesh)),
+        out_shardings=replicated(spec.mesh),
+    )
+
+
+def put_batch(rows: dict[str, np.ndarray], token_bytes: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
+    """This process's rows as global arrays, with the bytes of text that each row's weighted targets stand for."""
+    per_target = token_bytes[rows["targets"]] * rows["weights"]
+    rows = {**rows, "bytes": per_target.sum(axis=1, dtype=np.float32)}
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
+
+
+def nonfinite_leaves(finite: np.ndarray, params: Any) -> list[str]:
+    """Paths of the leaves whose gradient was not finite."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [path_name(path) for path, ok in zip(paths, finite, strict=True) if not ok]
