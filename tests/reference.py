@@ -20,9 +20,9 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     linears |= {f"mlp.{name}": ((D,), (F,)) for name in (("up", "gate") if config.activation == "swiglu" else ("up",))}
     linears["mlp.down"] = ((F,), (D,))
 
-    out: dict[str, tuple[int, ...]] = {"embedding.table": (V, D)}
+    out: dict[str, tuple[int, ...]] = {"embedding": (V, D)}
     if config.position == "learned":
-        out["positions.table"] = (config.max_length, D)
+        out["positions"] = (config.max_length, D)
     for name, (inputs, outputs) in linears.items():
         out[f"layers.{name}.kernel"] = (N, *inputs, *outputs)
         if config.bias:
@@ -32,7 +32,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.bias and config.norm == "layernorm":
             out[f"{name}.bias"] = (*stack, D)
     if not config.tied_embedding:
-        out["head.kernel"] = (D, V)
+        out["head"] = (D, V)
     return out
 
 
@@ -156,14 +156,14 @@ def logits(
     segment_ids_BL = np.zeros_like(tokens) if segment_ids is None else segment_ids
 
     params = nest(leaves)
-    x_BLD = config.embedding_multiplier * params["embedding"]["table"][tokens]
+    x_BLD = config.embedding_multiplier * params["embedding"][tokens]
     if config.position == "learned":
-        x_BLD = x_BLD + params["positions"]["table"][positions_BL]
+        x_BLD = x_BLD + params["positions"][positions_BL]
     for n in range(config.num_layers):
         layer = nest({path: leaf[n] for path, leaf in flatten(params["layers"]).items()})
         x_BLD = block(x_BLD, layer, config, positions_BL, segment_ids_BL)
     x_BLD = norm(x_BLD, params["final_norm"], config)
-    head_DV = params["embedding"]["table"].T if config.tied_embedding else params["head"]["kernel"]
+    head_DV = params["embedding"].T if config.tied_embedding else params["head"]
     return config.output_multiplier / config.softmax_temperature * (x_BLD @ head_DV)
 
 

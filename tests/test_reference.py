@@ -182,7 +182,7 @@ def test_layers_run_from_first_to_last():
     params = zeros(config)
     first, second = identity_block([0, -4], [0, 0]), identity_block([0, 10], [0, 0])
     params["layers"] = reference.nest({path: np.concatenate([first[path], second[path]]) for path in first})
-    params["embedding"]["table"][1] = [0.0, 1.0]
+    params["embedding"][1] = [0.0, 1.0]
     np.testing.assert_allclose(reference.logits(params, config, np.array([[1]]))[0, 0, 1], -1.0)
 
 
@@ -190,8 +190,8 @@ def test_multipliers_scale_the_embedding_and_the_logits_but_not_learned_position
     # 2 * (1, 3) + (4, 1) = (6, 7), norm with eps 2: -+0.5 / sqrt(0.25 + 2) = -+1/3; dot (1, 3) = 2/3; times 3 / 2 = 1
     config = change(TINY, embedding_multiplier=2.0, output_multiplier=3.0, softmax_temperature=2.0, norm_eps=2.0)
     params = zeros(config)
-    params["embedding"]["table"][2] = [1.0, 3.0]
-    params["positions"]["table"][1] = [4.0, 1.0]
+    params["embedding"][2] = [1.0, 3.0]
+    params["positions"][1] = [4.0, 1.0]
     z = reference.logits(params, config, np.array([[0, 2]]))
     np.testing.assert_allclose(z[0, 1], [0, 0, 1, 0, 0, 0, 0, 0], atol=1e-15)
     # token 2 in place 0 that is told to be at position 1 gives the same
@@ -203,7 +203,7 @@ def test_loss_is_a_weighted_sum_over_the_true_vocabulary():
     config = change(TINY, tied_embedding=False)
     params = zeros(config)
     params["final_norm"]["bias"][0] = 1.0
-    params["head"]["kernel"][0] = [0, math.log(3), math.log(4), 9, 9, 9, 9, 9]
+    params["head"][0] = [0, math.log(3), math.log(4), 9, 9, 9, 9, 9]
     batch = {
         "tokens": np.array([[0, 1, 2]]),
         "targets": np.array([[1, 2, 0]]),
@@ -255,8 +255,8 @@ def test_a_later_token_changes_no_earlier_logit():
 def test_leaves_follow_the_settings():
     config = change(SMALL, position="learned", activation="swiglu", norm="rmsnorm", bias=False, tied_embedding=False)
     assert reference.shapes(config) == {
-        "embedding.table": (32, 12),  # 29 padded to a multiple of 8
-        "positions.table": (16, 12),
+        "embedding": (32, 12),  # 29 padded to a multiple of 8
+        "positions": (16, 12),
         "layers.attention_norm.scale": (2, 12),
         "layers.attention.query.kernel": (2, 12, 4, 6),
         "layers.attention.key.kernel": (2, 12, 2, 6),
@@ -267,7 +267,7 @@ def test_leaves_follow_the_settings():
         "layers.mlp.gate.kernel": (2, 12, 20),
         "layers.mlp.down.kernel": (2, 20, 12),
         "final_norm.scale": (12,),
-        "head.kernel": (12, 32),
+        "head": (12, 32),
     }
     extra = reference.shapes(change(config, bias=True)).keys() - reference.shapes(config).keys()
     names = [
@@ -290,7 +290,7 @@ def test_leaves_follow_the_settings():
 
 def test_a_tree_of_another_model_is_refused():
     params, tokens = zeros(TINY), np.array([[1]])
-    with pytest.raises(ValueError, match=r"head.kernel: None, expected \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"head: None, expected \(2, 8\)"):
         reference.logits(params, change(TINY, tied_embedding=False), tokens)
     with pytest.raises(ValueError, match=r"final_norm.bias: \(2,\), expected None"):
         reference.logits(params, change(TINY, bias=False), tokens)

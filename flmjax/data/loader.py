@@ -9,7 +9,7 @@ import fractions
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
@@ -104,24 +104,25 @@ def batches(
     hosts: int = 1,
     threads: int = 1,
     prefetch: int = 4,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Batches of samples start, start + 1, ... without end; this host's part of each: arrays (batch_size / hosts, L).
 
     Host h has rows h B/H to (h + 1) B/H - 1 of every global batch. `threads` threads keep `prefetch` batches ready;
-    0 reads in the caller's thread. Closing (or dropping) the iterator ends the threads.
+    0 reads in the caller's thread. `close()` ends the threads, and so does dropping the iterator.
 
     Raises:
         ConfigError: when the batch does not divide over the hosts, or there is no such host.
     """
-    if batch_size < 1 or batch_size % hosts:
-        raise ConfigError(f"batch_size={batch_size} does not divide over {hosts} data hosts")
     if not 0 <= host < hosts:
         raise ConfigError(f"host={host} is not one of {hosts} data hosts (0 to {hosts - 1})")
+    if batch_size < 1 or batch_size % hosts:
+        raise ConfigError(f"batch_size={batch_size} does not divide over {hosts} data hosts")
     if start < 0:
         raise ConfigError(f"start={start} must not be negative")
     share = _HostShare(start, batch_size, host, batch_size // hosts)
     own = grain.MapDataset.select_from_datasets([dataset], share).batch(batch_size // hosts)
-    return _iterate(own, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch)))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+    return iter(own.to_iter_dataset(options))
 
 
 def validation_rows(prepared: Prepared, data: DataConfig, *, length: int, rows: int) -> dict[str, np.ndarray]:
@@ -188,14 +189,15 @@ def _canonical(schedule: Sequence[Segment], num_sources: int) -> list[tuple[_Sha
         whole = math.lcm(*(ratio.denominator for ratio in ratios))
         counts = [int(ratio * whole) for ratio in ratios]
         shares = tuple(count // math.gcd(*counts) for count in counts)
+        if samples == 0 and i < len(schedule) - 1:
+            continue
         if segments and segments[-1][0] == shares:
-            before = segments.pop()[1]
-            samples = None if before is None or samples is None else before + samples
+            before = segments.pop()[1] or 0
+            samples = None if samples is None else before + samples
         segments.append((shares, samples))
     if not segments:
         raise ConfigError("the mixture schedule is empty")
-    *closed, (shares, _) = segments
-    return [segment for segment in closed if segment[1] != 0] + [(shares, None)]
+    return [*segments[:-1], (segments[-1][0], None)]
 
 
 def _counts(shares: _Shares, n: int) -> list[int]:
@@ -250,12 +252,3 @@ class _HostShare(grain.transforms.DatasetSelectionMap):
     def __getitem__(self, index: int) -> tuple[int, int]:
         step, row = divmod(index, self._rows)
         return 0, self._first + step * self._batch_size + row
-
-
-def _iterate(dataset: grain.MapDataset, options: grain.ReadOptions) -> Iterator[dict[str, np.ndarray]]:
-    iterator = iter(dataset.to_iter_dataset(options))
-    try:
-        for batch in iterator:  # noqa: UP028  (the finally must also run when the caller drops the generator)
-            yield batch
-    finally:
-        iterator.close()

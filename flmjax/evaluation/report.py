@@ -215,7 +215,7 @@ def _headline(run: Run) -> str:
 def _warnings(run: Run) -> list[str]:
     """What a reader must know before believing the numbers."""
     out = []
-    skipped = max((record.get("skipped_updates") or 0 for record in run.train), default=0)
+    skipped = sum(bool(record.get("skipped_updates")) for record in run.train)  # each skipped update has its line
     if skipped:
         out.append(f"Skipped updates (gradient not finite): {skipped}.")
     if run.stages[-1].parameters is None:
@@ -290,7 +290,7 @@ def _samples(run: Run) -> str:
     out = ["<h2>Text samples</h2>"] if last else []
     for stage, record in last.items():
         prompt, text = record.get("prompt") or "", record.get("text") or ""
-        body = f"<b>{_text(prompt)}</b>{_text(text.removeprefix(prompt))}"
+        body = f"<b>{_text(prompt)}</b>{_text(text)}"
         caption = f"{_text(stage)}, step {record['step']:,}; the prompt in bold"
         out.append(f"<figure><figcaption>{caption}</figcaption><pre>{body}</pre></figure>")
     return "".join(out)

@@ -145,7 +145,7 @@ class MetricsWriter:
         if (kind, step) in self._repeated:
             return
         line = {"kind": kind, "step": int(step), **{name: _plain(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
@@ -234,12 +234,12 @@ class Run:
 
     @property
     def training_seconds(self) -> float:
-        """Sum over the train lines of (tokens since the line before) / (tokens per second)."""
-        total, before = 0.0, 0
-        for record in self.train:
-            if record.get("tokens_per_second"):  # null for a line that could not be timed
-                total += (record["tokens"] - before) / record["tokens_per_second"]
-            before = record["tokens"]
+        """Time of the updates: each stage's tokens x the mean of 1 / (tokens per second) over its timed lines."""
+        total = 0.0
+        for stage in self.stages:
+            own = [record for record in self.train if record["stage"] == stage.config.name]
+            paces = [1 / record["tokens_per_second"] for record in own if record.get("tokens_per_second")]
+            total += (stage.last["tokens"] - stage.before["tokens"]) * sum(paces) / max(len(paces), 1)
         return total
 
     @property

@@ -1,0 +1,62 @@
+"""Eight devices on the CPU, a compile cache between runs, small models."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "flmjax-test-compile-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from flmjax.config import MeshConfig, ModelConfig
+from flmjax.model.transformer import init_params
+from flmjax.sharding.mesh import make_mesh
+
+TINY = ModelConfig(
+    num_layers=2, embed_dim=32, num_heads=4, head_dim=8, mlp_dim=48, vocab_size=61, max_length=16, dtype="float32"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def one_device_mesh():
+    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def random_params(config: ModelConfig, seed: int = 0, spread: float = 0.15):
+    """Parameters with nothing trivial in them: no bias is 0, no gain is 1."""
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.asarray(x) + spread * rng.standard_normal(x.shape).astype(np.float32), params)
+
+
+def random_batch(config: ModelConfig, rows: int = 4, seed: int = 0, segments: bool = False) -> dict[str, np.ndarray]:
+    """Random tokens; weights of 0 and 1 unevenly over the rows; with `segments` two documents in every row."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, config.max_length)
+    batch = {
+        "tokens": rng.integers(0, config.vocab_size, shape).astype(np.int32),
+        "targets": rng.integers(0, config.vocab_size, shape).astype(np.int32),
+        "weights": (rng.random(shape) < np.linspace(0.2, 1.0, rows)[:, None]).astype(np.float32),
+        "bytes": np.ones(rows, np.float32),
+    }
+    if segments:
+        border = rng.integers(1, config.max_length, (rows, 1))
+        place = np.arange(config.max_length)[None]
+        batch["segment_ids"] = (1 + (place >= border)).astype(np.int32)
+        batch["positions"] = np.where(place >= border, place - border, place).astype(np.int32)
+    return batch
+
+
+def with_fields(config, **fields):
+    return dataclasses.replace(config, **fields)

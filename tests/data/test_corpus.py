@@ -1,0 +1,121 @@
+"""Sources of documents: built-in corpora and text files, and what they say about bad input."""
+
+import gzip
+import lzma
+import sys
+
+import pytest
+
+from flmjax.config import ConfigError
+from flmjax.data.corpus import hsk, python_docs, read_source
+
+
+@pytest.fixture(scope="module")
+def english() -> list[str]:
+    return list(read_source("python_docs"))
+
+
+def test_python_docs_are_two_megabytes_of_distinct_documents(english):
+    assert sum(len(text.encode()) for text in english) > 1_500_000
+    assert len(english) > 800
+    assert len(set(english)) == len(english)
+    assert min(map(len, english)) >= python_docs.MIN_CHARACTERS
+
+
+def test_python_docs_hold_topics_and_docstrings_under_their_headings(english):
+    assert any(text.startswith('The "assert" statement') for text in english)
+    counter = next(text for text in english if text.startswith("class Counter(dict)"))
+    assert "\n\nCounter.most_common(self, n=None)\n\nList the n most common elements" in counter
+
+
+def test_python_docs_neither_run_modules_nor_read_test_packages(english):
+    assert "antigravity" not in sys.modules  # importing it opens a web browser
+    assert not any(text.startswith(("module test.", "module idlelib", "module lib2to3")) for text in english)
+
+
+def test_hsk_documents_are_groups_of_chinese_and_english_lines():
+    pytest.importorskip("hsk_sentences_audio")
+    documents = list(read_source("hsk"))
+    pairs = [pair.split("\n") for text in documents for pair in text.split("\n\n")]
+    assert 4_000 < len(pairs) <= 4_354
+    assert all(len(pair) == 2 for pair in pairs)
+    assert sum(any("\u4e00" <= c <= "\u9fff" for c in chinese) for chinese, _ in pairs) > 0.99 * len(pairs)
+    assert sum(english.isascii() for _, english in pairs) > 0.95 * len(pairs)
+    assert all(1 <= text.count("\n\n") + 1 <= 12 for text in documents)
+
+
+def test_hsk_without_its_package_names_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hsk_sentences_audio", None)
+    with pytest.raises(ConfigError, match=r"pip install 'flmjax\[data\]'"):
+        next(hsk.documents())
+
+
+def test_txt_documents_are_parted_by_two_blank_lines_and_kept_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n  one\n\nstill one \n\n \ntwo\ttabs\n\n\n\n\nthree\n\n", newline="")
+    assert list(read_source(str(tmp_path / "a.txt"))) == ["  one\n\nstill one ", "two\ttabs", "three"]
+
+
+def test_docs_txt_documents_are_parted_by_one_blank_line(tmp_path):
+    (tmp_path / "a.docs.txt").write_text("one\nmore\n\ntwo\n\n\nthree")
+    assert list(read_source(str(tmp_path / "a.docs.txt"))) == ["one\nmore", "two", "three"]
+
+
+def test_a_markdown_file_is_one_document(tmp_path):
+    (tmp_path / "a.md").write_text("# one\n\n\n\ntext\n")
+    assert list(read_source(str(tmp_path / "a.md"))) == ["# one\n\n\n\ntext"]
+
+
+def test_carriage_returns_stay_inside_and_a_byte_order_mark_goes(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\nmore\r\n\r\n\r\ntwo\r\n")
+    assert list(read_source(str(tmp_path / "a.txt"))) == ["one\r\nmore", "two"]
+
+
+def test_a_folder_is_read_recursively_in_sorted_order_compressed_files_too(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "z.txt.gz").write_bytes(gzip.compress("压缩".encode()))
+    (tmp_path / "b" / "a.docs.txt.xz").write_bytes(lzma.compress(b"x1\n\nx2"))
+    (tmp_path / "c.md").write_text("c")
+    (tmp_path / "a.TXT").write_text("a")
+    (tmp_path / "d.csv").write_text("not read")
+    assert list(read_source(str(tmp_path))) == ["a", "x1", "x2", "压缩", "c"]
+
+
+def test_a_glob_takes_what_matches_and_only_files(tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("2.csv", "1.csv", "3.txt"):
+        (tmp_path / name).write_text(name)
+    assert list(read_source(f"{tmp_path}/*.csv")) == ["1.csv", "2.csv"]
+
+
+def test_bytes_that_are_not_utf8_are_named_with_file_and_offset(tmp_path):
+    (tmp_path / "bad.txt").write_bytes("good 好\nline ".encode() + b"\xff rest")
+    with pytest.raises(ConfigError, match=r"bad\.txt: not UTF-8 at byte 14 \(0xFF\)"):
+        list(read_source(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["cut.txt.xz", "cut.txt.gz", "noise.txt.xz", "noise.txt.gz"])
+def test_a_broken_archive_is_named(tmp_path, name):
+    compress = lzma.compress if name.endswith("xz") else gzip.compress
+    (tmp_path / name).write_bytes(compress(b"text " * 1000)[:-20] if "cut" in name else b"no archive at all")
+    with pytest.raises(ConfigError, match=f"{name}: not a whole"):
+        list(read_source(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pyton_docs", "'pyton_docs' is neither a built-in source nor a path; did you mean python_docs"),
+        ("zzzz", "choices: hsk, python_docs"),
+        ("no/such/file.txt", "no file or folder 'no/such/file.txt'"),
+        ("no/such/*.txt", r"no file matches 'no/such/\*\.txt'"),
+    ],
+)
+def test_a_source_that_is_nothing_is_named_at_once(source, message):
+    with pytest.raises(ConfigError, match=message):
+        read_source(source)
+
+
+def test_a_folder_without_text_files_is_named(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=rf"folder '{tmp_path}' holds no \.txt or \.md"):
+        read_source(str(tmp_path))
