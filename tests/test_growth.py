@@ -226,9 +226,9 @@ def test_first_update_of_new_weights_stays_below_the_learning_rate(grown_state):
     rate = 1e-3
     before = jax.tree.map(np.asarray, grown.params)
     after, _ = compile_step(spec, 1)(jax.tree.map(jnp.copy, grown), random_batch(old, seed=99), np.float32(rate))
-    kernel, moved = before["layers"]["mlp"]["up"]["kernel"], after.params["layers"]["mlp"]["up"]["kernel"]
-    update = np.abs(np.asarray(moved) - kernel)[:, :, old.mlp_dim :]
-    assert 0.1 * rate < update.max() <= rate
+    kernel, moved = before["layers"]["mlp"]["down"]["kernel"], after.params["layers"]["mlp"]["down"]["kernel"]
+    update = np.abs(np.asarray(moved) - kernel)[: old.num_layers, old.mlp_dim :, : old.embed_dim]
+    assert 0.3 * rate < update.max() <= rate  # 0.45 at b1 = 0.9, b2 = 0.95 and a large count
 
 
 def test_everything_new_learns_within_two_steps(grown_state):
@@ -299,5 +299,7 @@ def test_illegal_growth_is_refused():
 
 def test_leaf_without_a_rule_is_named(monkeypatch):
     monkeypatch.setattr(operators, "FAMILIES", {"zero": {}})
-    with pytest.raises(GrowthError, match=r"layers/mlp/\w+/\w+ \(.*\) -> \(.*\): family 'zero' has no rule for axis 'mlp'"):
+    with pytest.raises(
+        GrowthError, match=r"layers/mlp/\w+/\w+ \(.*\) -> \(.*\): family 'zero' has no rule for axis 'mlp'"
+    ):
         grow_params(random_params(GROWN), GROWN, resize(GROWN, mlp_dim=40), "zero", jax.random.key(0))

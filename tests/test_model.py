@@ -62,7 +62,9 @@ def test_model_equals_the_oracle(name, segments):
 def test_parameter_tree_is_the_oracles(name):
     config = with_fields(TINY, **SETTINGS[name])
     params, axes = abstract_params(config)
-    found = {path: leaf.shape for path, leaf in reference.flatten(jax.tree.map(lambda x: np.zeros(x.shape), params)).items()}
+    found = {
+        path: leaf.shape for path, leaf in reference.flatten(jax.tree.map(lambda x: np.zeros(x.shape), params)).items()
+    }
     assert found == reference.shapes(config)
     leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, LeafAxes))
     assert [len(leaf.names) for leaf in leaves] == [x.ndim for x in jax.tree.leaves(params)]
@@ -141,7 +143,8 @@ def test_norm_is_exact_for_a_large_mean(norm):  # case D02
     out, grads = jax.jit(jax.value_and_grad(lambda x: jnp.sum(layer.apply(params, x) ** 3), has_aux=False))(x)
     exact = reference.norm(np.float64(x), {"scale": np.ones(256), "bias": np.zeros(256)}, config)
     np.testing.assert_allclose(layer.apply(params, x), exact, atol=0.05)
-    assert np.isfinite(grads).all() and np.isfinite(out)
+    assert np.isfinite(grads).all()
+    assert np.isfinite(out)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -370,11 +370,11 @@ def test_large_numbers_are_shortened(value, unit, text):
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_a_workdir_without_its_files_is_refused_by_name(tmp_path, name):
+@pytest.mark.parametrize(("name", "why"), [("config.json", "does not exist"), ("metrics.jsonl", "is absent or empty")])
+def test_a_workdir_without_its_files_is_refused_by_name(tmp_path, name, why):
     make_workdir(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(ConfigError, match=re.escape(name)):
+    with pytest.raises(ConfigError, match=f"{re.escape(name)} {why}"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
