@@ -84,14 +84,22 @@ def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path]:
         raise ConfigError(f"unknown command '{argv[0]}'{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
     command, needs_config = argv[0], argv[0] != "report"
     values = flags.FlagValues()
+    # Expanded first: ml_collections finds overrides by looking through the arguments.
+    arguments = values.read_flags_from_files(argv[1:], force_gnu=False)
     workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     config = None
     if needs_config:
-        for argument in argv[1:]:
+        for argument in arguments:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
                 check_path(override[1])
-        config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["flmjax", *argv[1:]])
-    rest = values(["flmjax", *argv[1:]])
+        config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["flmjax", *arguments])
+    try:
+        rest = values(["flmjax", *arguments])
+    except IndexError:
+        indexed = " ".join(a for a in arguments if re.match(r"--?config\.[^=]*\[", a))
+        raise ConfigError(f"there is no such entry: {indexed}") from None
+    except (AttributeError, KeyError, TypeError, NameError, SyntaxError) as error:  # from a config file
+        raise ConfigError(f"the config file cannot be read: {type(error).__name__}: {_one_line(error)}") from error
     if len(rest) > 1:
         raise ConfigError(f"'{rest[1]}' is not a flag; {USAGE}")
     if workdir.value is None:
@@ -112,6 +120,8 @@ def _one_line(error: BaseException) -> str:
     text = str(error)
     if "Traceback (most recent call last)" in text:
         text = f"{text.splitlines()[0].split(': ')[0]}: {text.strip().splitlines()[-1].split(': ', 1)[-1]}"
+    # A locked ConfigDict lists all its fields before the one that was meant.
+    text = re.sub(r" and cannot be added.*(?=Did you mean)", "; ", text.replace("\\n", " "), flags=re.DOTALL)
     return " ".join(text.split())
 
 

@@ -263,8 +263,8 @@ def read_run(workdir: Path) -> Run:
     config: RunConfig = from_config_dict(config_json)
     folder = Path(config.data.directory) if config.data.directory else workdir / "data"
     meta = _read_json(folder / "meta.json") or {}
-    if config.model.vocab_size is None and "vocab_size" in meta:
-        model = dataclasses.replace(config.model, vocab_size=meta["vocab_size"])
+    if config.model.vocab_size is None and "tokenizer" in meta:
+        model = dataclasses.replace(config.model, vocab_size=meta["tokenizer"]["vocab_size"])
         config = dataclasses.replace(config, model=model)
     records = read_metrics(workdir)
     timed = [record for record in records if record["kind"] in ("train", "validation", "growth")]

@@ -1,0 +1,189 @@
+"""The command line: every field by flag, every mistake one line with status 2 and nothing written."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import pytest
+
+from flmjax import cli
+from flmjax.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    from_config_dict,
+    to_config_dict,
+    to_json,
+    validate,
+)
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
+
+
+def complain(capsys, *argv: str) -> str:
+    """The one line that a refused command prints."""
+    assert cli.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert len(err) < 500
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["tain"], "unknown command 'tain'; did you mean train"),
+        ([], "usage: flmjax COMMAND"),
+        (["train", QUICKSTART], "--workdir is missing"),
+        (["train", "--workdir=WORKDIR"], "--config is missing"),
+        (["train", "--config=configs/nothing.py", "--workdir=WORKDIR"], "no config file 'configs/nothing.py'"),
+        (["train", QUICKSTART + ":bilingal", "--workdir=WORKDIR"], "'bilingal'; did you mean bilingual"),
+        (["train", QUICKSTART, "--wrkdir=WORKDIR"], "'wrkdir'. Did you mean: workdir"),
+        (["train", QUICKSTART, "--confg.seed=1", "--workdir=WORKDIR"], "Unknown command line flag 'confg.seed'"),
+        (["train", QUICKSTART, "--config.model.num_layer=1", "--workdir=WORKDIR"], "did you mean num_layers"),
+        (["train", QUICKSTART, "--config.modle.num_layers=1", "--workdir=WORKDIR"], "did you mean model"),
+        (["train", QUICKSTART, "--config.stages[0].setps=1", "--workdir=WORKDIR"], "did you mean steps"),
+        (["train", QUICKSTART, "--config.stages[9].steps=1", "--workdir=WORKDIR"], "stages[9]"),
+        (["train", QUICKSTART, "--config.model.num_layers=many", "--workdir=WORKDIR"], "'many'"),
+        (["train", QUICKSTART, "--config.model.norm=layrnorm", "--workdir=WORKDIR"], "did you mean layernorm"),
+        (["train", QUICKSTART, "--config.optimizer.clip_norm=abc", "--workdir=WORKDIR"], "must be of type float"),
+        (["train", QUICKSTART, "--config.stages[1].embed_dim=64", "--workdir=WORKDIR"], "smaller than 128"),
+        (["train", QUICKSTART, "more", "--workdir=WORKDIR"], "'more' is not a flag"),
+        (["report", "--workdir=WORKDIR"], "config.json"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(capsys, tmp_path, argv, words):  # case J01
+    workdir = tmp_path / "run"
+    assert words in complain(capsys, *[a.replace("WORKDIR", str(workdir)) for a in argv])
+    assert not workdir.exists()
+
+
+def test_a_typo_inside_a_config_file_or_a_dictionary_is_refused(capsys, tmp_path):  # case J01
+    file = tmp_path / "typo.py"
+    head = "from flmjax.config import *\ndef get_config():\n    config = to_config_dict(RunConfig())\n"
+    file.write_text(head + "    config.model.num_layer = 3\n    return config\n")
+    assert 'Did you mean "num_layers"' in complain(capsys, "train", f"--config={file}", f"--workdir={tmp_path / 'w'}")
+    file.write_text("def get_config():\n    return {'model': {'num_layer': 3}}\n")
+    with pytest.raises(ConfigError, match=r"config.model has no field 'num_layer'; did you mean num_layers"):
+        from_config_dict({"model": {"num_layer": 3}})
+    with pytest.raises(ConfigError, match="must be of type int"):
+        from_config_dict({"seed": "one"})
+
+
+def fields(cls: type, path: str = "") -> list[tuple[str, typing.Any, typing.Any]]:
+    """(path, type, default) of every plain field below a dataclass."""
+    found = []
+    for field in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(hint):
+            found += fields(hint, f"{path}{field.name}.")
+        elif field.name == "stages":
+            found += fields(StageConfig, f"{path}stages[0].")
+        else:
+            found.append((path + field.name, hint, field.default))
+    return found
+
+
+def values_for(hint: typing.Any, default: typing.Any) -> list[tuple[str, typing.Any]]:
+    """(what to write, what it means) of values that differ from the default."""
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    if type(None) in typing.get_args(hint):
+        return [("None", None), *values_for(args[0], default)]
+    if typing.get_origin(hint) is tuple:
+        item = values_for(args[0], None)[0]
+        return [(f"({item[0]!r},)" if args[0] is str else f"({item[0]},)", (item[1],))]
+    by_type = {bool: (str(not default), not default), int: ("7", 7), float: ("0.25", 0.25), str: ("word", "word")}
+    return [by_type[hint]]
+
+
+def test_every_field_can_be_set_by_flag(tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text("from flmjax.config import *\ndef get_config():\n    return to_config_dict(RunConfig())\n")
+    assert len(fields(RunConfig)) > 60
+    for path, hint, default in fields(RunConfig):
+        for text, value in values_for(hint, default):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cli, "validate", lambda config: config)
+                _, config, _ = cli.parse(["train", f"--config={file}", f"--config.{path}={text}", "--workdir=w"])
+            found = config
+            for name in path.replace("[0]", ".0").split("."):
+                found = found[int(name)] if name.isdigit() else getattr(found, name)
+            assert found == value, path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_freeze_and_survive_json(path):  # case J02
+    _, config, _ = cli.parse(["train", f"--config={path}", "--workdir=w"])
+    assert from_config_dict(json.loads(json.dumps(to_json(config)))) == config
+    assert from_config_dict(to_config_dict(config)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+def test_flags_come_from_a_flag_file_too(tmp_path):  # case J02
+    (tmp_path / "flags").write_text(f"{QUICKSTART}\n--config.seed=11\n--workdir=elsewhere\n")
+    _, config, workdir = cli.parse(["train", f"--flagfile={tmp_path / 'flags'}"])
+    assert (config.seed, str(workdir)) == (11, "elsewhere")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_clip_norm_that_cannot_be_is_refused(value):  # case D23
+    with pytest.raises(ConfigError, match=r"optimizer.clip_norm=.* must be positive, or None"):
+        validate(RunConfig(optimizer=OptimizerConfig(clip_norm=value)))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (RunConfig(stages=()), "stages is empty"),
+        (RunConfig(stages=(StageConfig(), StageConfig())), "same name"),
+        (RunConfig(model=ModelConfig(num_heads=6, num_kv_heads=4)), "num_heads=6 is not a multiple of num_kv_heads=4"),
+        (RunConfig(model=ModelConfig(head_dim=7)), "head_dim=7 must be even"),
+        (RunConfig(stages=(StageConfig(batch_size=6, microbatches=4),)), "batch_size=6 is not a multiple"),
+        (RunConfig(stages=(StageConfig(warmup_steps=100),)), "warmup_steps=100 must be less than steps=100"),
+        (RunConfig(stages=(StageConfig(growth="zoro"),)), "did you mean zero"),
+        (RunConfig(data=DataConfig(weights=(1.0, 2.0))), "data.weights has 2 entries for 1 sources"),
+        (RunConfig(data=DataConfig(weights=(0.0,))), "0.0 must be positive"),
+    ],
+)
+def test_rules_between_fields_are_checked_once(config, words):
+    with pytest.raises(ConfigError, match=words):
+        validate(config)
+
+
+def test_width_growth_scales_the_epsilon_of_later_stages():
+    stages = (StageConfig(name="a"), StageConfig(name="b", embed_dim=256), StageConfig(name="c", num_layers=9))
+    models = RunConfig(stages=stages).stage_models
+    assert [m.norm_eps for m in models] == [1e-5, 0.5e-5, 0.5e-5]
+    assert [m.num_layers for m in models] == [4, 4, 9]
+    assert [m.embed_dim for m in models] == [128, 256, 256]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: None, "nowhere"),
+        (lambda folder: folder.mkdir(), "nowhere"),
+        (lambda folder: (folder.mkdir(), (folder / "a.txt").write_bytes(b"good" * 20 + b"\xff")), "byte 80"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "a.txt").write_text("short"), (folder / "b.txt").write_text("x")),
+            "",
+        ),
+    ],
+    ids=["missing", "empty", "not_utf8", "too_short"],
+)
+def test_bad_text_is_named_before_anything_is_trained(capsys, tmp_path, make, words):
+    make(tmp_path / "nowhere")
+    workdir = tmp_path / "run"
+    flags = (f"--config.data.sources={tmp_path / 'nowhere'}", "--config.data.vocabulary=bytes")
+    assert cli.main(["train", QUICKSTART, *flags, f"--workdir={workdir}"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("flmjax: ")
+    assert words in err
+    assert not (workdir / "checkpoints").exists() or not list((workdir / "checkpoints").iterdir())
