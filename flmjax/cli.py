@@ -82,26 +82,13 @@ def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path]:
             commands = "; ".join(f"{name}: {function.__doc__}" for name, function in COMMANDS.items())
             raise ConfigError(f"{USAGE}; {commands}")
         raise ConfigError(f"unknown command '{argv[0]}'{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
-    command, needs_config = argv[0], argv[0] != "report"
+    command = argv[0]
     values = flags.FlagValues()
     # Expanded first: ml_collections finds overrides by looking through the arguments.
     arguments = values.read_flags_from_files(argv[1:], force_gnu=False)
     workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    config = None
-    if needs_config:
-        for argument in arguments:
-            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-                check_path(override[1])
-        config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["flmjax", *arguments])
-    try:
-        rest = values(["flmjax", *arguments])
-    except IndexError:
-        indexed = " ".join(a for a in arguments if re.match(r"--?config\.[^=]*\[", a))
-        raise ConfigError(f"there is no such entry: {indexed}") from None
-    except (AttributeError, KeyError, TypeError, NameError, SyntaxError) as error:  # from a config file
-        raise ConfigError(f"the config file cannot be read: {type(error).__name__}: {_one_line(error)}") from error
-    if len(rest) > 1:
-        raise ConfigError(f"'{rest[1]}' is not a flag; {USAGE}")
+    config = None if command == "report" else _define_config(values, arguments)
+    _parse_flags(values, arguments)
     if workdir.value is None:
         raise ConfigError(f"--workdir is missing; {USAGE}")
     if config is None:
@@ -111,8 +98,28 @@ def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path]:
     try:
         tree = dict(config.value)
     except OSError:  # said at the first use of a file that could not be loaded
-        raise ConfigError(f"there is no config file '{values['config'].config_filename}'") from None
+        raise ConfigError(f"there is no config file '{values['config'].config_filename}'") from None  # type: ignore[attr-defined]
     return command, validate(from_config_dict(tree)), Path(workdir.value)
+
+
+def _define_config(values: flags.FlagValues, arguments: list[str]) -> flags.FlagHolder:
+    """The --config flag; overrides of fields that do not exist are refused before anything is loaded."""
+    for argument in arguments:
+        if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            check_path(override[1])
+    return config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["flmjax", *arguments])
+
+
+def _parse_flags(values: flags.FlagValues, arguments: list[str]) -> None:
+    try:
+        rest = values(["flmjax", *arguments])
+    except IndexError:
+        indexed = " ".join(a for a in arguments if re.match(r"--?config\.[^=]*\[", a))
+        raise ConfigError(f"there is no such entry: {indexed}") from None
+    except (AttributeError, KeyError, TypeError, NameError, SyntaxError) as error:  # from a config file
+        raise ConfigError(f"the config file cannot be read: {type(error).__name__}: {_one_line(error)}") from error
+    if len(rest) > 1:
+        raise ConfigError(f"'{rest[1]}' is not a flag; {USAGE}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -192,7 +192,7 @@ class RunConfig:
         return tuple(sum(s.steps * s.batch_size for s in self.stages[:i]) for i in range(len(self.stages) + 1))
 
 
-def resize(model: ModelConfig, **sizes: int) -> ModelConfig:
+def resize(model: ModelConfig, **sizes: Any) -> ModelConfig:
     """The configuration that `model` has after exact growth to `sizes`: width growth divides the norm's epsilon."""
     embed_dim = sizes.get("embed_dim", model.embed_dim)
     return dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)

@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flmjax.config import SIZES, ModelConfig
 from flmjax.growth.grow import grow_params
 from flmjax.growth.operators import GrowthError
-from flmjax.model.transformer import Transformer, count_parameters
+from flmjax.model.transformer import count_parameters, forward, real_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Certificate:
             if value is not None
         )
         return (
-            f"growth certificate at step {self.step}: {self.from_stage} -> {self.to_stage} by '{self.family}'; {sizes}; "
+            f"growth certificate at step {self.step}: {self.from_stage} -> {self.to_stage} by '{self.family}'; "
+            f"{sizes}; "
             f"parameters {self.parameters[0]:,} -> {self.parameters[1]:,}; max |difference| of logits on "
             f"{self.tokens} validation tokens: {numbers} (max |logit| {self.max_logit:.3g}); "
             f"loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
@@ -71,7 +72,7 @@ def certify(
     new_params: Any,
     old: ModelConfig,
     new: ModelConfig,
-    batch: dict[str, np.ndarray],
+    batch: Mapping[str, Any],
     *,
     family: str,
     key: jax.Array,
@@ -120,7 +121,7 @@ def _compare(
     params: tuple[Any, Any],
     old: ModelConfig,
     new: ModelConfig,
-    batch: dict[str, np.ndarray],
+    batch: Mapping[str, Any],
     dtype: str,
     placement: Any,
 ) -> tuple[float, float, tuple[float, float]]:
@@ -128,18 +129,15 @@ def _compare(
     # The plain attention in every dtype: a fused kernel's own rounding is not what is asked about.
     old, new = (dataclasses.replace(c, dtype=dtype, attention="plain") for c in (old, new))
 
-    def compare(params: tuple[Any, Any], batch: dict[str, jax.Array]) -> Any:
+    def compare(params: tuple[Any, Any], batch: Mapping[str, jax.Array]) -> Any:
         logits = [
-            Transformer(c, placement).apply(
-                {"params": p}, batch["tokens"], batch.get("segment_ids"), batch.get("positions")
-            )
+            forward(p, c, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
             for c, p in zip((old, new), params, strict=True)
         ]
-        real = jnp.arange(old.padded_vocab_size) < old.vocab_size
         losses = [_mean_loss(y, batch["targets"], batch["weights"]) for y in logits]
         return (
             jnp.max(jnp.abs(logits[0] - logits[1])),
-            jnp.max(jnp.where(real, jnp.abs(logits[0]), 0)),
+            jnp.max(jnp.where(real_ids(old), jnp.abs(logits[0]), 0)),
             losses,
         )
 

@@ -44,16 +44,16 @@ class Box(nn.LogicallyPartitioned):
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Box":
         """Called by nn.scan for the axis of layers."""
-        box = super().add_axis(index, params)
+        box: Any = super().add_axis(index, params)
         return box.replace(roles=(*self.roles[:index], "stack", *self.roles[index:]))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Box":
         """Inverse of add_axis."""
-        box = super().remove_axis(index, params)
+        box: Any = super().remove_axis(index, params)
         return box.replace(roles=(*self.roles[:index], *self.roles[index + 1 :]))
 
 
-def declare(init: Callable[..., jax.Array], **roles: str) -> Callable[..., Box]:
+def declare(init: Callable[..., jax.Array], **roles: str) -> Callable[..., Any]:
     """Wrap an initializer: `declare(normal(0.02), embed="read", mlp="write")` names the axes in order of dimensions."""
     for name, role in roles.items():
         if name not in AXES or role not in ROLES:
@@ -75,7 +75,7 @@ def axes_of(boxed: Any) -> Any:
     def read(path: tuple[Any, ...], leaf: Any) -> LeafAxes:
         if not isinstance(leaf, Box):
             raise ValueError(f"{path_name(path)}: this parameter's axes were not declared")
-        return LeafAxes(tuple(leaf.names), leaf.roles)
+        return LeafAxes(tuple(str(name) for name in leaf.names), leaf.roles)
 
     return jax.tree_util.tree_map_with_path(read, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 

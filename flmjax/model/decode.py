@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flmjax.config import ModelConfig
-from flmjax.model.transformer import Transformer
+from flmjax.model.transformer import forward
 
 
 def generate(
@@ -33,7 +33,7 @@ def _generate(
     params: Any, window_1L: jax.Array, start: jax.Array, key: jax.Array, temperature: jax.Array, config: ModelConfig
 ) -> jax.Array:
     def body(position: jax.Array, window_1L: jax.Array) -> jax.Array:
-        logits_1LV = Transformer(config).apply({"params": params}, window_1L)
+        logits_1LV = forward(params, config, window_1L)
         logits_V = logits_1LV[0, position - 1]
         token = jax.random.categorical(jax.random.fold_in(key, position), logits_V / temperature)
         return window_1L.at[0, position].set(token.astype(jnp.int32))

@@ -124,11 +124,30 @@ class Transformer(nn.Module):
         return scanned(c, self.placement, self.deterministic, name="layers")
 
 
+def forward(
+    params: Any,
+    config: ModelConfig,
+    tokens_BL: jax.Array,
+    segment_ids_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
+    placement: Any = None,
+) -> jax.Array:
+    """Transformer(config)'s logits (B, L, V), dropout off."""
+    model: Any = Transformer(config, placement)
+    return model.apply({"params": params}, tokens_BL, segment_ids_BL, positions_BL)
+
+
+def real_ids(config: ModelConfig) -> jax.Array:
+    """(V,) False for the padding of the vocabulary."""
+    assert config.vocab_size is not None
+    return jnp.arange(config.padded_vocab_size) < config.vocab_size
+
+
 def mask_padding(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    """Logits (..., V) with those of ids from vocab_size on at -1e30."""
+    """Logits (..., V) with those of padded ids at -1e30."""
     if config.padded_vocab_size == config.vocab_size:
         return logits
-    return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, MASKED)
+    return jnp.where(real_ids(config), logits, MASKED)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

@@ -113,8 +113,7 @@ class Run:
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.length = config.model.max_length
         self.data_axes = mesh.shape["replica"] * mesh.shape["fsdp"]
-        self.schedule = mixture_schedule(config, data)
-        kwargs = {"seed": config.seed, "length": self.length, "schedule": self.schedule}
+        kwargs: Any = {"seed": config.seed, "length": self.length, "schedule": mixture_schedule(config, data)}
         self.stream = mixture(data, config.data, **kwargs)
         self.fingerprint = fingerprint(data, config.data, **kwargs)
         self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)

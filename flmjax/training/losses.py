@@ -29,7 +29,7 @@ def loss_sums(
     Returns:
         The sum and {"loss": the sum, "weight": of the targets, "bytes"}; at least float32, whatever the dtype.
     """
-    model = Transformer(config, placement, deterministic=dropout_key is None)
+    model: Any = Transformer(config, placement, deterministic=dropout_key is None)
     x_BLD, table_VD = model.apply(
         {"params": params},
         batch["tokens"],
@@ -90,7 +90,8 @@ def _over_chunks(
         return jnp.moveaxis(x_BL.reshape(x_BL.shape[0], chunks, -1, *x_BL.shape[2:]), 1, 0)
 
     def body(totals: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
-        loss, dx, dtable = _chunk(*part, table_VD, config, placement, derivative)
+        x_BLD, targets_BL, weights_BL = part
+        loss, dx, dtable = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
         return (totals[0] + loss, totals[1] + dtable if derivative else None), dx
 
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)

@@ -1,5 +1,6 @@
 """One optimizer update, and one evaluation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,8 @@ def train_step(
         "nonfinite": nonfinite,
         "finite": finite,
     }
-    new_state = state.replace(
+    new_state = dataclasses.replace(
+        state,
         step=state.step + 1,
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),
