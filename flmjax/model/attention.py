@@ -50,15 +50,33 @@ def _plain(
     del placement  # the compiler partitions it
     B, L, H, K = q_BLHK.shape
     G = k_BLGK.shape[2]
-    dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
-    q_BLGRK = q_BLHK.reshape(B, L, G, H // G, K)
-    scores = jnp.einsum("blgrk,bmgk->bgrlm", q_BLGRK, k_BLGK, preferred_element_type=dtype) / math.sqrt(K)
-    keep = jnp.tril(jnp.ones((L, L), bool))[None]
-    if segment_ids_BL is not None:
-        keep = keep & (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])
-    scores = jnp.where(keep[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BLHK.dtype)
-    return jnp.einsum("bgrlm,bmgk->blgrk", weights, v_BLGK).reshape(B, L, H, K)
+    R = H // G  # query heads of a group, R, are further rows of its products
+    q_BGRLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, R, K), 1, 3)
+    k_BGLK, v_BGLK = (jnp.swapaxes(x, 1, 2) for x in (k_BLGK, v_BLGK))
+    ids_BL = jnp.zeros((1, L), jnp.int32) if segment_ids_BL is None else segment_ids_BL
+    blocks = next(n for n in (4, 2, 1) if L % n == 0 and (64 * n <= L or n == 1))
+    outputs = []
+    for start in range(0, L, L // blocks):
+        # A block of queries never looks at keys after it: four blocks save 3/8 of the work.
+        end = start + L // blocks
+        places = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        keep_BSM = places & (ids_BL[:, start:end, None] == ids_BL[:, None, :end])
+        outputs.append(_softmax_mix(q_BGRLK[:, :, :, start:end], k_BGLK[:, :, :end], v_BGLK[:, :, :end], keep_BSM))
+    return jnp.moveaxis(jnp.concatenate(outputs, axis=3), 3, 1).reshape(B, L, H, K)
+
+
+def _softmax_mix(q_BGRSK: jax.Array, k_BGMK: jax.Array, v_BGMK: jax.Array, keep_BSM: jax.Array) -> jax.Array:
+    """S queries over M keys. Divided by the sum of the exponentials at the end, where there is least to divide."""
+    B, G, R, S, K = q_BGRSK.shape
+    dtype = jnp.promote_types(q_BGRSK.dtype, jnp.float32)
+    q_BGNK = q_BGRSK.reshape(B, G, R * S, K)
+    scores_BGNM = jnp.einsum("bgnk,bgmk->bgnm", q_BGNK, k_BGMK, preferred_element_type=dtype) / math.sqrt(K)
+    scores_BGNM = jnp.where(jnp.tile(keep_BSM, (1, R, 1))[:, None], scores_BGNM, MASKED)
+    top_BGN1 = jax.lax.stop_gradient(jnp.max(scores_BGNM, axis=-1, keepdims=True))
+    weights_BGNM = jnp.exp(scores_BGNM - top_BGN1)
+    sum_BGN1 = jnp.sum(weights_BGNM, axis=-1, keepdims=True)
+    mixed_BGNK = jnp.einsum("bgnm,bgmk->bgnk", weights_BGNM.astype(q_BGRSK.dtype), v_BGMK, preferred_element_type=dtype)
+    return (mixed_BGNK / sum_BGN1).astype(q_BGRSK.dtype).reshape(B, G, R, S, K)
 
 
 def _cudnn(

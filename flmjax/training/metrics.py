@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from flmjax.config import ConfigError, ModelConfig, RunConfig, StageConfig, from_config_dict
@@ -126,6 +125,9 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self._repeated = _truncate(workdir, resume_step)
         self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8", errors=SURROGATES)
+        # Imported here: it takes PyTorch along where that is installed.
+        from tensorboardX import SummaryWriter
+
         # tensorboardX names files by the second and overwrites: a quick restart would lose the first one's events.
         suffix = f".{os.getpid()}.{time.time_ns()}"
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=suffix)
