@@ -37,11 +37,11 @@ def get_config(arg: str = ""):
         scan_unroll=4,
     )
     small = StageConfig(
-        name="small", steps=400, batch_size=16, learning_rate=3e-3, final_learning_rate=1e-3, warmup_steps=40
+        name="small", steps=300, batch_size=16, learning_rate=3e-3, final_learning_rate=1e-3, warmup_steps=40
     )
     wide = StageConfig(
         name="wide",
-        steps=200,
+        steps=150,
         batch_size=16,
         learning_rate=2e-3,
         final_learning_rate=1e-3,
@@ -52,7 +52,7 @@ def get_config(arg: str = ""):
     )
     deep = StageConfig(
         name="deep",
-        steps=200,
+        steps=150,
         batch_size=16,
         learning_rate=1.5e-3,
         final_learning_rate=1e-4,

@@ -1,7 +1,7 @@
-# Sourced by the scripts beside it: a virtual environment in .venv with this package and the extras named in $1.
+# Sourced by the scripts beside it: a virtual environment in .venv with this package and the extras named in $extras.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flmjax needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e ".${1:+[$1]}"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e ".${extras:+[$extras]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install into .venv with the test extra; lint, types, tests: launch/test.sh [PYTEST ARGUMENTS...]
 # Without arguments everything but the tests marked slow; `launch/test.sh -m slow` runs those.
-source "$(dirname "$0")/environment.sh" test
+extras=test source "$(dirname "$0")/environment.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

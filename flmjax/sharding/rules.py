@@ -38,6 +38,11 @@ class Placement:
 
     mesh: Mesh
 
+    @property
+    def is_single_cpu(self) -> bool:
+        """Whether there is nothing to place: one device, a CPU."""
+        return self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+
     def spec(self, *names: str | None) -> P:
         """PartitionSpec of an activation with these logical axes."""
         return P(*(ACTIVATION_RULES[name] for name in names))

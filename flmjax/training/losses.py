@@ -91,16 +91,16 @@ def _over_chunks(
 
     def body(totals: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
         x_BLD, targets_BL, weights_BL = part
-        loss, dx, dtable = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
-        return (totals[0] + loss, totals[1] + dtable if derivative else None), dx
+        loss, dx, dtable_DV = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
+        return (totals[0] + loss, totals[1] + dtable_DV if derivative else None), dx
 
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    start = (jnp.zeros((), dtype), jnp.zeros(table_VD.shape, dtype) if derivative else None)
+    start: Any = (jnp.zeros((), dtype), jnp.zeros(table_VD.shape[::-1], dtype) if derivative else None)
     parts = (split(x_BLD), split(targets_BL), split(weights_BL))
-    (total, dtable_VD), dx = jax.lax.scan(body, start, parts)
+    (total, dtable_DV), dx = jax.lax.scan(body, start, parts)
     if not derivative:
         return total, None
-    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dtable_VD)
+    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dtable_DV.T)
 
 
 def _chunk(
@@ -119,18 +119,18 @@ def _chunk(
     top_BL1 = jnp.max(logits_BLV, axis=-1, keepdims=True)
     exp_BLV = jnp.exp(logits_BLV - top_BL1)
     sum_BL1 = jnp.sum(exp_BLV, axis=-1, keepdims=True)
-    is_target_BLV = jnp.arange(table_VD.shape[0]) == targets_BL[..., None]
-    target_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0), axis=-1)
+    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     loss = jnp.sum(weights_BL * (jnp.log(sum_BL1) + top_BL1)[..., 0] - weights_BL * target_BL)
     if not derivative:
         return loss, None, None
+    is_target_BLV = jnp.arange(table_VD.shape[0]) == targets_BL[..., None]
     weights_BL1 = weights_BL[..., None].astype(dtype)
     d_BLV = (exp_BLV * (weights_BL1 / sum_BL1) - jnp.where(is_target_BLV, weights_BL1, 0)).astype(x_BLD.dtype)
     # Made once: fused into both products below, it would be computed for each of their tiles.
     d_BLV = jax.lax.optimization_barrier(pin(placement, d_BLV, "batch", None, "vocab"))
     dx_BLD = pin(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
-    dtable_VD = jnp.einsum("bld,blv->dv", x_BLD, d_BLV).T.astype(dtype)
-    return loss, dx_BLD, pin(placement, dtable_VD, "vocab", None)
+    dtable_DV = jnp.einsum("bld,blv->dv", x_BLD, d_BLV).astype(dtype)
+    return loss, dx_BLD, pin(placement, dtable_DV, None, "vocab")
 
 
 def _num_chunks(rows: int, length: int, vocabulary: int, placement: Any) -> int:
