@@ -1,6 +1,6 @@
 """`driver.py WHEN ARGS...`: the command line in a process that dies where a test wants it to.
 
-WHEN: never | batch:N (kill -9 when the N-th batch is placed) | growth (inside the growth point, before its certificate)
+WHEN: never | batch:N (kill -9 before the N-th update) | growth (inside the growth point, before its certificate)
 | saving:N (while the N-th save is being written) | full:N (from the N-th save on no file may grow past 20 kB).
 Every batch's step and checksum go to DRIVER_LOG.
 """
@@ -23,18 +23,14 @@ def die(*_args, **_kwargs):
 
 def main() -> int:
     when, _, number = sys.argv[1].partition(":")
-    counts = {"batch": 0, "save": 0}
-    put_batch, save, run_stage = loop.put_batch, Checkpoints.save, loop.run_stage
-
-    def counted_batch(rows, token_bytes, mesh):
-        counts["batch"] += 1
-        if when == "batch" and counts["batch"] == int(number):
-            die()
-        return put_batch(rows, token_bytes, mesh)
+    saves = 0
+    save, run_stage = Checkpoints.save, loop.run_stage
 
     def logged_stage(state, spec, config, index, rows, data):
         def logged_rows():
             for step, row in enumerate(rows, start=int(state.step)):
+                if when == "batch" and step + 1 == int(number):
+                    die()
                 with open(os.environ["DRIVER_LOG"], "a") as log:
                     log.write(f"{step} {zlib.crc32(row['tokens'].tobytes())}\n")
                 yield row
@@ -42,15 +38,15 @@ def main() -> int:
         return run_stage(state, spec, config, index, logged_rows(), data)
 
     def counted_save(self, step, state, meta):
-        counts["save"] += 1
-        if counts["save"] == int(number or -1):
-            if when == "saving":
-                threading.Timer(0.02, die).start()
-            if when == "full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        return save(self, step, state, meta)
+        nonlocal saves
+        saves += 1
+        if when == "full" and saves == int(number):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        save(self, step, state, meta)
+        if when == "saving" and saves == int(number):  # the save before is whole now, this one is being written
+            threading.Timer(0.005, die).start()
 
-    loop.put_batch, loop.run_stage, Checkpoints.save = counted_batch, logged_stage, counted_save
+    loop.run_stage, Checkpoints.save = logged_stage, counted_save
     if when == "growth":
         loop.certify = die
     return cli.main(sys.argv[2:])
