@@ -157,6 +157,17 @@ def test_position_tables_are_float32_whatever_the_dtype(dtype):  # case C02
     np.testing.assert_allclose(tables.key_sin[0, :, 0, 1::2], np.sin(angle), atol=5e-4)
 
 
+def test_xpos_scales_around_a_centre_that_does_not_move_with_the_sequence():
+    config = with_fields(TINY, head_dim=4, max_length=16, xpos_scale_base=2.0)
+    long, short = (rotation(config, jnp.arange(n)[None]) for n in (16, 10))
+    for full, part in zip(long, short, strict=True):
+        np.testing.assert_array_equal(full[:, :10], part)
+    scale = np.hypot(long.query_cos, long.query_sin)[0, :, 0]
+    np.testing.assert_allclose(scale[8], 1.0, rtol=1e-6)  # the centre, max_length // 2
+    np.testing.assert_allclose(scale[10], [2 / 7, 2 / 7, 9 / 14, 9 / 14], rtol=1e-6)  # zeta of pairs 0 and 1, K = 4
+    np.testing.assert_allclose(np.hypot(long.key_cos, long.key_sin)[0, :, 0], 1 / scale, rtol=1e-5)
+
+
 def test_padded_ids_have_no_probability_and_no_gradient():
     assert TINY.padded_vocab_size == 64
     params, batch = random_params(TINY), random_batch(TINY)

@@ -13,6 +13,7 @@ from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import OptimizerConfig, StageConfig
 from flmjax.model.axes import map_with_axes
+from flmjax.training import losses
 from flmjax.training.losses import cross_entropy_sum
 from flmjax.training.optimizer import learning_rate, make_optimizer
 from flmjax.training.state import init_state, state_spec
@@ -190,3 +191,26 @@ def test_bits_per_byte_are_counted_from_the_targets(spec, step, one_device_mesh)
     total = float(metrics["loss"]) * batch["weights"].sum() / math.log(2)
     by_hand = total / (batch["targets"] * batch["weights"]).sum()
     np.testing.assert_allclose(float(metrics["bits_per_byte"]), by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_gradient_of_the_loss_is_that_of_its_plain_formula(chunks, monkeypatch):
+    monkeypatch.setattr(losses, "_num_chunks", lambda *_: chunks)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, 16, 32)), jnp.float32)
+    table = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)  # 61 ids and three rows of padding
+    batch = random_batch(TINY, rows=3)
+
+    def plain(x, table):
+        log_probs = jax.nn.log_softmax((x @ table.T)[..., :61])
+        picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * batch["weights"])
+
+    def ours(x, table):
+        return 3.0 * cross_entropy_sum(x, table, batch["targets"], batch["weights"], TINY)
+
+    loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, table)
+    expected, expected_gradients = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, table)
+    np.testing.assert_allclose(loss, 3 * expected, rtol=1e-6)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(found, 3 * wanted, rtol=0, atol=2e-6 * 3 * np.abs(wanted).max())
