@@ -65,22 +65,26 @@ class Checkpoints:
         return self._restore(step, {"params": abstract})["params"]
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start writing; an error of the save before is raised here."""
-        if step == self.latest_step():
+        """Start writing; an error of the save before is raised here.
+
+        Raises:
+            CheckpointError: the disk refuses, or a newer step is there (Orbax would keep both, and resume from that).
+        """
+        newest = self.latest_step()
+        if step == newest:
             return
+        if newest is not None and step < newest:
+            raise CheckpointError(f"step {step} was not saved in {self.directory}: the newest there is {newest}")
         try:
             self._manager.check_for_errors()
+            state_items = {"params": state.params, "rest": _rest(state)}
             args = ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave(_rest(state)),
-                meta=ocp.args.JsonSave({**meta, "bit_sums": _bit_sums({"params": state.params, "rest": _rest(state)})}),
+                **{name: ocp.args.StandardSave(tree) for name, tree in state_items.items()},
+                meta=ocp.args.JsonSave({**meta, "bit_sums": _bit_sums(state_items)}),
             )
-            saved = self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(step, error) from error
-        if not saved:  # Orbax says no by returning False
-            newest = self.latest_step()
-            raise CheckpointError(f"step {step} was not saved in {self.directory}: the newest there is {newest}")
 
     def wait(self) -> None:
         """Until the last save is whole on disk; raises its error."""

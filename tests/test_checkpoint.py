@@ -1,0 +1,106 @@
+"""Checkpoints on other meshes, of other sizes, in parts, and what is not one."""
+
+import re
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, random_batch, with_fields
+
+from flmjax.config import MeshConfig, OptimizerConfig, resize
+from flmjax.sharding.mesh import make_mesh
+from flmjax.training.checkpoint import CheckpointError, Checkpoints, remove_incomplete
+from flmjax.training.state import init_state, state_spec
+from flmjax.training.step import compile_step
+
+CONFIG = with_fields(TINY, num_heads=8)
+
+
+def spec_on(*shape):
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    return state_spec(CONFIG, OptimizerConfig(), mesh)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint at step 3 written from 8 devices, and its state."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "checkpoints"
+    spec = spec_on(1, 2, 4)
+    state = init_state(spec, 0)
+    step = compile_step(spec, 1)
+    for i in range(3):
+        state, _ = step(state, random_batch(CONFIG, rows=8, seed=i), np.float32(1e-2))
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(3, state, {"stage": 0})
+        checkpoints.wait()
+    return folder, jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_any_mesh_reads_what_another_wrote(saved, shape):  # cases H01, H04
+    folder, state = saved
+    spec = spec_on(*shape)
+    with Checkpoints(folder, keep=2) as checkpoints:
+        restored = checkpoints.restore(3, spec.abstract)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, restored), state)
+    chex.assert_trees_all_equal_structs(restored, state)  # optax's own types, not lists and dictionaries
+    for found, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(spec.abstract), strict=True):
+        assert found.sharding == wanted.sharding
+
+
+def test_weights_are_read_without_the_moments(saved, monkeypatch):  # case H06
+    folder, state = saved
+    with Checkpoints(folder, keep=2) as checkpoints:
+        read = []
+        inner = checkpoints._read
+        monkeypatch.setattr(checkpoints, "_read", lambda step, **items: read.extend(items) or inner(step, **items))
+        params = checkpoints.restore_params(3, spec_on(1, 1, 1).abstract.params)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, params), state.params)
+    assert sorted(read) == ["meta", "params"]
+    sizes = {
+        item: sum(p.stat().st_size for p in (folder / "3" / item).rglob("*") if p.is_file())
+        for item in ("params", "rest")
+    }
+    assert sizes["params"] < 0.6 * sizes["rest"]
+
+
+def test_a_model_of_another_size_is_refused_with_leaf_and_shapes(saved):  # case H05
+    larger = resize(CONFIG, mlp_dim=64)
+    spec = state_spec(larger, OptimizerConfig(), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+    words = r"layers/mlp/\w+/\w+ has shape \(2.*48.*\), the model \(2.*64.*\).*growth"
+    with Checkpoints(saved[0], keep=2) as checkpoints, pytest.raises(CheckpointError, match=words):
+        checkpoints.restore(3, spec.abstract)
+
+
+def test_what_is_not_whole_is_removed_and_nothing_else(tmp_path):  # case H02
+    for name in ("2/params", "7", "9/params", "notes"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text("{}")
+    assert [path.name for path in remove_incomplete(tmp_path)] == ["7", "9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "notes"]
+    assert remove_incomplete(tmp_path / "absent") == []
+
+
+def test_a_save_that_orbax_declines_is_an_error(saved, tmp_path):
+    spec = spec_on(1, 1, 1)
+    state = init_state(spec, 0)
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        checkpoints.save(5, state, {})
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=r"step 4 was not saved in .*: the newest there is 5"):
+            checkpoints.save(4, state, {})
+
+
+def test_the_program_does_not_grow_with_depth(one_device_mesh):
+    sizes, seconds = {}, {}
+    for depth in (6, 48):
+        spec = state_spec(with_fields(CONFIG, num_layers=depth), OptimizerConfig(), one_device_mesh)
+        lowered = compile_step(spec, 1).lower(spec.abstract, random_batch(CONFIG), np.float32(0))
+        start = time.process_time()
+        text = lowered.compile().as_text()
+        seconds[depth] = time.process_time() - start
+        sizes[depth] = len(re.findall(r"^ *(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
+    print(f"compiling 48 layers takes {seconds[48] / seconds[6]:.2f} of 6 layers, instructions {sizes}")
+    assert sizes[48] <= 1.2 * sizes[6]
