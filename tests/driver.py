@@ -1,7 +1,8 @@
 """`driver.py WHEN ARGS...`: the command line in a process that dies where a test wants it to.
 
 WHEN: never | batch:N (kill -9 before the N-th update) | growth (inside the growth point, before its certificate)
-| saving:N (while the N-th save is being written) | full:N (from the N-th save on no file may grow past 20 kB).
+| saving:N (while the N-th save is being written) | full:N (from the N-th save on no file may grow past 20 kB)
+| nan:N (from the N-th update on every gradient is not a number).
 Every batch's step and checksum go to DRIVER_LOG.
 """
 
@@ -33,6 +34,8 @@ def main() -> int:
                     die()
                 with open(os.environ["DRIVER_LOG"], "a") as log:
                     log.write(f"{step} {zlib.crc32(row['tokens'].tobytes())}\n")
+                if when == "nan" and step + 1 >= int(number):
+                    row = {**row, "weights": row["weights"] * float("nan")}
                 yield row
 
         return run_stage(state, spec, config, index, logged_rows(), data)

@@ -132,6 +132,14 @@ def test_flags_come_from_a_flag_file_too(tmp_path):  # case J02
     assert (config.seed, str(workdir)) == (11, "elsewhere")
 
 
+def test_a_workdir_that_cannot_be_written_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["train", QUICKSTART, f"--workdir={tmp_path / 'file' / 'run'}"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert str(tmp_path / "file") in err
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_clip_norm_that_cannot_be_is_refused(value):  # case D23
     with pytest.raises(ConfigError, match=r"optimizer.clip_norm=.* must be positive, or None"):

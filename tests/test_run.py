@@ -147,6 +147,16 @@ def test_full_disk_stops_the_run_and_spares_the_last_checkpoint(lab):  # case H0
     same_run(lab / "straight", workdir)
 
 
+def test_gradients_that_stay_nan_stop_the_run_and_spare_the_last_checkpoint(lab):  # case D04
+    workdir = lab / "nan"
+    result = start(lab, "nan:8", workdir, "--config.optimizer.max_nonfinite_updates=3", expect=1)
+    assert "step 10: update skipped, not finite: embedding" in result.stderr
+    assert "(3 in a row); stopped, parameters are those of step 7" in result.stderr
+    assert max(batches(workdir)) <= 11  # one more update was on its way
+    with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 5
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_works(lab):
     workdir = lab / "damaged"
     shutil.copytree(lab / "straight", workdir)
