@@ -12,6 +12,7 @@ from flmjax.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    GrowthConfig,
     ModelConfig,
     RunConfig,
     StageConfig,
@@ -19,6 +20,7 @@ from flmjax.config import (
     to_config_dict,
 )
 
+OWN_RATE = GrowthConfig(learning_rate="stage")
 SOURCES = {"": ("python_docs",), "bilingual": ("python_docs", "hsk")}
 
 
@@ -46,6 +48,7 @@ def get_config(arg: str = ""):
         learning_rate=2e-3,
         final_learning_rate=1e-3,
         warmup_steps=10,
+        growth=OWN_RATE,
         embed_dim=192,
         num_heads=6,
         mlp_dim=768,
@@ -57,6 +60,7 @@ def get_config(arg: str = ""):
         learning_rate=1.5e-3,
         final_learning_rate=1e-4,
         warmup_steps=10,
+        growth=OWN_RATE,
         num_layers=4,
     )
     return to_config_dict(

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -12,6 +13,7 @@ from ml_collections import config_flags
 from flmjax.config import ConfigError, RunConfig, check_path, from_config_dict, nearest, validate
 
 USAGE = "usage: flmjax COMMAND --config=configs/x.py[:arg] [--config.a.b=v ...] --workdir=DIR"
+USAGE_GROW = "usage: flmjax grow --config=FILE --source=WORKDIR (--workdir=DIR [--weights-only] | --dry-run)"
 
 
 def train(config: RunConfig, workdir: Path) -> None:
@@ -35,6 +37,17 @@ def prepare(config: RunConfig, workdir: Path) -> None:
         print(f"  {source}: {counts} tokens", flush=True)
 
 
+def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_only: bool) -> None:
+    """Grow the newest checkpoint of another run (--source) into the first stage's model; --dry-run says how."""
+    from flmjax.training.grow_checkpoint import grow_checkpoint, plan_checkpoint
+
+    if dry_run:
+        print(plan_checkpoint(config, Path(source)), flush=True)
+        return
+    print(grow_checkpoint(config, Path(source), workdir, weights_only), flush=True)
+    print(f"{workdir}: checkpoint at step 0; 'flmjax train' with this config and workdir goes on from it", flush=True)
+
+
 def report(workdir: Path) -> None:
     """Write report.html and loss.png of a run, finished or not."""
     from flmjax.evaluation.report import write_report
@@ -43,20 +56,20 @@ def report(workdir: Path) -> None:
 
 
 # Imports live in the functions: a typo is answered before JAX is loaded.
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "prepare": prepare, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "prepare": prepare, "grow": grow, "report": report}
 
 
 def main(argv: list[str]) -> int:
     """Run a command line (without the program's name); returns the exit status: 2 for one that cannot be meant."""
     try:
-        command, config, workdir = parse(argv)
+        command, config, workdir, options = parse(argv)
     except (ConfigError, flags.Error) as error:
         print(f"flmjax: {_one_line(error)}", file=sys.stderr)
         return 2
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     try:
-        COMMANDS[command](*([workdir] if config is None else [config, workdir]))
+        COMMANDS[command](*([workdir] if config is None else [config, workdir]), **options)
     except ConfigError as error:
         print(f"flmjax: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -71,8 +84,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path]:
-    """(command, config or None where the command takes none, workdir).
+def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path, dict[str, Any]]:
+    """(command, config or None where the command takes none, workdir, the command's own options).
 
     Raises:
         ConfigError or absl.flags.Error: whatever is not understood, with the nearest names.
@@ -88,18 +101,32 @@ def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path]:
     arguments = values.read_flags_from_files(argv[1:], force_gnu=False)
     workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     config = None if command == "report" else _define_config(values, arguments)
+    own = _define_grow(values) if command == "grow" else {}
     _parse_flags(values, arguments)
-    if workdir.value is None:
+    options = {name: flag.value for name, flag in own.items()}
+    if command == "grow" and options["source"] is None:
+        raise ConfigError(f"--source is missing: the workdir of the run to grow; {USAGE_GROW}")
+    if workdir.value is None and not options.get("dry_run"):
         raise ConfigError(f"--workdir is missing; {USAGE}")
+    folder = Path(workdir.value or "")
     if config is None:
-        return command, None, Path(workdir.value)
+        return command, None, folder, options
     if config.value is None:
         raise ConfigError(f"--config is missing; {USAGE}")
     try:
         tree = dict(config.value)
     except OSError:  # said at the first use of a file that could not be loaded
         raise ConfigError(f"there is no config file '{values['config'].config_filename}'") from None  # type: ignore[attr-defined]
-    return command, validate(from_config_dict(tree)), Path(workdir.value)
+    return command, validate(from_config_dict(tree)), folder, options
+
+
+def _define_grow(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
+    """The options of grow."""
+    return {
+        "source": flags.DEFINE_string("source", None, "workdir of the run to grow", flag_values=values),
+        "dry_run": flags.DEFINE_boolean("dry-run", False, "print the plan and stop", flag_values=values),
+        "weights_only": flags.DEFINE_boolean("weights-only", False, "leave the moments behind", flag_values=values),
+    }
 
 
 def _define_config(values: flags.FlagValues, arguments: list[str]) -> flags.FlagHolder:

@@ -18,8 +18,14 @@ REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULES = ("constant", "cosine", "wsd")
 VOCABULARIES = ("sentencepiece", "bytes")
-GROWTH_FAMILIES = ("zero",)
-SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
+GROWTH_FAMILIES = ("zero", "duplicate", "mask", "stack", "interleave", "middle", "perturb", "learned")
+RAMPS = ("linear", "cosine")
+SPLITS = ("unequal", "equal")
+MOMENTS = ("carry", "reset")
+SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
+RATE_POLICIES = ("continue", "rewarm", "rewind", "stage")
+STAGE_SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
 
 # Endings of fields that decide how and where a run computes, not what: they may change when it goes on.
 HOW_IT_RUNS = (
@@ -52,6 +58,10 @@ class ModelConfig:
     position: str = "xpos"
     rope_theta: float = 10_000.0
     xpos_scale_base: float = 512.0
+    rotary_dim: int | None = None  # head_dim of the first stage; None: head_dim. Growth keeps its frequencies
+    rotary_repeat: bool = (
+        False  # dimensions past rotary_dim: False, they do not turn; True, they repeat its frequencies
+    )
     bias: bool = True
     tied_embedding: bool = True
     embedding_multiplier: float = 1.0
@@ -59,6 +69,7 @@ class ModelConfig:
     softmax_temperature: float = 1.0  # logits are divided by it
     dropout: float = 0.0
     init_std: float = 0.02
+    base_embed_dim: int | None = None  # muP's base width (model/mup.py); None: standard parametrisation
     dtype: str = "float32"  # of the matrix multiplications; parameters are always float32
     attention: str = "plain"
     remat: str = "none"
@@ -68,6 +79,16 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key/value heads, G."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def rotated_dims(self) -> int:
+        """Dimensions of a head whose frequencies are those of a head of just that size."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def width_multiplier(self) -> float:
+        """m of muP: embed_dim over the base width; 1 in the standard parametrisation."""
+        return 1.0 if self.base_embed_dim is None else self.embed_dim / self.base_embed_dim
 
     @property
     def padded_vocab_size(self) -> int:
@@ -112,6 +133,23 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GrowthConfig:
+    """The operator at a stage's start; that of the first stage is what `flmjax grow` uses."""
+
+    family: str = "zero"  # growth/families.py says what each is and whether it is exact
+    split: str = "unequal"  # of copies, "duplicate": equal ones stay equal for ever
+    shrink: float = 0.4  # "perturb": what old matrices are multiplied by
+    moments: str = "carry"  # "reset" forgets Adam's moments
+    ramp_steps: int = 0  # "mask": updates from the mask's 0 to its 1
+    ramp: str = "linear"  # its shape
+    tuning_steps: int = 100  # "learned": updates of the growth matrices
+    tuning_learning_rate: float = 1e-3  # Adam's, on the growth matrices
+    learning_rate: str = "continue"  # or "rewarm", "rewind", or "stage": the stage has a schedule of its own
+    rewarm_fraction: float = 0.01  # "rewarm": of the stage's steps
+    new_warmup_fraction: float = 0.01  # of the stage's steps in which the new weights' rate rises; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of the schedule. Sizes that are None are those of the stage before (or of the model)."""
 
@@ -119,18 +157,24 @@ class StageConfig:
     steps: int = 100  # optimizer updates
     batch_size: int = 8  # sequences per update, over all devices
     microbatches: int = 1  # the batch is computed in this many parts
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # this and the four below hold for the stages that continue the schedule, too
     final_learning_rate: float = 0.0
     warmup_steps: int = 0
     schedule: str = "cosine"
     decay_fraction: float = 0.2  # last part of the stage in which "wsd" decays
     weights: tuple[float, ...] | None = None  # mixture from this stage on; None: as before
-    growth: str = "zero"  # family of the operator at the stage's start; the first stage does not use it
+    growth: GrowthConfig = GrowthConfig()
     num_layers: int | None = None
     embed_dim: int | None = None
     mlp_dim: int | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+    @property
+    def tuning_steps(self) -> int:
+        """Batches that this stage's growth learns from before the first update."""
+        return self.growth.tuning_steps if self.growth.family == "learned" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +217,8 @@ class RunConfig:
         multiple = math.lcm(self.model.vocab_multiple, self.mesh.tensor)
         model = dataclasses.replace(self.model, vocab_multiple=multiple)
         for i, stage in enumerate(self.stages):
-            sizes = {name: getattr(stage, name) for name in SIZES if getattr(stage, name) is not None}
-            model = resize(model, **sizes) if i else dataclasses.replace(model, **sizes)
+            sizes = {name: getattr(stage, name) for name in STAGE_SIZES if getattr(stage, name) is not None}
+            model = resize(model, stage.growth.family, **sizes) if i else dataclasses.replace(model, **sizes)
             models.append(model)
         return tuple(models)
 
@@ -187,15 +231,18 @@ class RunConfig:
         """First step of every stage; a last entry holds the end of the run."""
         return tuple(sum(s.steps for s in self.stages[:i]) for i in range(len(self.stages) + 1))
 
-    def sample_starts(self) -> tuple[int, ...]:
-        """Samples consumed before every stage."""
-        return tuple(sum(s.steps * s.batch_size for s in self.stages[:i]) for i in range(len(self.stages) + 1))
 
+def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfig:
+    """The configuration that `model` has after growth to `sizes`.
 
-def resize(model: ModelConfig, **sizes: Any) -> ModelConfig:
-    """The configuration that `model` has after exact growth to `sizes`: width growth divides the norm's epsilon."""
+    Width growth divides the norm's epsilon. Growth of the heads keeps the old frequencies: new dimensions do not turn
+    (which other libraries can express as partial rotary), or repeat the old frequencies if they are copies.
+    """
     embed_dim = sizes.get("embed_dim", model.embed_dim)
-    return dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)
+    grown = dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)
+    if grown.head_dim == model.head_dim or model.position == "learned" or model.rotary_dim is not None:
+        return grown
+    return dataclasses.replace(grown, rotary_dim=model.head_dim, rotary_repeat=family == "duplicate")
 
 
 # ---- ml_collections -------------------------------------------------------------------------------------------------
@@ -311,6 +358,7 @@ def validate(config: RunConfig) -> RunConfig:
     _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
     for i, stage in enumerate(config.stages):
         _validate_stage(stage, f"stages[{i}]", len(config.data.sources))
+    _validate_schedule(config.stages)
     names = [stage.name for stage in config.stages]
     _require(len(set(names)) == len(names), f"stages have the same name: {', '.join(names)}")
     for i, (old, new) in enumerate(zip(config.stage_models, config.stage_models[1:], strict=False), start=1):
@@ -341,6 +389,10 @@ def _validate_model(m: ModelConfig, path: str = "model") -> None:
         _choice(f"{path}.{field}", getattr(m, field), choices)
     for field in ("num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "max_length", "vocab_multiple"):
         _require(getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive")
+    for field in ("rotary_dim", "base_embed_dim"):
+        _require(
+            getattr(m, field) is None or getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive"
+        )
     for field in ("norm_eps", "softmax_temperature", "rope_theta", "xpos_scale_base", "init_std"):
         value = getattr(m, field)
         _require(math.isfinite(value) and value > 0, f"{path}.{field}={value} must be positive")
@@ -352,6 +404,10 @@ def _validate_model(m: ModelConfig, path: str = "model") -> None:
     )
     if m.position != "learned":
         _require(m.head_dim % 2 == 0, f"{path}.head_dim={m.head_dim} must be even for position='{m.position}'")
+        _require(
+            m.rotated_dims % 2 == 0 and m.rotated_dims <= m.head_dim,
+            f"{path}.rotary_dim={m.rotary_dim} must be even and at most head_dim={m.head_dim}",
+        )
     _require(m.scan_unroll > 0, f"{path}.scan_unroll={m.scan_unroll} must be positive")
 
 
@@ -400,12 +456,49 @@ def _validate_stage(s: StageConfig, path: str, num_sources: int) -> None:
     )
     _require(0 < s.decay_fraction <= 1, f"{path}.decay_fraction={s.decay_fraction} must lie in (0, 1]")
     _choice(f"{path}.schedule", s.schedule, SCHEDULES)
-    _choice(f"{path}.growth", s.growth, GROWTH_FAMILIES)
+    _validate_operator(s, f"{path}.growth")
     _validate_weights(f"{path}.weights", s.weights, num_sources)
 
 
+def _validate_operator(s: StageConfig, path: str) -> None:
+    g = s.growth
+    for field, choices in (
+        ("family", GROWTH_FAMILIES),
+        ("split", SPLITS),
+        ("moments", MOMENTS),
+        ("ramp", RAMPS),
+        ("learning_rate", RATE_POLICIES),
+    ):
+        _choice(f"{path}.{field}", getattr(g, field), choices)
+    for field in ("shrink", "rewarm_fraction", "new_warmup_fraction"):
+        _require(0.0 <= getattr(g, field) <= 1.0, f"{path}.{field}={getattr(g, field)} must lie in [0, 1]")
+    _require(g.tuning_steps >= 0, f"{path}.tuning_steps={g.tuning_steps} must not be negative")
+    _require(
+        math.isfinite(g.tuning_learning_rate) and g.tuning_learning_rate > 0,
+        f"{path}.tuning_learning_rate={g.tuning_learning_rate} must be positive",
+    )
+    ramped = g.family == "mask"
+    _require(
+        0 < g.ramp_steps <= s.steps if ramped else g.ramp_steps == 0,
+        f"{path}.ramp_steps={g.ramp_steps} must be "
+        + (f"1 to the stage's steps={s.steps} for family 'mask'" if ramped else f"0 for family '{g.family}'"),
+    )
+
+
+def _validate_schedule(stages: tuple[StageConfig, ...]) -> None:
+    """A stage that continues a schedule may not bring one: it would be ignored."""
+    default = StageConfig()
+    for i, stage in enumerate(stages[1:], start=1):
+        for field in SCHEDULE_FIELDS if stage.growth.learning_rate != "stage" else ():
+            _require(
+                getattr(stage, field) == getattr(default, field),
+                f"stages[{i}].{field}={getattr(stage, field)} is not read: stages[{i}].growth.learning_rate="
+                f"'{stage.growth.learning_rate}' goes on with the schedule before it; 'stage' starts this one",
+            )
+
+
 def _validate_growth(old: ModelConfig, new: ModelConfig, path: str) -> None:
-    for field in SIZES:
+    for field in STAGE_SIZES:
         before, after = getattr(old, field), getattr(new, field)
         if field == "num_kv_heads":
             before, after = old.kv_heads, new.kv_heads

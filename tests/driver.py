@@ -44,6 +44,7 @@ def main() -> int:
         nonlocal saves
         saves += 1
         if when == "full" and saves == int(number):
+            self.wait()  # the save before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         save(self, step, state, meta)
         if when == "saving" and saves == int(number):  # the save before is whole now, this one is being written

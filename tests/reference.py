@@ -4,6 +4,7 @@ It shares no code with flmjax.model and imports no JAX. Nothing is fused and hea
 B batch, L length, D embed, F mlp, H query heads, G key-value heads, K head_dim, V padded vocabulary, N layers.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -76,8 +77,16 @@ def rotary(x_BLHK: np.ndarray, positions_BL: np.ndarray, config: ModelConfig, si
 
     xPos also multiplies it by zeta_j^(sign * (position - max_length // 2) / scale_base), sign +1 for queries and -1 for
     keys, zeta_j = (2j + 0.4 K) / (1.4 K) (Sun et al. 2022, arXiv 2212.10554, in torchscale's convention).
+    Of a head that has grown, K is the size before; the pairs after it repeat the first ones or are left alone.
     """
-    K = x_BLHK.shape[-1]
+    K = config.rotary_dim or x_BLHK.shape[-1]
+    if x_BLHK.shape[-1] > K:
+        first = dataclasses.replace(config, rotary_dim=None)
+        parts = [x_BLHK[..., start : start + K] for start in range(0, x_BLHK.shape[-1], K)]
+        padded = [np.concatenate([part, np.zeros((*part.shape[:-1], K - part.shape[-1]))], -1) for part in parts]
+        turned = [rotary(part, positions_BL, first, sign) for part in padded]
+        rest = turned[1:] if config.rotary_repeat else padded[1:]
+        return np.concatenate([turned[0], *rest], -1)[..., : x_BLHK.shape[-1]]
     even = np.arange(0, K, 2)
     position = positions_BL[:, :, None, None].astype(np.float64)
     pairs = (x_BLHK[..., 0::2] + 1j * x_BLHK[..., 1::2]) * np.exp(1j * position * config.rope_theta ** (-even / K))
@@ -164,7 +173,8 @@ def logits(
         x_BLD = block(x_BLD, layer, config, positions_BL, segment_ids_BL)
     x_BLD = norm(x_BLD, params["final_norm"], config)
     head_DV = params["embedding"].T if config.tied_embedding else params["head"]
-    return config.output_multiplier / config.softmax_temperature * (x_BLD @ head_DV)
+    width = config.embed_dim / (config.base_embed_dim or config.embed_dim)  # muP divides logits by it
+    return config.output_multiplier / config.softmax_temperature / width * (x_BLD @ head_DV)
 
 
 def loss(params: dict, config: ModelConfig, batch: dict[str, np.ndarray]) -> tuple[float, float]:

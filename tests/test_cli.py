@@ -11,6 +11,7 @@ from flmjax import cli
 from flmjax.config import (
     ConfigError,
     DataConfig,
+    GrowthConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -110,7 +111,7 @@ def test_every_field_can_be_set_by_flag(tmp_path):
         for text, value in values_for(hint, default):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(cli, "validate", lambda config: config)
-                _, config, _ = cli.parse(["train", f"--config={file}", f"--config.{path}={text}", "--workdir=w"])
+                _, config, *_ = cli.parse(["train", f"--config={file}", f"--config.{path}={text}", "--workdir=w"])
             found = config
             for name in path.replace("[0]", ".0").split("."):
                 found = found[int(name)] if name.isdigit() else getattr(found, name)
@@ -119,7 +120,7 @@ def test_every_field_can_be_set_by_flag(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_freeze_and_survive_json(path):  # case J02
-    _, config, _ = cli.parse(["train", f"--config={path}", "--workdir=w"])
+    _, config, *_ = cli.parse(["train", f"--config={path}", "--workdir=w"])
     assert from_config_dict(json.loads(json.dumps(to_json(config)))) == config
     assert from_config_dict(to_config_dict(config)) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -128,7 +129,7 @@ def test_shipped_configs_freeze_and_survive_json(path):  # case J02
 
 def test_flags_come_from_a_flag_file_too(tmp_path):  # case J02
     (tmp_path / "flags").write_text(f"{QUICKSTART}\n--config.seed=11\n--workdir=elsewhere\n")
-    _, config, workdir = cli.parse(["train", f"--flagfile={tmp_path / 'flags'}"])
+    _, config, workdir, _ = cli.parse(["train", f"--flagfile={tmp_path / 'flags'}"])
     assert (config.seed, str(workdir)) == (11, "elsewhere")
 
 
@@ -138,6 +139,10 @@ def test_a_workdir_that_cannot_be_written_is_named(capsys, tmp_path):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert str(tmp_path / "file") in err
+
+
+def two_stages(growth, **fields):
+    return RunConfig(stages=(StageConfig(name="a"), StageConfig(name="b", growth=growth, **fields)))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
@@ -155,7 +160,12 @@ def test_clip_norm_that_cannot_be_is_refused(value):  # case D23
         (RunConfig(model=ModelConfig(head_dim=7)), "head_dim=7 must be even"),
         (RunConfig(stages=(StageConfig(batch_size=6, microbatches=4),)), "batch_size=6 is not a multiple"),
         (RunConfig(stages=(StageConfig(warmup_steps=100),)), "warmup_steps=100 must be less than steps=100"),
-        (RunConfig(stages=(StageConfig(growth="zoro"),)), "did you mean zero"),
+        (RunConfig(stages=(StageConfig(growth=GrowthConfig("zoro")),)), "did you mean zero"),
+        (two_stages(GrowthConfig(ramp_steps=3)), r"stages\[1\].growth.ramp_steps=3 must be 0 for family 'zero'"),
+        (two_stages(GrowthConfig("mask")), "ramp_steps=0 must be 1 to the stage's steps=100 for family 'mask'"),
+        (two_stages(GrowthConfig(shrink=1.5)), r"growth.shrink=1.5 must lie in \[0, 1\]"),
+        (two_stages(GrowthConfig(learning_rate="rewram")), "did you mean rewarm"),
+        (two_stages(GrowthConfig(), learning_rate=0.5), r"stages\[1\].learning_rate=0.5 is not read.*'stage'"),
         (RunConfig(data=DataConfig(weights=(1.0, 2.0))), "data.weights has 2 entries for 1 sources"),
         (RunConfig(data=DataConfig(weights=(0.0,))), "0.0 must be positive"),
     ],

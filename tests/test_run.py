@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from flmjax.config import ConfigError
 from flmjax.training.checkpoint import Checkpoints
+from flmjax.training.grow_checkpoint import check_vocabulary
 from flmjax.training.metrics import read_metrics
 
 CONFIG = """
@@ -19,9 +22,11 @@ from flmjax.config import *
 
 def get_config():
     model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=32, dropout=0.1)
-    both = dict(steps=15, learning_rate=3e-3)
-    small = StageConfig(name="small", batch_size=4, schedule="constant", **both)
-    large = StageConfig(name="large", batch_size=6, microbatches=2, embed_dim=48, num_layers=2, **both)
+    small = StageConfig(name="small", steps=15, batch_size=4, learning_rate=3e-3, schedule="constant")
+    mask = GrowthConfig("mask", ramp_steps=8)
+    large = StageConfig(
+        name="large", steps=15, batch_size=6, microbatches=2, growth=mask, embed_dim=48, num_layers=2
+    )
     return to_config_dict(RunConfig(
         model=model,
         stages=(small, large),
@@ -35,6 +40,20 @@ def get_config():
 """
 
 
+BIG = """
+from flmjax.config import *
+
+def get_config():
+    model = ModelConfig(
+        num_layers=3, embed_dim=60, num_heads=4, head_dim=20, mlp_dim=80, max_length=40, dropout=0.1,
+        norm_eps=1e-5 * 32 / 60, rotary_dim=16,
+    )
+    stage = StageConfig(name="big", steps=4, batch_size=4, learning_rate=1e-4, schedule="constant")
+    data = DataConfig(sources=(r"TEXT",), vocabulary="bytes")
+    return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
+"""
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A folder with text, a config, a compile cache, and one run that nothing disturbed."""
@@ -45,11 +64,14 @@ def lab(tmp_path_factory):
     for i in range(40):
         (folder / "text" / f"{i}.txt").write_text(" ".join(rng.choice(words) for _ in range(300)))
     (folder / "config.py").write_text(CONFIG.replace("TEXT", str(folder / "text")))
+    (folder / "big.py").write_text(BIG.replace("TEXT", str(folder / "text")))
     start(folder, "never", folder / "straight")
     return folder
 
 
-def start(lab: Path, when: str, workdir: Path, *flags: str, expect: int = 0) -> subprocess.CompletedProcess:
+def start(
+    lab: Path, when: str, workdir: Path, *flags: str, expect: int = 0, command: str = "train", config: str = "config.py"
+) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -59,8 +81,8 @@ def start(lab: Path, when: str, workdir: Path, *flags: str, expect: int = 0) -> 
         "DRIVER_LOG": str(workdir) + ".batches",
     }
     driver = Path(__file__).parent / "driver.py"
-    command = [sys.executable, str(driver), when, "train", f"--config={lab / 'config.py'}", f"--workdir={workdir}"]
-    result = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    line = [sys.executable, str(driver), when, command, f"--config={lab / config}", f"--workdir={workdir}"]
+    result = subprocess.run([*line, *flags], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == expect, result.stdout + result.stderr
     return result
 
@@ -101,6 +123,7 @@ def test_a_run_writes_what_it_promises(lab):
     certificate = json.loads((straight / "certificates" / "step_00000015.json").read_text())
     assert certificate["max_difference"]["float32"] <= 1e-4
     assert certificate["max_difference"]["float64"] <= 1e-10
+    assert certificate["mask_removed"] <= 1e-10
     lines = read_metrics(straight)
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 31))
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [10, 15, 20, 30]
@@ -116,6 +139,34 @@ def test_kill_between_saves_loses_nothing(lab):  # case A01
     # Step 10 was being written when the kill came: whole or not there.
     assert re.search(r"go on from step (5|10):", start(lab, "never", workdir).stdout)
     same_run(lab / "straight", workdir)
+
+
+def test_kill_while_the_mask_opens_loses_nothing(lab):
+    """Steps 15 to 22 are masked; the checkpoint of step 20 holds what is under the mask, whatever it shows."""
+    workdir = lab / "masked"
+    start(lab, "batch:22", workdir, expect=-9)
+    shown = start(lab, "never", workdir).stdout
+    assert re.search(r"go on from step (15|20):", shown)
+    assert "large 23: the mask is open and gone" in shown
+    same_run(lab / "straight", workdir)
+
+
+def test_growth_that_learns_uses_samples_of_its_own(lab):
+    """Three tuning batches before step 15: the stage's batches move on by three, tokens and FLOPs are counted."""
+    workdir, growth = lab / "learned", "--config.stages[1].growth"
+    flags = [f"{growth}.family=learned", f"{growth}.ramp_steps=0", f"{growth}.tuning_steps=3"]
+    shown = start(lab, "never", workdir, *flags).stdout
+    assert re.search(r"growth learned in 3 updates on 18 samples: loss [\d.]+ -> [\d.]+", shown)
+    assert "not exact: tuned from an exact start" in shown
+    straight, learned = batches(lab / "straight"), batches(workdir)
+    assert [learned[step] for step in range(15)] == [straight[step] for step in range(15)]
+    assert [learned[step] for step in range(15, 27)] == [straight[step + 3] for step in range(15, 27)]
+    lines = [line for line in read_metrics(workdir) if line["kind"] == "train"]
+    assert lines[-1]["tokens"] == 15 * 4 * 32 + 18 * 6 * 32
+    plain = [line for line in read_metrics(lab / "straight") if line["kind"] == "train"]
+    assert lines[14]["flops"] == plain[14]["flops"]
+    update = plain[-1]["flops"] - plain[-2]["flops"]
+    assert lines[15]["flops"] - plain[15]["flops"] > 3 * update
 
 
 def test_kill_inside_the_growth_point_loses_nothing(lab):
@@ -202,3 +253,77 @@ def test_log_of_a_run_is_plain_lines(lab):
     result = start(lab, "batch:3", lab / "log", expect=-9)
     assert "\r" not in result.stdout + result.stderr
     assert "\x1b" not in result.stdout + result.stderr
+
+
+# ---- flmjax grow -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(lab):
+    workdir = lab / "dry"
+    flags = [f"--source={lab / 'straight'}", "--dry-run"]
+    shown = start(lab, "never", workdir, *flags, command="grow", config="big.py").stdout
+    assert re.search(
+        r"layers/mlp/up/kernel +\(2, 48, 48\) +-> \(3, 60, 80\) +layers 2 -> 3, new ones fresh; embed", shown
+    )
+    assert "'zero' from" in shown
+    assert "parameters 35,136 -> 104,400; dry run" in shown
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_grown_checkpoint_has_its_certificate_and_trains_on(lab, weights_only):
+    workdir = lab / f"grown{weights_only}"
+    flags = [f"--source={lab / 'straight'}", *["--weights-only"] * weights_only]
+    before = sorted(path for path in (lab / "straight").rglob("*"))
+    shown = start(lab, "never", workdir, *flags, command="grow", config="big.py").stdout
+    assert "straight step 30 -> big by 'zero' (exact); num_layers 2 -> 3, embed_dim 48 -> 60" in shown
+    assert sorted(path for path in (lab / "straight").rglob("*")) == before
+    certificate = json.loads((workdir / "certificates" / "step_00000000.json").read_text())
+    assert certificate["max_difference"]["float32"] <= 2e-5 * certificate["max_logit"]
+    assert certificate["max_difference"]["float64"] <= 1e-12 * certificate["max_logit"]
+    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        sums = checkpoints.meta(0)["bit_sums"]
+    moments = {path: value for path, value in sums.items() if "/mu/" in path or "/nu/" in path}
+    assert len(moments) > 20
+    assert any(moments.values()) != weights_only
+    assert "go on from step 0: stage big" in start(lab, "never", workdir, config="big.py").stdout
+    losses = [line["loss"] for line in read_metrics(workdir) if line["kind"] == "train"]
+    assert len(losses) == 4
+    assert abs(losses[0] - certificate["loss_after"]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "status"),
+    [
+        (["--source=nowhere"], "nowhere is no workdir of a run", 2),
+        (["--config.model.norm_eps=1e-5"], r"growth keeps the function with --config.model.norm_eps=5.3\d+e-06", 2),
+        (["--config.model.rotary_dim=None"], "with --config.model.rotary_dim=16", 2),
+        (["--config.model.embed_dim=40"], "embed_dim would shrink from 48 to 40", 1),
+        (["--config.model.activation=swiglu"], "growth cannot change activation from gelu to swiglu", 1),
+        (["--config.stages[0].growth.family=zeros"], "did you mean zero", 2),
+        (["--config.stages[0].growth.family=learned"], "grows in a run, not between runs.*make the larger model", 2),
+    ],
+)
+def test_growth_that_cannot_be_is_refused_before_anything_is_written(lab, flags, words, status):
+    workdir = lab / "refused"
+    flags = [f"--source={lab / 'straight'}", *flags]  # of a flag given twice the last counts
+    result = start(lab, "never", workdir, *flags, command="grow", config="big.py", expect=status)
+    assert re.search(words, result.stderr), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (workdir / "checkpoints").exists()
+    assert not (workdir / "config.json").exists()
+
+
+def test_a_vocabulary_in_which_an_old_id_means_another_word_is_refused():
+    def tokenizer(words, end_id=0):
+        decode = lambda ids: "".join(words[i] for i in ids)
+        return SimpleNamespace(fingerprint=str(words), vocab_size=len(words), end_id=end_id, decode=decode)
+
+    old, folder = tokenizer(["", "a", "b"]), Path("run")
+    check_vocabulary(old, tokenizer(["", "a", "b", "new"]), folder, folder)
+    with pytest.raises(
+        ConfigError, match=r"id 2 means 'c', there 'b'; --config.data.directory=run/data takes its data"
+    ):
+        check_vocabulary(old, tokenizer(["", "a", "c", "b"]), folder, folder)
+    with pytest.raises(ConfigError, match="id 0 means"):
+        check_vocabulary(old, tokenizer(["", "a", "b", ""], end_id=3), folder, folder)

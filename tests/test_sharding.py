@@ -1,5 +1,6 @@
 """Every mesh computes what one device computes."""
 
+import functools
 import re
 
 import chex
@@ -8,8 +9,19 @@ import numpy as np
 import pytest
 from conftest import TINY, random_batch, with_fields
 
-from flmjax.config import ConfigError, MeshConfig, OptimizerConfig, RunConfig, StageConfig, resize, validate_mesh
+from flmjax.config import (
+    GROWTH_FAMILIES,
+    ConfigError,
+    GrowthConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    resize,
+    validate_mesh,
+)
 from flmjax.growth.grow import grow
+from flmjax.growth.learned import expand, first_matrices
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement
 from flmjax.training.state import init_state, state_spec
@@ -82,22 +94,72 @@ def test_constraints_reach_the_lowered_program():
     assert len(heads) >= 4
 
 
+def growth_program(family, shape, new_shape, old=CONFIG):
+    """(compiled growth of a state on every axis, spec of the old state, spec of the new one)."""
+    new = resize(old, family, embed_dim=64, mlp_dim=96, num_heads=16, head_dim=16, num_layers=3)
+    before, after = (
+        state_spec(config, OptimizerConfig(), mesh_of(s)) for config, s in ((old, shape), (new, new_shape))
+    )
+    program = jax.jit(
+        lambda s: grow(s, old, new, GrowthConfig(family), jax.random.key(7)),
+        in_shardings=(before.shardings,),
+        out_shardings=after.shardings,
+    )
+    return program.lower(before.abstract).compile(), before, after
+
+
+@functools.cache
+def grown_on_one_device(family):
+    compiled, before, _ = growth_program(family, (1, 1, 1), (1, 1, 1))
+    return jax.tree.map(np.asarray, compiled(init_state(before, 0)))
+
+
+def gathered(text):
+    """Shapes of all that a program gathers."""
+    return {tuple(map(int, shape.split(","))) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)}
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("family", GROWTH_FAMILIES)
+def test_sharded_growth_equals_the_unsharded_and_gathers_nothing(family, shape):  # facts: T9
+    compiled, before, after = growth_program(family, shape, shape)
+    grown = compiled(init_state(before, 0))
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, grown), grown_on_one_device(family), rtol=1e-6, atol=1e-7)
+    whole = {x.shape for x in jax.tree.leaves(after.abstract) if x.sharding.is_fully_replicated}
+    if family == "duplicate":  # gains and biases are whole on every device anyway
+        assert gathered(compiled.as_text()) <= whole
+    else:
+        assert "all-gather" not in compiled.as_text()
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_sharded_growth_equals_the_unsharded_and_gathers_nothing(shape):
-    new = resize(CONFIG, embed_dim=48, mlp_dim=64, num_heads=16, num_layers=3)
-    key = jax.random.key(7)
+def test_learning_growth_gathers_one_layer_at_a_time(shape):
+    new = resize(CONFIG, "learned", embed_dim=64, mlp_dim=96, num_heads=16, num_layers=3)
+    before, after = (state_spec(config, OptimizerConfig(), mesh_of(shape)).abstract.params for config in (CONFIG, new))
+    shardings = jax.tree.map(lambda x: x.sharding, after)
+    matrices = first_matrices(CONFIG, new)
 
-    def grown(shape):
-        mesh = mesh_of(shape)
-        old_spec, new_spec = (state_spec(c, OptimizerConfig(), mesh) for c in (CONFIG, new))
-        state = init_state(old_spec, 0)
-        program = jax.jit(lambda s: grow(s, CONFIG, new, "zero", key), out_shardings=new_spec.shardings)
-        compiled = program.lower(state).compile()
-        return jax.tree.map(np.asarray, compiled(state)), compiled.as_text()
+    def gradient(matrices, params, constant, cotangent):
+        def made(matrices):
+            return jax.lax.with_sharding_constraint(expand(matrices, params, constant, CONFIG, new), shardings)
 
-    sharded, text = grown(shape)
-    chex.assert_trees_all_close(sharded, grown((1, 1, 1))[0], rtol=1e-6, atol=1e-7)
-    assert "all-gather" not in text
+        return jax.vjp(made, matrices)[1](cotangent)
+
+    text = jax.jit(gradient).lower(matrices, before, after, after).compile().as_text()
+    whole = [
+        x.shape for x in (*jax.tree.leaves(before["layers"]), *jax.tree.leaves(after["layers"])) if len(x.shape) > 2
+    ]
+    assert gathered(text)
+    assert not gathered(text) & set(whole)
+
+
+def test_growth_to_another_mesh_is_growth():
+    """XLA gathers for some pairs of meshes: a run that changes its mesh restores the old checkpoint on the new one."""
+    for shape, new_shape in (((2, 2, 2), (1, 4, 2)), ((1, 8, 1), (2, 2, 2))):
+        compiled, before, after = growth_program("zero", shape, new_shape)
+        grown = compiled(init_state(before, 0))
+        chex.assert_trees_all_close(jax.tree.map(np.asarray, grown), grown_on_one_device("zero"), rtol=1e-6, atol=1e-7)
+        assert jax.tree.leaves(grown.params)[0].sharding.mesh == after.mesh
 
 
 def test_default_mesh_is_all_data(tmp_path):  # case I05

@@ -1,7 +1,9 @@
 """One update: sums, clipping, decay, skipping, schedules, dropout."""
 
+import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -11,11 +13,13 @@ import optax
 import pytest
 from conftest import TINY, random_batch, random_params, with_fields
 
-from flmjax.config import OptimizerConfig, StageConfig
+from flmjax.config import GrowthConfig, OptimizerConfig, RunConfig, StageConfig, resize
+from flmjax.growth.masks import Ramp, masked
+from flmjax.growth.optimizer_state import AdamState
 from flmjax.model.axes import map_with_axes
-from flmjax.training import losses
+from flmjax.training import loop, losses
 from flmjax.training.losses import cross_entropy_sum
-from flmjax.training.optimizer import learning_rate, make_optimizer
+from flmjax.training.optimizer import learning_rate, make_optimizer, new_warmup
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import accumulate, compile_step, gradients, nonfinite_leaves, put_batch
 
@@ -31,7 +35,7 @@ def step(spec):
 
 
 def adam(state):
-    return next(s for s in state.opt_state if isinstance(s, optax.ScaleByAdamState))
+    return next(s for s in state.opt_state if isinstance(s, AdamState)).adam
 
 
 def test_accumulated_loss_is_the_mean_over_tokens():  # case B01
@@ -137,18 +141,18 @@ def test_one_spoilt_leaf_is_named_alone(spec):
 
 def test_clipping_bounds_the_norm(spec):
     grads = jax.tree.map(lambda x: jnp.full(x.shape, 3.0), spec.abstract.params)
-    clip = make_optimizer(OptimizerConfig(weight_decay=0.0, clip_norm=0.5), spec.axes)
-    state = clip.init(grads)
-    _, state = clip.update(grads, state, grads)
-    moments = next(s for s in state if isinstance(s, optax.ScaleByAdamState)).mu
+    clip = make_optimizer(OptimizerConfig(weight_decay=0.0, clip_norm=0.5), TINY, spec.axes)
+    _, state = jax.jit(lambda g: clip.update(g, clip.init(g), g))(grads)
+    moments = next(s for s in state if isinstance(s, AdamState)).adam.mu
     assert abs(float(optax.tree.norm(moments)) / 0.1 - 0.5) < 1e-5
 
 
 def test_learning_rate_counts_updates_over_all_stages(spec, one_device_mesh):  # case E01
+    own = GrowthConfig(learning_rate="stage")
     stages = (
         StageConfig(name="a", steps=10, learning_rate=1.0, warmup_steps=4, final_learning_rate=0.1),
-        StageConfig(name="b", steps=10, learning_rate=0.5, schedule="wsd", decay_fraction=0.4),
-        StageConfig(name="c", steps=2, learning_rate=0.3, schedule="constant"),
+        StageConfig(name="b", steps=10, learning_rate=0.5, schedule="wsd", decay_fraction=0.4, growth=own),
+        StageConfig(name="c", steps=2, learning_rate=0.3, schedule="constant", growth=own),
     )
     rates = [learning_rate(stages, i) for i in range(22)]
     np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])
@@ -163,6 +167,85 @@ def test_learning_rate_counts_updates_over_all_stages(spec, one_device_mesh):  #
     for i in range(10):
         state, _ = run(state, random_batch(TINY, seed=i), np.float32(rates[i]))
     assert int(adam(state).count) == int(state.step) == 10
+
+
+def test_learning_rate_after_growth_follows_its_policy():
+    def rates(policy, **growth):
+        after = GrowthConfig(learning_rate=policy, **growth)
+        first = StageConfig(name="a", steps=4, learning_rate=1.0, warmup_steps=2, schedule="cosine")
+        stages = (first, StageConfig(name="b", steps=4, growth=after), StageConfig(name="c", steps=2, growth=after))
+        return [learning_rate(stages, i) for i in range(10)]
+
+    def cosine(n, length):
+        return (1 + math.cos(math.pi * n / length)) / 2
+
+    whole = [0.5, 1.0, *[cosine(i, 8) for i in range(8)]]
+    np.testing.assert_allclose(rates("continue"), whole, rtol=1e-5)
+    warmed = [*whole[:4], whole[4] / 2, *whole[5:]]  # two of the stage's four updates; one of the last stage's two
+    np.testing.assert_allclose(rates("rewarm", rewarm_fraction=0.5), warmed, rtol=1e-5)
+    rewound = [*whole[:4], *[cosine(i, 6) for i in range(4)], 1.0, cosine(1, 2)]
+    np.testing.assert_allclose(rates("rewind"), rewound, rtol=1e-5)
+
+
+def test_weights_that_growth_made_warm_up_alone():
+    stage = StageConfig(steps=1000, growth=GrowthConfig(new_warmup_fraction=0.02))
+    assert new_warmup(stage) == 20
+    assert new_warmup(StageConfig(steps=1000)) == 10
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_masked_step_is_a_step_of_the_masked_model(microbatches, one_device_mesh):
+    """By hand: gradient through masked(), clip, Adam, decay; c is that of the step."""
+    new = resize(TINY, "mask", embed_dim=40, num_layers=3)
+    config = OptimizerConfig(clip_norm=None)
+    spec = state_spec(new, config, one_device_mesh)
+    ramp = Ramp(GrowthConfig("mask", ramp_steps=10), TINY, new, start=2)
+    state = dataclasses.replace(init_state(spec, 0), step=jnp.int32(5))
+    params, batch = jax.tree.map(np.asarray, state.params), random_batch(new)
+
+    def mean_loss(p):
+        return losses.loss_sums(masked(p, TINY, new, 0.3), batch, new)[0] / batch["weights"].sum()
+
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(params)
+    after, metrics = compile_step(spec, microbatches, ramp=ramp)(state, batch, np.float32(1e-3))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
+    moments = adam(after).mu
+    chex.assert_trees_all_close(moments, jax.tree.map(lambda g: 0.1 * g, gradient), rtol=1e-4, atol=1e-8)
+
+
+def test_a_stage_leaves_its_mask_behind(one_device_mesh, monkeypatch):
+    """From the ramp's end on, the step is the plain one, to the letter of its program."""
+    mask = GrowthConfig("mask", ramp_steps=2)
+    stages = (StageConfig(name="a", steps=3), StageConfig(name="b", steps=4, growth=mask, embed_dim=40))
+    config = RunConfig(model=TINY, stages=stages)
+    model = config.stage_models[1]
+    spec = state_spec(model, OptimizerConfig(), one_device_mesh)
+    texts = []
+
+    def lowered(*args, **kwargs):
+        step = compile_step(*args, **kwargs)
+
+        def spy(state, batch, rate):
+            texts.append(step.lower(state, batch, rate).as_text())
+            return step(state, batch, rate)
+
+        return spy
+
+    monkeypatch.setattr(loop, "compile_step", lowered)
+    rows = ({k: v for k, v in random_batch(model, seed=i).items() if k != "bytes"} for i in range(9))
+    data = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=np.ones(61, np.float32)))
+    for at, masked_steps in ((3, 2), (4, 1), (5, 0)):
+        texts.clear()
+        state = dataclasses.replace(init_state(spec, 0), step=jnp.int32(at))
+        assert [step for step, _, _ in loop.run_stage(state, spec, config, 1, rows, data)] == list(range(at + 1, 8))
+        plain = compile_step(spec, 1).lower(*plain_arguments(spec, model)).as_text()
+        assert [text == plain for text in texts] == [False] * masked_steps + [True] * (7 - at - masked_steps)
+
+
+def plain_arguments(spec, model):
+    rows = {k: v for k, v in random_batch(model).items() if k != "bytes"}
+    return init_state(spec, 0), put_batch(rows, np.ones(61, np.float32), spec.mesh), np.float32(0)
 
 
 def test_dropout_goes_on_as_if_never_stopped(one_device_mesh):  # case E02

@@ -1,48 +1,80 @@
-"""Proof that a growth kept the function: logits of both models on real tokens."""
+"""Proof that a growth kept the function: logits, losses and gradients of both models on real tokens."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import SIZES, ModelConfig
+from flmjax.config import SIZES, GrowthConfig, ModelConfig
+from flmjax.growth.families import TUNED, family_of
 from flmjax.growth.grow import grow_params
-from flmjax.growth.operators import GrowthError
+from flmjax.growth.masks import masked
+from flmjax.growth.rules import GrowthError
 from flmjax.model.transformer import count_parameters, forward, real_ids
+
+MAX_KL = 1e-3  # nats a token, in the run's dtype; bfloat16 itself makes about 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What a growth point prints and stores. Differences are max |logit old - logit new|; losses in nats a token."""
+    """What a growth point prints and stores.
+
+    Attributes:
+        claim: what the family promises (families.py); `exact` says whether that includes the same function.
+        max_difference: max |logit before - logit after| over the old vocabulary in the "run"'s dtype, "float32" and
+            "float64" (None: not recomputed).
+        max_logit: max |logit before|.
+        mask_removed: of a mask, fully open against gone, max |difference| in the widest dtype; else None.
+        kl: mean KL(before || after) in nats a token, in the run's dtype, as losses and norms of the gradient are.
+    """
 
     step: int
     from_stage: str
     to_stage: str
     family: str
+    claim: str
     exact: bool
     sizes: dict[str, tuple[int, int]]
     parameters: tuple[int, int]
-    max_difference: dict[str, float | None]  # "run" (its dtype), "float32", "float64" (None: not recomputed)
+    max_difference: dict[str, float | None]
     max_logit: float
+    mask_removed: float | None
+    kl: float
     run_dtype: str
     loss_before: float
     loss_after: float
+    gradient_norm: tuple[float, float]
     rows: int
     tokens: int
     tolerance: float
 
     def check(self) -> None:
-        """Raise GrowthError if the float32 difference exceeds the tolerance, or is not a number."""
-        difference = self.max_difference["float32"]
-        if difference is None or not difference <= self.tolerance:
+        """Stop a growth that is not what it claims.
+
+        Raises:
+            GrowthError: a difference over the tolerance, or not a number, from a family that claims exactness; or a
+                model that cannot learn.
+        """
+        point = f"growth {self.from_stage} -> {self.to_stage} by '{self.family}'"
+        if not self.gradient_norm[1] > 0:
             raise GrowthError(
-                f"growth {self.from_stage} -> {self.to_stage} by '{self.family}' is not exact: max |difference| of "
-                f"float32 logits {difference:.3g} exceeds {self.tolerance:.3g}; nothing was overwritten"
+                f"{point}: the gradient of every leaf is {self.gradient_norm[1]}: a tied embedding of zeros has none, "
+                "and growth would keep it so ('perturb' would not); nothing was overwritten"
             )
+        for name, value, limit in (
+            ("max |difference| of float32 logits", self.max_difference["float32"], self.tolerance),
+            ("max |difference| of logits when the mask goes", self.mask_removed, self.tolerance),
+            (f"KL divergence in {self.run_dtype}", self.kl, MAX_KL),
+        ):
+            if self.exact and value is not None and not value <= limit:
+                raise GrowthError(
+                    f"{point} is not exact: {name} {value:.3g} exceeds {limit:.3g}; nothing was overwritten"
+                )
 
     def save(self, directory: Path) -> Path:
         """Write step_NNNNNNNN.json."""
@@ -58,12 +90,13 @@ class Certificate:
             for name, value in self.max_difference.items()
             if value is not None
         )
+        removed = "" if self.mask_removed is None else f"; without the mask, once open, {self.mask_removed:.2g}"
         return (
-            f"growth certificate at step {self.step}: {self.from_stage} -> {self.to_stage} by '{self.family}'; "
-            f"{sizes}; "
-            f"parameters {self.parameters[0]:,} -> {self.parameters[1]:,}; max |difference| of logits on "
-            f"{self.tokens} validation tokens: {numbers} (max |logit| {self.max_logit:.3g}); "
-            f"loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
+            f"growth certificate at step {self.step}: {self.from_stage} -> {self.to_stage} by '{self.family}' "
+            f"({self.claim}); {sizes}; parameters {self.parameters[0]:,} -> {self.parameters[1]:,}; "
+            f"max |difference| of logits on {self.tokens} validation tokens: {numbers} "
+            f"(max |logit| {self.max_logit:.3g}){removed}; loss {self.loss_before:.6f} -> {self.loss_after:.6f}, "
+            f"KL {self.kl:.2g}; gradient norm {self.gradient_norm[0]:.4g} -> {self.gradient_norm[1]:.4g}"
         )
 
 
@@ -74,79 +107,127 @@ def certify(
     new: ModelConfig,
     batch: Mapping[str, Any],
     *,
-    family: str,
+    operator: GrowthConfig,
     key: jax.Array,
     placement: Any = None,
     float64_below: int = 20_000_000,
     **labels: Any,
 ) -> Certificate:
-    """Compare both models' logits on `batch` (tokens, targets, weights (B, L); segment_ids, positions if packed so).
+    """Compare both models on `batch` (tokens, targets, weights (B, L); segment_ids, positions if packed so).
 
     Args:
         old_params, new_params: float32 trees before and after growth.
-        family, key: of the growth; in float64 it is done again from `old_params`.
+        operator, key: of the growth; in float64 it is done again from `old_params`, or, tuned, taken as it is.
         placement: activations' sharding; the batch's rows must divide over its data axes.
         float64_below: parameters of the new model up to which the float64 comparison is made.
         labels: step, from_stage, to_stage, tolerance of the certificate.
     """
-    run = new.dtype
-    pair = (old_params, new_params)
-    difference, max_logit, losses = _compare(pair, old, new, batch, run, placement)
-    differences: dict[str, float | None] = {"run": difference, "float32": difference, "float64": None}
-    if run != "float32":
-        differences["float32"] = _compare(pair, old, new, batch, "float32", placement)[0]
+    family = family_of(operator)
+    compare = functools.partial(_compare, old=old, new=new, operator=operator, batch=batch)
+    found = widest = compare((old_params, new_params), dtype=new.dtype, placement=placement, gradients=True)
+    differences: dict[str, float | None] = {"run": found.difference, "float32": found.difference, "float64": None}
+    if new.dtype != "float32":
+        widest = compare((old_params, new_params), dtype="float32", placement=placement)
+        differences["float32"] = widest.difference
     if count_parameters(new_params) <= float64_below:
         with jax.enable_x64(True):
-            double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))(old_params)
-            grown = jax.jit(lambda p, k: grow_params(p, old, new, family, k))(double, key)
-            differences["float64"] = _compare((double, grown), old, new, batch, "float64", None)[0]
+            to_double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))
+            double = to_double(old_params)
+            if family.claim == TUNED:
+                grown = to_double(new_params)
+            else:
+                grown = jax.jit(lambda p, k: grow_params(p, old, new, operator, k))(double, key)
+            widest = compare((double, grown), dtype="float64")
+            differences["float64"] = widest.difference
     sizes = {name: (getattr(old, name), getattr(new, name)) for name in SIZES}
     return Certificate(
-        family=family,
-        exact=True,
+        family=operator.family,
+        claim=family.claim,
+        exact=family.is_exact,
         sizes={name: pair for name, pair in sizes.items() if pair[0] != pair[1]},
         parameters=(count_parameters(old_params), count_parameters(new_params)),
         max_difference=differences,
-        max_logit=max_logit,
-        run_dtype=run,
-        loss_before=losses[0],
-        loss_after=losses[1],
+        max_logit=found.max_logit,
+        mask_removed=widest.mask_removed,
+        kl=found.kl,
+        run_dtype=new.dtype,
+        loss_before=found.losses[0],
+        loss_after=found.losses[1],
+        gradient_norm=found.gradient_norms,
         rows=batch["tokens"].shape[0],
         tokens=batch["tokens"].size,
         **labels,
     )
 
 
+class Comparison(NamedTuple):
+    """Numbers of two models in one dtype; those of gradients 0 unless asked for."""
+
+    difference: float
+    max_logit: float
+    mask_removed: float | None
+    kl: float
+    losses: tuple[float, float]
+    gradient_norms: tuple[float, float]
+
+
 def _compare(
     params: tuple[Any, Any],
+    *,
     old: ModelConfig,
     new: ModelConfig,
+    operator: GrowthConfig,
     batch: Mapping[str, Any],
     dtype: str,
-    placement: Any,
-) -> tuple[float, float, tuple[float, float]]:
-    """max |difference|, max |logit| and both mean losses, in `dtype`. Padded ids do not count."""
+    placement: Any = None,
+    gradients: bool = False,
+) -> Comparison:
+    """Both models on the old vocabulary: padded ids do not count, and new words have no past to be compared with."""
     # The plain attention in every dtype: a fused kernel's own rounding is not what is asked about.
-    old, new = (dataclasses.replace(c, dtype=dtype, attention="plain") for c in (old, new))
+    before, after = (dataclasses.replace(c, dtype=dtype, attention="plain") for c in (old, new))
+    is_masked = operator.family == "mask"
+
+    def logits(params: Any, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+        y_BLV = forward(params, config, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
+        return jnp.where(real_ids(old), y_BLV[..., : old.padded_vocab_size], -jnp.inf)
+
+    def loss(params: Any, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
+        if config is after and is_masked:
+            params = masked(params, old, new, 0.0)
+        y_BLV = logits(params, config, batch)
+        log_probs = jax.nn.log_softmax(y_BLV, axis=-1)
+        nll_BL = -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+        return _mean(nll_BL, batch["weights"]), (y_BLV, log_probs)
 
     def compare(params: tuple[Any, Any], batch: Mapping[str, jax.Array]) -> Any:
-        logits = [
-            forward(p, c, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
-            for c, p in zip((old, new), params, strict=True)
-        ]
-        losses = [_mean_loss(y, batch["targets"], batch["weights"]) for y in logits]
+        results = []
+        for p, config in zip(params, (before, after), strict=True):
+            if gradients:
+                (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(p, config, batch)
+                norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+            else:
+                (mean, aux), norm = loss(p, config, batch), jnp.zeros(())
+            results.append((mean, norm, aux))
+        (loss_a, norm_a, (y_a, log_a)), (loss_b, norm_b, (y_b, log_b)) = results
+        real = real_ids(old)
+        kl_BL = jnp.sum(jnp.where(real, jnp.exp(log_a) * (log_a - log_b), 0), axis=-1)
+        removed = jnp.zeros(())
+        if is_masked:
+            opened = logits(masked(params[1], old, new, 1.0), after, batch)
+            removed = jnp.max(jnp.where(real, jnp.abs(opened - logits(params[1], after, batch)), 0))
         return (
-            jnp.max(jnp.abs(logits[0] - logits[1])),
-            jnp.max(jnp.where(real_ids(old), jnp.abs(logits[0]), 0)),
-            losses,
+            jnp.max(jnp.where(real, jnp.abs(y_a - y_b), 0)),
+            jnp.max(jnp.where(real, jnp.abs(y_a), 0)),
+            removed,
+            _mean(kl_BL, batch["weights"]),
+            (loss_a, loss_b),
+            (norm_a, norm_b),
         )
 
     # Not donated, not cached: a growth point runs it once.
-    difference, max_logit, losses = jax.jit(compare)(params, batch)
-    return float(difference), float(max_logit), (float(losses[0]), float(losses[1]))
+    found = Comparison(*jax.tree.map(float, jax.jit(compare)(params, batch)))
+    return found if is_masked else found._replace(mask_removed=None)
 
 
-def _mean_loss(logits_BLV: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-    log_probs = jax.nn.log_softmax(logits_BLV, axis=-1)
-    nll_BL = -jnp.take_along_axis(log_probs, targets_BL[..., None], axis=-1)[..., 0]
-    return jnp.sum(nll_BL * weights_BL) / jnp.maximum(jnp.sum(weights_BL), 1.0)
+def _mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    return jnp.sum(values_BL * weights_BL) / jnp.maximum(jnp.sum(weights_BL), 1.0)

@@ -1,150 +1,182 @@
 """Growth: pure functions from the state of a model to the state of a larger one."""
 
 import dataclasses
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from flmjax.config import SIZES, ModelConfig, resize
-from flmjax.growth.operators import GrowthError, Rule, rule_for
-from flmjax.growth.optimizer_state import grow_optimizer_state
-from flmjax.model.axes import LeafAxes, map_with_axes
+from flmjax.config import SIZES, GrowthConfig, ModelConfig, resize
+from flmjax.growth.families import family_of
+from flmjax.growth.optimizer_state import map_adam
+from flmjax.growth.rules import (
+    DIMENSIONS,
+    Growing,
+    GrowthError,
+    copy,
+    dimensions,
+    dims,
+    grow_leaf,
+    growing_dimensions,
+    rule_for,
+    split_factor,
+)
+from flmjax.model.axes import LeafAxes, axis_sizes, map_with_axes
 from flmjax.model.transformer import abstract_params, init_params
 
 # How a model computes; may differ between the old and the new one without changing the function.
 EXECUTION = ("dtype", "attention", "remat", "scan_unroll")
 
 
-def grow(state: Any, old: ModelConfig, new: ModelConfig, family: str, key: jax.Array) -> Any:
+def grow(state: Any, old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array) -> Any:
     """Grow a training state; pure and jittable (give jit the new mesh's out_shardings).
 
     Args:
         state: has `params`, `opt_state` and `replace`, as training.state.TrainState.
-        old, new: configurations; `new` is config.resize(old, ...): no size smaller, the norm's epsilon scaled.
-        family: operators.FAMILIES, "zero" is exact for every size.
-        key: for the fresh weights.
+        old, new: configurations; `new` is config.resize(old, family, ...): no size smaller, the norm's epsilon scaled.
+        operator: the family (families.FAMILIES) and its settings.
+        key: for fresh weights and the shares of copies.
 
     Raises:
         GrowthError: naming the field or the leaf with both shapes.
         ConfigError: for an unknown family.
     """
-    check_growth(old, new)
+    return state.replace(
+        params=grow_params(state.params, old, new, operator, key),
+        opt_state=grow_opt_state(state.opt_state, old, new, operator, key),
+    )
+
+
+def grow_params(params: Any, old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array) -> Any:
+    """Grow bare parameters; see `grow`."""
+    family, growing = _prepare(old, new, operator, key)
+    fresh = init_params(new, key)
+
+    def grow_one(path: str, leaf: LeafAxes, x: jax.Array, fresh: jax.Array) -> jax.Array:
+        grown = grow_leaf(path, leaf, x, fresh, family.axes, growing, (old, new))
+        changed = any(dim in growing for _, dim in dimensions(leaf))
+        return family.finish(leaf, grown, fresh, operator) if family.finish and changed else grown
+
+    return map_with_axes(grow_one, abstract_params(old)[1], params, fresh)
+
+
+def grow_opt_state(opt_state: Any, old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array) -> Any:
+    """Grow a bare optimizer state; `key` must be the parameters'.
+
+    Moments follow their weights' gradients (Rule.gradient), never the weights; entries without a history get 0 and are
+    born now, so that their first update is no larger than the learning rate.
+    """
+    family, growing = _prepare(old, new, operator, key)
     axes = abstract_params(old)[1]
 
     def grow_moment(moments: Any, power: int) -> Any:
-        return map_with_axes(
-            lambda path, leaf, x: _grow_leaf(path, leaf, x, None, family, old, new, power), axes, moments
-        )
+        def grow_one(path: str, leaf: LeafAxes, x: jax.Array) -> jax.Array:
+            grown = grow_leaf(path, leaf, x, None, family.axes, growing, (old, new), power)
+            return grown if operator.moments == "carry" else jax.numpy.zeros_like(grown)
 
-    return state.replace(
-        params=grow_params(state.params, old, new, family, key),
-        opt_state=grow_optimizer_state(state.opt_state, grow_moment),
-    )
+        return map_with_axes(grow_one, axes, moments)
 
+    def grow_births(births: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
+        if operator.moments == "reset":
+            return {name: jax.numpy.full(size, count) for name, size in axis_sizes(new).items()}
+        return {name: _grow_births(name, births[name], count, growing, old, new) for name in births}
 
-def grow_params(params: Any, old: ModelConfig, new: ModelConfig, family: str, key: jax.Array) -> Any:
-    """Grow bare parameters; see `grow`."""
-    check_growth(old, new)
-    axes = abstract_params(old)[1]
-    fresh = init_params(new, key)
-    return map_with_axes(
-        lambda path, leaf, x, f: _grow_leaf(path, leaf, x, f, family, old, new, 0), axes, params, fresh
-    )
+    return map_adam(opt_state, grow_moment, grow_births)
 
 
-def check_growth(old: ModelConfig, new: ModelConfig) -> None:
+class LeafPlan(NamedTuple):
+    """What growth will do to one leaf: shapes, and a line for each dimension."""
+
+    path: str
+    old_shape: tuple[int, ...]
+    new_shape: tuple[int, ...]
+    rules: tuple[str, ...]
+
+
+def plan_growth(old: ModelConfig, new: ModelConfig, operator: GrowthConfig) -> list[LeafPlan]:
+    """The plan of every leaf, in tree order, without touching a weight.
+
+    Raises:
+        GrowthError, ConfigError: as `grow` would.
+    """
+    family, growing = _prepare(old, new, operator, jax.random.key(0))
+    plan: list[LeafPlan] = []
+
+    def plan_one(path: str, leaf: LeafAxes, before: Any, after: Any) -> None:
+        rules = [
+            _describe(growing[dim], rule_for(path, leaf, axis, dim, family.axes, growing[dim]))
+            for axis, dim in dimensions(leaf)
+            if dim in growing
+        ]
+        plan.append(LeafPlan(path, before.shape, after.shape, tuple(rules)))
+
+    (before, axes), (after, _) = abstract_params(old), abstract_params(new)
+    map_with_axes(plan_one, axes, before, after)
+    return plan
+
+
+def check_growth(old: ModelConfig, new: ModelConfig, operator: GrowthConfig) -> None:
     """Whether `new` is a larger version of `old` that can compute the same function.
 
     Raises:
         GrowthError: naming the field and both values.
     """
+    derived = ("norm_eps", "rotary_dim", "rotary_repeat")
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if before != after and field.name not in (*SIZES, *EXECUTION, "norm_eps"):
+        if before != after and field.name not in (*SIZES, *EXECUTION, *derived):
             raise GrowthError(f"growth cannot change {field.name} from {before} to {after}")
-    sizes = {field: (getattr(old, field), getattr(new, field)) for field in SIZES if field != "num_kv_heads"}
-    sizes["num_kv_heads"] = (old.kv_heads, new.kv_heads)
-    sizes["query heads per key head"] = (old.num_heads // old.kv_heads, new.num_heads // new.kv_heads)
-    for name, (before, after) in sizes.items():
+    for name in SIZES:
+        before, after = (c.kv_heads if name == "num_kv_heads" else getattr(c, name) for c in (old, new))
         if after < before:
             raise GrowthError(f"{name} would shrink from {before} to {after}; growth needs every size to stay or grow")
-    expected = resize(old, embed_dim=new.embed_dim).norm_eps
-    if abs(new.norm_eps - expected) > 1e-9 * expected:
-        raise GrowthError(f"norm_eps must be {expected} after growth, not {new.norm_eps}; take config.resize(old, ...)")
+    split_factor(old, new)
+    expected = resize(old, operator.family, **{name: getattr(new, name) for name in SIZES})
+    if abs(new.norm_eps - expected.norm_eps) > 1e-9 * expected.norm_eps:
+        raise GrowthError(
+            f"norm_eps must be {expected.norm_eps} after growth, not {new.norm_eps}; take config.resize(old, ...)"
+        )
+    # The old frequencies stay. Those of new dimensions are free, unless the dimensions are copies.
+    if new.position != "learned" and new.rotated_dims != old.rotated_dims:
+        raise GrowthError(
+            f"rotary_dim must be {old.rotated_dims} after growth, not {new.rotary_dim}: other frequencies turn the old "
+            "dimensions by other angles; take config.resize(old, ...)"
+        )
+    already = old.head_dim > old.rotated_dims
+    if new.rotary_repeat != (old if already else expected).rotary_repeat:
+        raise GrowthError(
+            f"rotary_repeat must be {expected.rotary_repeat} for family '{operator.family}' from head_dim "
+            f"{old.head_dim} to {new.head_dim}; take config.resize(old, '{operator.family}', ...)"
+        )
 
 
-def _grow_leaf(
-    path: str,
-    leaf: LeafAxes,
-    x: jax.Array,
-    fresh: jax.Array | None,
-    family: str,
-    old: ModelConfig,
-    new: ModelConfig,
-    power: int,
+def _prepare(old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array) -> tuple[Any, dict]:
+    family = family_of(operator)
+    check_growth(old, new, operator)
+    return family, growing_dimensions(family.axes, old, new, operator, jax.random.fold_in(key, 1))
+
+
+def _grow_births(
+    axis: str, births: jax.Array, count: jax.Array, growing: dict[str, Growing], old: ModelConfig, new: ModelConfig
 ) -> jax.Array:
-    """One parameter (power 0) or its first or second moment (power 1, 2; fresh is None and every fill is 0).
-
-    Padding and a mask from an iota, never an update of a slice: into a sharded array that gathers the whole of it.
-    """
-    names = [dim for name in leaf.names for dim in _dims(name, old)]
-    before = [size for name in leaf.names for size in _dims(name, old).values()]
-    after = [size for name in leaf.names for size in _dims(name, new).values()]
-    shape = tuple(size for name in leaf.names for size in [_size(name, new)])
-    if x.size != math.prod(before):
-        raise GrowthError(f"{path} has shape {x.shape}; the old configuration says {tuple(before)}")
-    out = x.reshape(before)
-    if fresh is not None:
-        fresh = fresh.reshape(after).astype(x.dtype)
-    rules = {
-        i: rule_for(path, leaf, _axis(name), family, old, new, f"{x.shape} -> {shape}")
-        for i, name in enumerate(names)
-        if before[i] != after[i]
-    }
-    factor = math.prod(rule.factor for rule in rules.values())
-    if factor != 1.0:
-        out = out * jnp.asarray(factor if power == 0 else factor**-power, x.dtype)
-    out = jnp.pad(out, [(0, n - m) for m, n in zip(before, after, strict=True)])
-    for i, rule in rules.items():
-        out = _fill(out, i, before[i], rule if fresh is not None else Rule("zero"), fresh)
-    return out.reshape(shape)
+    """The vector of one axis: a copy is as old as its source, a new place is born now."""
+    parts = split_factor(old, new)
+    if axis == "kv_heads" and parts > 1:
+        births = jax.numpy.repeat(births, parts)
+    out = births.reshape(list(dims(axis, old, parts).values()))
+    for i, dim in enumerate(DIMENSIONS[axis]):
+        if dim in growing:
+            out = copy(out, {i: growing[dim].source})
+            here = growing[dim].is_new.reshape([-1 if i == j else 1 for j in range(out.ndim)])
+            out = jax.numpy.where(here, count, out)
+    return out.reshape(axis_sizes(new)[axis])
 
 
-def _fill(x: jax.Array, dim: int, old_size: int, rule: Rule, fresh: jax.Array | None) -> jax.Array:
-    """Set the entries from `old_size` on along `dim`; they hold zeros."""
-    if rule.fill == "zero":
-        # Not a no-op: an earlier dimension may have put something there.
-        values: Any = jnp.zeros((), x.dtype)
-    elif rule.fill == "mean":
-        is_old = jax.lax.broadcasted_iota(jnp.int32, x.shape, dim) < old_size
-        values = jnp.sum(jnp.where(is_old, x, 0), axis=dim, keepdims=True) / old_size
-    else:
-        values = fresh
-    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, dim) < old_size, x, values)
-
-
-def _size(name: str, config: ModelConfig) -> int:
-    return math.prod(_dims(name, config).values())
-
-
-def _dims(name: str, config: ModelConfig) -> dict[str, int]:
-    """Dimensions of an axis. Query heads are groups x heads of a group: both grow at their own end, else a new head
-    would land in a neighbour's group."""
-    if name == "heads":
-        return {"groups": config.kv_heads, "heads": config.num_heads // config.kv_heads}
-    sizes = {
-        "layers": config.num_layers,
-        "embed": config.embed_dim,
-        "mlp": config.mlp_dim,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab": config.padded_vocab_size,
-        "length": config.max_length,
-    }
-    return {name: sizes[name]}
-
-
-def _axis(dim: str) -> str:
-    return "heads" if dim == "groups" else dim
+def _describe(growing: Growing, rule: Any) -> str:
+    text = f"{growing.name} {growing.before} -> {growing.after}"
+    if growing.is_new.any():
+        text += {"zero": ", new ones 0", "fresh": ", new ones fresh", "mean": ", new ones the mean"}[rule.fill]
+    if growing.copies.max() > 1:
+        text += f", {sum(growing.source >= 0) - len(set(growing.source[growing.source >= 0]))} copies"
+    if isinstance(rule.weight, float):
+        return text + (f", old ones x {rule.weight:.4g}" if rule.weight != 1.0 else "")
+    return text + ", x shares" if growing.copies.max() > 1 else text

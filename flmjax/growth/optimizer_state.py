@@ -1,35 +1,95 @@
-"""Optimizer state of a grown model."""
+"""An optimizer state that can grow: Adam with a birthday for every weight."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from flmjax.growth.operators import GrowthError
-from flmjax.model.axes import path_name
+from flmjax.config import ModelConfig, OptimizerConfig
+from flmjax.growth.rules import GrowthError
+from flmjax.model.axes import LeafAxes, axis_sizes, map_with_axes, path_name
 
 
-def grow_optimizer_state(opt_state: Any, grow_moment: Callable[[Any, int], Any]) -> Any:
-    """The optax state of the larger model.
+class AdamState(NamedTuple):
+    """Adam's moments and count; per axis, the count at which each of its places was made: (size,) int32.
 
-    With theta' = c theta on the old entries gradients are g' = g / c there, so the first moment divides by c and the
-    second by c^2; new entries have no history: both moments 0, never a fill that belongs to the weights. The count is
-    kept. At b1 = 0.9, b2 = 0.95 and a large count a new weight's first update is then 0.45 of the learning rate.
+    A weight is as old as the youngest of its places: one vector per axis dates every weight of every leaf.
+    """
+
+    adam: optax.ScaleByAdamState
+    births: dict[str, jax.Array]
+
+
+def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam with the bias corrected by each weight's own age.
+
+    With the run's count a weight that growth has just made would take a first update of (1 - b1) / sqrt(1 - b2): 0.45
+    at (0.9, 0.95) but 3.2 at (0.9, 0.999). With its own it is at most 1, as a model's first update is.
+    update(..., new_warmup=n): weights made by growth reach their full rate at their n-th update.
+    """
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+    def init(params: Any) -> AdamState:
+        births = {name: jnp.zeros(size, jnp.int32) for name, size in axis_sizes(model).items()}
+        return AdamState(adam.init(params), births)
+
+    def update(
+        grads: Any, state: AdamState, params: Any = None, *, new_warmup: Any = 0, **_: Any
+    ) -> tuple[Any, AdamState]:
+        _, moments = adam.update(grads, state.adam, params)
+        ages = {name: moments.count - birth for name, birth in state.births.items()}
+        # Corrections fall with age and rates rise: the youngest place decides by the largest and by the smallest.
+        first = {name: 1 / (1 - config.b1**age) for name, age in ages.items()}
+        second = {name: 1 / (1 - config.b2**age) for name, age in ages.items()}
+        rate = {
+            name: jnp.where(state.births[name] > 0, jnp.minimum(1.0, age / jnp.maximum(new_warmup, 1)), 1.0)
+            for name, age in ages.items()
+        }
+
+        def direction(_: str, leaf: LeafAxes, mu: jax.Array, nu: jax.Array) -> jax.Array:
+            mean = mu * over_axes(jnp.maximum, first, leaf)
+            scale = jnp.sqrt(nu * over_axes(jnp.maximum, second, leaf)) + config.eps
+            width = model.width_multiplier if leaf.is_hidden else 1.0
+            return mean / scale * (over_axes(jnp.minimum, rate, leaf) / width)
+
+        return map_with_axes(direction, axes, moments.mu, moments.nu), AdamState(moments, state.births)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def over_axes(combine: Callable[..., jax.Array], values: dict[str, jax.Array], leaf: LeafAxes) -> jax.Array:
+    """An array that broadcasts over `leaf`: its axes' vectors, combined."""
+    spread = []
+    for i, name in enumerate(leaf.names):
+        spread.append(values[name].reshape(*[1] * i, -1, *[1] * (len(leaf.names) - i - 1)))
+    return functools.reduce(combine, spread)
+
+
+def map_adam(
+    opt_state: Any,
+    grow_moment: Callable[[Any, int], Any],
+    grow_births: Callable[[dict[str, jax.Array], jax.Array], dict[str, jax.Array]],
+) -> Any:
+    """Grow Adam's part of nested optax states; counts are kept.
 
     Args:
-        opt_state: nested optax states whose only parameter-shaped members are Adam's moments.
+        opt_state: its only parameter-shaped members are Adam's moments.
         grow_moment: (tree of moments, power) -> grown tree.
+        grow_births: (births, count) -> births of the larger model.
 
     Raises:
         GrowthError: naming a state that is neither Adam's nor a scalar.
     """
 
     def grow(path: tuple[Any, ...], state: Any) -> Any:
-        if isinstance(state, optax.ScaleByAdamState):
-            return state._replace(mu=grow_moment(state.mu, 1), nu=grow_moment(state.nu, 2))
+        if isinstance(state, AdamState):
+            adam = state.adam._replace(mu=grow_moment(state.adam.mu, 1), nu=grow_moment(state.adam.nu, 2))
+            return AdamState(adam, grow_births(state.births, state.adam.count))
         if getattr(state, "ndim", 0) > 0:
             raise GrowthError(f"optimizer state {path_name(path)} {state.shape}: no rule grows it")
         return state
 
-    return jax.tree_util.tree_map_with_path(grow, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+    return jax.tree_util.tree_map_with_path(grow, opt_state, is_leaf=lambda x: isinstance(x, AdamState))

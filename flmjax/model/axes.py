@@ -10,12 +10,18 @@ import flax.linen as nn
 import jax
 from flax import struct
 
+from flmjax.config import ModelConfig
+
 AXES = ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "length")
 ROLES = (
     "write",  # its values become entries of this axis: rows or columns of an output
     "read",  # it is summed against entries of this axis
+    "query",  # its values are multiplied with keys along this axis
+    "key",  # its values are multiplied with queries along this axis
     "scale",  # it multiplies the normalised entries of this axis
     "shift",  # it is added to the normalised entries of this axis
+    "output_scale",  # the same, of the last norm: what it makes is read by the head, or by the tied embedding
+    "output_shift",
     "index",  # it is looked up along this axis
     "stack",  # one copy for each place on this axis
 )
@@ -35,6 +41,11 @@ class LeafAxes(NamedTuple):
     def is_matrix(self) -> bool:
         """Whether it maps between axes; gains, shifts and biases do not (weight decay and FSDP leave those alone)."""
         return "read" in self.roles or "index" in self.roles
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it is a matrix inside the blocks, whose fan-in grows with the width: what muP scales."""
+        return self.is_matrix and "layers" in self.names
 
 
 class Box(nn.LogicallyPartitioned):
@@ -78,6 +89,22 @@ def axes_of(boxed: Any) -> Any:
         return LeafAxes(tuple(str(name) for name in leaf.names), leaf.roles)
 
     return jax.tree_util.tree_map_with_path(read, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Places of every axis."""
+    sizes = {
+        "layers": config.num_layers,
+        "embed": config.embed_dim,
+        "mlp": config.mlp_dim,
+        "heads": config.num_heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab": config.padded_vocab_size,
+        "length": config.max_length,
+    }
+    assert tuple(sizes) == AXES
+    return sizes
 
 
 def map_with_axes(function: Callable[..., Any], axes: Mapping[str, Any], *trees: Any) -> Any:

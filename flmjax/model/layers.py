@@ -27,19 +27,22 @@ class Norm(nn.Module):
     """
 
     config: ModelConfig
+    last: bool = False  # of the model: its roles say so
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         """Returns (B, L, D) in config.dtype."""
         c = self.config
+        prefix = "output_" if self.last else ""
         x = x_BLD.astype(jnp.promote_types(c.dtype, jnp.float32))
         if c.norm == "layernorm":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
-        scale = self.param("scale", declare(nn.initializers.ones, embed="scale"), (c.embed_dim,), jnp.float32)
+        scale = self.param("scale", declare(nn.initializers.ones, embed=prefix + "scale"), (c.embed_dim,), jnp.float32)
         x = x * scale
         if c.norm == "layernorm" and c.bias:
-            x = x + self.param("bias", declare(nn.initializers.zeros, embed="shift"), (c.embed_dim,), jnp.float32)
+            shift = declare(nn.initializers.zeros, embed=prefix + "shift")
+            x = x + self.param("bias", shift, (c.embed_dim,), jnp.float32)
         return x.astype(c.dtype)
 
 
@@ -50,13 +53,15 @@ def projection(
     inputs: dict[str, int],
     outputs: dict[str, int],
     residual: bool = False,
+    **roles: str,
 ) -> nn.DenseGeneral:
-    """A linear map from named input axes to named output axes.
+    """A linear map from named input axes to named output axes; `roles` of outputs that are not just written.
 
     Those that write to the residual stream start smaller by sqrt(2 N): each of the 2 N branches adds its variance.
+    Under muP all start smaller by the root of the width multiplier.
     """
-    std = config.init_std / (math.sqrt(2 * config.num_layers) if residual else 1.0)
-    reads, writes = dict.fromkeys(inputs, "read"), dict.fromkeys(outputs, "write")
+    std = config.init_std / math.sqrt(config.width_multiplier * (2 * config.num_layers if residual else 1))
+    reads, writes = dict.fromkeys(inputs, "read"), {**dict.fromkeys(outputs, "write"), **roles}
     return nn.DenseGeneral(
         features=tuple(outputs.values()),
         axis=tuple(range(-len(inputs), 0)),
@@ -118,8 +123,8 @@ class Attention(nn.Module):
         embed = {"embed": c.embed_dim}
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         kv_heads = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        q_BLHK = projection(c, self.placement, "query", embed, heads)(x_BLD)
-        k_BLGK = projection(c, self.placement, "key", embed, kv_heads)(x_BLD)
+        q_BLHK = projection(c, self.placement, "query", embed, heads, head_dim="query")(x_BLD)
+        k_BLGK = projection(c, self.placement, "key", embed, kv_heads, head_dim="key")(x_BLD)
         v_BLGK = projection(c, self.placement, "value", embed, kv_heads)(x_BLD)
         if rotation is not None:
             q_BLHK = rotate(q_BLHK, rotation.query_cos, rotation.query_sin)

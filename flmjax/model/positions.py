@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flmjax.config import ModelConfig
 
@@ -23,17 +24,22 @@ def rotation(config: ModelConfig, positions_BL: jax.Array) -> Rotation | None:
     Computed in float32 whatever the model's dtype: in bfloat16 positions above 256 coincide.
     xPos multiplies queries by s and keys by 1/s with s = zeta^((position - centre) / scale_base),
     zeta_i = (2i + 0.4 K) / (1.4 K). The centre is max_length // 2 for every sequence, so that cached keys stay valid.
+    K is the head's size before it grew (rotary_dim); later dimensions stand still or repeat the first ones.
     """
     if config.position == "learned":
         return None
     dtype = jnp.promote_types(config.dtype, jnp.float32)
-    even = jnp.arange(0, config.head_dim, 2, dtype=dtype)
-    angle = positions_BL[..., None].astype(dtype) * config.rope_theta ** (-even / config.head_dim)
+    K = config.rotated_dims
+    even = np.arange(0, config.head_dim, 2)
+    turns = even < K if not config.rotary_repeat else np.ones_like(even, bool)
+    even_K = jnp.asarray(even % K, dtype)
+    frequency = jnp.where(turns, config.rope_theta ** (-even_K / K), 0)
+    angle = positions_BL[..., None].astype(dtype) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if config.position == "rope":
         query = key = (_pairs(cos, cos), _pairs(-sin, sin))
     else:
-        zeta = (even + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+        zeta = jnp.where(turns, (even_K + 0.4 * K) / (1.4 * K), 1)
         power = (positions_BL[..., None].astype(dtype) - config.max_length // 2) / config.xpos_scale_base
         scale = zeta**power
         query = (_pairs(cos * scale, cos * scale), _pairs(-sin * scale, sin * scale))

@@ -4,6 +4,7 @@ B batch (sequences), L length (tokens), D embed, F mlp, H query heads, G key/val
 N layers.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -87,10 +88,9 @@ class Transformer(nn.Module):
         x_BLD = pin(self.placement, x_BLD, *RESIDUAL)
         x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         x_BLD, _ = self._layers()(x_BLD, rotation(c, positions_BL), segment_ids_BL)
-        x_BLD = pin(self.placement, Norm(c, name="final_norm")(x_BLD), *RESIDUAL)
-        x_BLD = pin(self.placement, x_BLD, *GATHERED) * jnp.asarray(
-            c.output_multiplier / c.softmax_temperature, c.dtype
-        )
+        x_BLD = pin(self.placement, Norm(c, last=True, name="final_norm")(x_BLD), *RESIDUAL)
+        multiplier = c.output_multiplier / (c.softmax_temperature * c.width_multiplier)
+        x_BLD = pin(self.placement, x_BLD, *GATHERED) * jnp.asarray(multiplier, c.dtype)
         if c.tied_embedding:
             return x_BLD, table_VD
         head_DV = self.param("head", declare(normal, embed="read", vocab="write"), table_shape[::-1], jnp.float32)
@@ -155,8 +155,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
     return nn.meta.unbox(_init(config, key))
 
 
+@functools.cache
 def abstract_params(config: ModelConfig) -> tuple[Any, Any]:
-    """(tree of ShapeDtypeStruct, tree of LeafAxes), without computing anything."""
+    """(tree of ShapeDtypeStruct, tree of LeafAxes), without computing anything; not to be changed by who gets them."""
     boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     return nn.meta.unbox(boxed), axes_of(boxed)
 

@@ -21,13 +21,19 @@ class Checkpoints:
     """Steps under one folder. Each holds `params`, the `rest` of the TrainState and `meta` (JSON).
 
     Weights are an item of their own, so that reading them for evaluation or export leaves the moments on disk.
+
+    Args:
+        keep: newest steps that stay; None only reads: nothing is deleted, another process may be writing there.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int | None) -> None:
         self.directory = directory
-        if jax.process_index() == 0:
-            remove_incomplete(directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(create=False)
+        else:
+            if jax.process_index() == 0:
+                remove_incomplete(directory)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=options,
@@ -46,7 +52,8 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest complete step, None if there is none."""
-        return self._manager.latest_step()
+        steps = [step for step in self._manager.all_steps() if _is_whole(self.directory / str(step))]
+        return max(steps, default=None)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state: stage, samples_seen, fingerprint."""
@@ -147,12 +154,15 @@ def remove_incomplete(directory: Path) -> list[Path]:
     removed = []
     if directory.is_dir():
         for folder in sorted(directory.iterdir()):
-            whole = (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
-            if folder.is_dir() and folder.name.isdigit() and not whole:
+            if folder.is_dir() and folder.name.isdigit() and not _is_whole(folder):
                 logging.warning("skipped and removed %s: not a complete checkpoint", folder)
                 shutil.rmtree(folder)
                 removed.append(folder)
     return removed
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

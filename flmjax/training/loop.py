@@ -1,6 +1,7 @@
 """A run: stages of training with growth between them, started or gone on with by the same call."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -16,13 +17,16 @@ from flmjax.data.loader import Segment, batches, check_size, default_weights, fi
 from flmjax.data.prepare import Prepared, prepare
 from flmjax.growth.certificate import certify
 from flmjax.growth.grow import grow
+from flmjax.growth.learned import tune, tuning_flops
+from flmjax.growth.masks import Ramp
 from flmjax.model.decode import generate
 from flmjax.model.transformer import count_parameters
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement
 from flmjax.training.checkpoint import Checkpoints
-from flmjax.training.metrics import FLOPS_CONVENTION, MetricsWriter, ProgressBar, flops_per_token, peak_flops
-from flmjax.training.optimizer import learning_rate
+from flmjax.training.losses import loss_sums
+from flmjax.training.metrics import FLOPS_CONVENTION, Clock, MetricsWriter, ProgressBar, flops_per_token, peak_flops
+from flmjax.training.optimizer import learning_rate, new_warmup
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
 from flmjax.training.step import compile_evaluation, compile_step, nonfinite_leaves, put_batch
 
@@ -87,13 +91,28 @@ def run_stage(
 
     The state is donated to the next update: a caller must be done with it before it asks for more.
     """
-    train_step = compile_step(spec, config.stages[index].microbatches)
-    token_bytes = data.tokenizer.token_bytes
-    for step in range(int(state.step), config.stage_starts()[index + 1]):
-        batch = put_batch(next(rows), token_bytes, spec.mesh)
-        rate = np.float32(learning_rate(config.stages, step))
-        state, metrics = train_step(state, batch, rate)
-        yield step + 1, state, metrics
+    stage, step = config.stages[index], int(state.step)
+    warmup = new_warmup(stage)  # also of a first stage: a checkpoint may have grown before the run
+    ramp = stage_ramp(config, index)
+    phases = [(ramp, ramp.end)] if ramp is not None else []
+    for ramp, end in [*phases, (None, config.stage_starts()[index + 1])]:
+        if step >= end:  # gone on with after the mask
+            continue
+        train_step = compile_step(spec, stage.microbatches, warmup, ramp)
+        while step < end:
+            batch = put_batch(next(rows), data.tokenizer.token_bytes, spec.mesh)
+            state, metrics = train_step(state, batch, np.float32(learning_rate(config.stages, step)))
+            step += 1
+            yield step, state, metrics
+
+
+def stage_ramp(config: RunConfig, index: int) -> Ramp | None:
+    """The mask that opens during a stage, if its growth has one."""
+    stage = config.stages[index]
+    if index == 0 or stage.growth.family != "mask":
+        return None
+    old, new = config.stage_models[index - 1 : index + 1]
+    return Ramp(stage.growth, old, new, config.stage_starts()[index])
 
 
 class Run:
@@ -167,31 +186,36 @@ class Run:
             f"layers x {m.embed_dim}, {m.num_heads} heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
         )
 
-    def progress(self, step: int) -> dict[str, float]:
-        """Tokens and model FLOPs spent in the first `step` steps: a function of the config alone."""
+    def progress(self, step: int, index: int) -> dict[str, float]:
+        """Tokens and model FLOPs spent in the first `step` steps, growth into stage `index` included if that learns:
+        a function of the config alone."""
         tokens, flops = 0, 0.0
-        for i, stage in enumerate(self.config.stages):
+        models = self.config.stage_models
+        for i, stage in enumerate(self.config.stages[: index + 1]):
+            tuning = stage.tuning_steps if i else 0
             steps = min(max(step - self.config.stage_starts()[i], 0), stage.steps)
-            tokens += steps * stage.batch_size * self.length
-            flops += steps * stage.batch_size * self.length * flops_per_token(self.config.stage_models[i], self.length)
+            tokens += (steps + tuning) * stage.batch_size * self.length
+            flops += (steps + tuning) * stage.batch_size * self.length * flops_per_token(models[i], self.length)
+            flops += tuning * tuning_flops(models[i - 1], models[i]) if tuning else 0.0
         return {"tokens": tokens, "flops": flops}
 
-    def samples(self, step: int) -> int:
+    def batches(self, start: int, size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of `size` rows from the stream's sample `start` on; of each, this process's part."""
+        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+        return batches(self.stream, start=start, batch_size=size, **hosts)
+
+    def samples(self, step: int, index: int) -> int:
         """Samples consumed in the first `step` steps."""
-        return int(self.progress(step)["tokens"]) // self.length
+        return int(self.progress(step, index)["tokens"]) // self.length
 
     def train_stage(self, state: TrainState, spec: StateSpec, index: int) -> TrainState:
         """Train to the stage's end, logging, evaluating and saving when due."""
         stage = self.config.stages[index]
         end = self.config.stage_starts()[index + 1]
-        rows = batches(
-            self.stream,
-            start=self.samples(int(state.step)),
-            batch_size=stage.batch_size,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
+        rows = self.batches(self.samples(int(state.step), index), stage.batch_size)
         evaluate = compile_evaluation(spec)
+        ramp = stage_ramp(self.config, index)
+        unmask = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
         clock = Clock()
         pending: tuple[int, dict[str, jax.Array]] | None = None
         updates = run_stage(state, spec, self.config, index, rows, self.data)
@@ -200,13 +224,18 @@ class Run:
             if pending is not None:
                 self.log(*pending, index, spec, clock)
             pending = (step, metrics)
-            last = step == end
+            last, opened = step == end, ramp is not None and step == ramp.end
             due = step % self.config.evaluate_every == 0 or last
-            if last or due or step % self.config.checkpoint.every == 0:
+            if last or due or opened or step % self.config.checkpoint.every == 0:
                 self.log(*pending, index, spec, clock)
                 pending = None
                 if due:
-                    self.evaluate(step, state, evaluate, index)
+                    params = state.params
+                    if unmask is not None and ramp is not None and step < ramp.end:
+                        params = unmask(params, step)
+                    self.evaluate(step, params, evaluate, index)
+                if opened:
+                    self.bar.log(f"{stage.name} {step}: the mask is open and gone")
                 if last or step % self.config.checkpoint.every == 0:
                     self.save(step, state, index)
                 clock.restart()
@@ -214,7 +243,7 @@ class Run:
         self.checkpoints.wait()
         return state
 
-    def log(self, step: int, metrics: dict[str, jax.Array], index: int, spec: StateSpec, clock: "Clock") -> None:
+    def log(self, step: int, metrics: dict[str, jax.Array], index: int, spec: StateSpec, clock: Clock) -> None:
         """Check one step's metrics, and write them if due."""
         skipped = int(metrics["nonfinite"])
         clock.tick()
@@ -237,30 +266,30 @@ class Run:
             stage=stage.name,
             **values,
             learning_rate=learning_rate(self.config.stages, step - 1),
-            **self.progress(step),
+            **self.progress(step, index),
             tokens_per_second=rate,
             model_flops_utilization=None if rate is None else rate * flops / (self.peak * self.mesh.size),
             skipped_updates=skipped,
         )
         self.bar.update(step, stage.name, values["loss"], rate or 0.0)
 
-    def evaluate(self, step: int, state: TrainState, evaluate: Any, index: int) -> None:
+    def evaluate(self, step: int, params: Any, evaluate: Any, index: int) -> None:
         """Loss on the held-out rows."""
         rows = -(-self.config.stages[index].batch_size // self.config.stages[index].microbatches)
         sums: dict[str, float] = {}
         for batch in chunks(self.validation, rows):
-            found = evaluate(state.params, put_batch(batch, self.data.tokenizer.token_bytes, self.mesh))
+            found = evaluate(params, put_batch(batch, self.data.tokenizer.token_bytes, self.mesh))
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
         loss, bits = sums["loss"] / sums["weight"], sums["loss"] / np.log(2) / sums["bytes"]
         name = self.config.stages[index].name
-        self.writer.write("validation", step, stage=name, loss=loss, bits_per_byte=bits, **self.progress(step))
+        self.writer.write("validation", step, stage=name, loss=loss, bits_per_byte=bits, **self.progress(step, index))
         self.bar.log(f"{name} {step}: validation loss {loss:.4f} nats a token, {bits:.4f} bits a byte")
 
     def save(self, step: int, state: TrainState, index: int) -> None:
         """Start writing a checkpoint."""
         meta = {
             "stage": index,
-            "samples_seen": self.samples(step),
+            "samples_seen": self.samples(step, index),
             "fingerprint": self.fingerprint,
             "config": to_json(self.config),
         }
@@ -276,6 +305,8 @@ class Run:
         grown = jax.jit(lambda state, key: grow(state, old, new, stage.growth, key), out_shardings=spec.shardings)(
             state, key
         )
+        if stage.tuning_steps:
+            grown = grown.replace(params=self.tune(state.params, spec, index, key))
         rows = -(-self.config.certificate_rows // self.data_axes) * self.data_axes
         certificate = certify(
             state.params,
@@ -283,7 +314,7 @@ class Run:
             old,
             new,
             put_batch(next(chunks(self.validation, rows)), self.data.tokenizer.token_bytes, self.mesh),
-            family=stage.growth,
+            operator=stage.growth,
             key=key,
             placement=Placement(self.mesh),
             float64_below=self.config.certificate_float64_below,
@@ -301,10 +332,29 @@ class Run:
             step,
             stage=stage.name,
             from_stage=certificate.from_stage,
-            **self.progress(step),
+            **self.progress(step, index),
             seconds=time.monotonic() - start,
         )
         return spec, grown
+
+    def tune(self, params: Any, spec: StateSpec, index: int, key: jax.Array) -> Any:
+        """Parameters of stage `index` by growth that learns on the batches before the stage's first."""
+        stage, models = self.config.stages[index], self.config.stage_models
+        rows = self.batches(self.samples(self.config.stage_starts()[index], index - 1), stage.batch_size)
+        token_bytes = self.data.tokenizer.token_bytes
+
+        def loss(params: Any, batch: Any) -> jax.Array:
+            sums = loss_sums(params, batch, spec.config, Placement(self.mesh))[1]
+            return sums["loss"] / jax.numpy.maximum(sums["weight"], 1.0)
+
+        placed = (put_batch(row, token_bytes, self.mesh) for row in itertools.islice(rows, stage.tuning_steps))
+        arguments = (params, models[index - 1], models[index], stage.growth, key, loss, placed)
+        params, losses = tune(*arguments, shardings=spec.shardings.params)
+        self.bar.log(
+            f"growth learned in {stage.tuning_steps} updates on {stage.tuning_steps * stage.batch_size:,} samples: "
+            f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+        )
+        return params
 
     def write_sample(self, state: TrainState, index: int) -> None:
         """A text sample of the stage's last model."""
@@ -319,34 +369,6 @@ class Run:
         self.writer.write("sample", step, stage=name, prompt=self.config.sample_prompt, text=text)
 
 
-class Clock:
-    """Time per step, without the step after a restart: that one may compile, or follows an evaluation."""
-
-    def __init__(self) -> None:
-        self._start: float | None = None
-        self._steps = 0
-
-    def restart(self) -> None:
-        """Forget what was timed."""
-        self._start, self._steps = None, 0
-
-    def tick(self) -> None:
-        """A step's result has arrived."""
-        if self._start is None:
-            self._start = time.monotonic()
-        else:
-            self._steps += 1
-
-    def rate(self, tokens: int) -> float | None:
-        """Tokens per second since the last call, `tokens` a step; None if no whole step was timed."""
-        if self._start is None or not self._steps:
-            return None
-        now = time.monotonic()
-        rate = self._steps * tokens / max(now - self._start, 1e-9)
-        self._start, self._steps = now, 0
-        return rate
-
-
 def mixture_schedule(config: RunConfig, data: Prepared) -> list[Segment]:
     """The mixture's weights and samples of every stage; the last goes on for ever."""
     weights = config.data.weights or default_weights(data, config.data)
@@ -354,7 +376,8 @@ def mixture_schedule(config: RunConfig, data: Prepared) -> list[Segment]:
     for i, stage in enumerate(config.stages):
         weights = stage.weights or weights
         last = i + 1 == len(config.stages)
-        schedule.append(Segment(weights, None if last else stage.steps * stage.batch_size))
+        batches_of_stage = stage.steps + (stage.tuning_steps if i else 0)
+        schedule.append(Segment(weights, None if last else batches_of_stage * stage.batch_size))
     return schedule
 
 

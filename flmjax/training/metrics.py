@@ -325,6 +325,34 @@ def latest(records: list[Record], step: float = math.inf) -> Record:
 # ---- terminal -------------------------------------------------------------------------------------------------------
 
 
+class Clock:
+    """Time per step, without the step after a restart: that one may compile, or follows an evaluation."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._steps = 0
+
+    def restart(self) -> None:
+        """Forget what was timed."""
+        self._start, self._steps = None, 0
+
+    def tick(self) -> None:
+        """A step's result has arrived."""
+        if self._start is None:
+            self._start = time.monotonic()
+        else:
+            self._steps += 1
+
+    def rate(self, tokens: int) -> float | None:
+        """Tokens per second since the last call, `tokens` a step; None if no whole step was timed."""
+        if self._start is None or not self._steps:
+            return None
+        now = time.monotonic()
+        rate = self._steps * tokens / max(now - self._start, 1e-9)
+        self._start, self._steps = now, 0
+        return rate
+
+
 class ProgressBar:
     """Stage, step, loss, tokens/s and time left: a bar on a terminal, plain lines where stderr is a file or a pipe.
 

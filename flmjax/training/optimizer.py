@@ -1,26 +1,31 @@
 """AdamW and the learning rate of every stage."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import optax
 
-from flmjax.config import OptimizerConfig, StageConfig
+from flmjax.config import ModelConfig, OptimizerConfig, StageConfig
+from flmjax.growth.optimizer_state import scale_by_adam
 from flmjax.model.axes import LeafAxes
 
 
-def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, Adam, decay on matrices. The step multiplies by the learning rate, which is an argument
     of the compiled step: another schedule compiles nothing anew.
 
+    Under muP matrices inside the blocks take rate / m and decay * m; their product does not change.
+
     Args:
+        model: gives the sizes of the axes and the width multiplier m.
         axes: tree of LeafAxes of the parameters; biases, gains and shifts do not decay.
     """
     matrices = jax.tree.map(lambda leaf: leaf.is_matrix, axes, is_leaf=lambda x: isinstance(x, LeafAxes))
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        scale_by_adam(config, model, axes),
         optax.masked(optax.add_decayed_weights(config.weight_decay), matrices),
     )
 
@@ -48,9 +53,33 @@ def stage_schedule(stage: StageConfig) -> optax.Schedule:
 
 
 def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
-    """Learning rate of global update `step`."""
-    for stage in stages:
-        if step < stage.steps:
-            return float(stage_schedule(stage)(step))
-        step -= stage.steps
-    raise ValueError(f"the schedule ends {step} steps before this one")
+    """Learning rate of global update `step`.
+
+    A stage whose growth.learning_rate is "stage" starts a schedule of its own; else it goes on with the one before,
+    which lasts until the next such stage: "continue" as if nothing had happened, "rewarm" with a linear warm-up over
+    rewarm_fraction of the stage, "rewind" from the peak again, over what is left (MSG).
+    """
+    first, start = 0, 0  # the stage that began the schedule, and its first step
+    begin = 0
+    for i, stage in enumerate(stages):
+        if i and stage.growth.learning_rate in ("stage", "rewind"):
+            first, start = i, begin
+        if step < begin + stage.steps:
+            break
+        begin += stage.steps
+    else:
+        raise ValueError(f"the schedule ends {step - begin} steps before this one")
+    own = max(j for j in range(first + 1) if j == 0 or stages[j].growth.learning_rate == "stage")
+    last = next((j for j in range(i + 1, len(stages)) if stages[j].growth.learning_rate == "stage"), len(stages))
+    schedule = dataclasses.replace(stages[own], steps=sum(s.steps for s in stages[first:last]))
+    if first != own:
+        schedule = dataclasses.replace(schedule, warmup_steps=0)
+    rate = float(stage_schedule(schedule)(step - start))
+    if i and stage.growth.learning_rate == "rewarm":
+        rate *= min(1.0, (step - begin + 1) / max(1, round(stage.growth.rewarm_fraction * stage.steps)))
+    return rate
+
+
+def new_warmup(stage: StageConfig) -> int:
+    """Updates in which the weights that the stage's growth made reach their full rate."""
+    return round(stage.growth.new_warmup_fraction * stage.steps)

@@ -41,7 +41,7 @@ class StateSpec:
     config: ModelConfig
     mesh: Mesh
     axes: Any
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     abstract: TrainState
 
     @property
@@ -53,7 +53,7 @@ class StateSpec:
 def state_spec(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> StateSpec:
     """Describe the state of `config` on `mesh` without computing anything."""
     params, axes = abstract_params(config)
-    optimizer = make_optimizer(optimizer_config, axes)
+    optimizer = make_optimizer(optimizer_config, config, axes)
     state = jax.eval_shape(lambda p, key: _new_state(p, optimizer, key), params, jax.random.key(0))
     param_shardings = tree_shardings(mesh, axes)
     # Moments have the structure of the parameters and their sharding; everything else is a scalar or a key.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flmjax.config import ModelConfig
+from flmjax.growth.masks import Ramp
 from flmjax.model.axes import path_name
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
 from flmjax.training.losses import loss_sums
@@ -59,9 +60,23 @@ def gradients(
 
 
 def train_step(
-    state: TrainState, batch: Batch, learning_rate: jax.Array, *, spec: StateSpec, microbatches: int
+    state: TrainState,
+    batch: Batch,
+    learning_rate: jax.Array,
+    *,
+    spec: StateSpec,
+    microbatches: int,
+    new_warmup: int = 0,
+    ramp: Ramp | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. If a gradient is not finite, parameters and moments stay as they are and the skip is counted.
+
+    Args:
+        state, batch, learning_rate: arrays.
+        spec, microbatches: of the stage.
+        new_warmup: updates in which the rate of weights made by growth rises.
+        ramp: a mask that is still opening. The gradient of what it hides is 0 at its first update only; weight decay
+            shrinks those weights in that one too.
 
     Returns:
         The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, nonfinite (skips in a row),
@@ -69,13 +84,18 @@ def train_step(
     """
     placement = Placement(spec.mesh)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    sums, grads = gradients(state.params, batch, key, spec.config, placement, microbatches)
+    params, pull_back = state.params, None
+    if ramp is not None:  # once for all microbatches
+        params, pull_back = jax.vjp(lambda stored: ramp.at(stored, state.step), state.params)
+    sums, grads = gradients(params, batch, key, spec.config, placement, microbatches)
+    if pull_back is not None:
+        grads = pull_back(grads)[0]
     # Pinned, else the partitioner may keep gradients whole.
     grads = jax.lax.with_sharding_constraint(grads, spec.shardings.params)
     squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     finite = jnp.isfinite(jnp.stack(squares))
     ok = jnp.all(finite) & jnp.isfinite(sums["loss"])
-    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params, new_warmup=new_warmup)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
     nonfinite = jnp.where(ok, 0, state.nonfinite + 1)
@@ -96,10 +116,12 @@ def train_step(
     return new_state, metrics
 
 
-def compile_step(spec: StateSpec, microbatches: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """train_step under jit: state donated, shardings fixed."""
+def compile_step(
+    spec: StateSpec, microbatches: int, new_warmup: int = 0, ramp: Ramp | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """train_step under jit: state donated, shardings fixed. The arguments after the batch are described there."""
     return jax.jit(
-        functools.partial(train_step, spec=spec, microbatches=microbatches),
+        functools.partial(train_step, spec=spec, microbatches=microbatches, new_warmup=new_warmup, ramp=ramp),
         in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),
         out_shardings=(spec.shardings, replicated(spec.mesh)),
         donate_argnums=0,

@@ -1,0 +1,162 @@
+"""The learned family: growth matrices tuned by gradient. After LiGO (arXiv 2303.00980).
+
+Growth is linear in the old parameters: along each dimension a matrix maps old places to new ones, shared by all leaves
+that meet the dimension in the same way. The matrices start as the zero family's, so that the start is exact, and are
+then tuned on the training loss, old parameters fixed. What they make is the grown model; they are gone afterwards.
+
+Sharded, each update gathers matrices of one layer at a time, and the rows of a shard of the vocabulary, as training
+does; each device receives about 1.7 times the bytes of the new parameters at each update.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flmjax.config import GrowthConfig, ModelConfig
+from flmjax.growth import zero
+from flmjax.growth.rules import (
+    Growing,
+    copy,
+    dimensions,
+    grow_leaf,
+    growing_dimensions,
+    rule_for,
+    split_factor,
+    unfolded,
+)
+from flmjax.model.axes import LeafAxes, map_with_axes
+from flmjax.model.transformer import abstract_params, init_params
+
+NOT_LEARNED = ("vocab", "length")  # no old word says what a new one means, and the matrix would be huge
+Matrices = dict[str, jax.Array]  # "dimension.role" -> (after, before)
+
+
+def tune(
+    params: Any,
+    old: ModelConfig,
+    new: ModelConfig,
+    operator: GrowthConfig,
+    key: jax.Array,
+    loss: Callable[[Any, Any], jax.Array],
+    batches: Iterable[Any],
+    shardings: Any = None,
+) -> tuple[Any, list[float]]:
+    """Grow by matrices tuned with Adam, one update for each batch.
+
+    Args:
+        params: of the old model; not changed.
+        key: for fresh weights, the same as of grow_params.
+        loss: (parameters of the new model, batch) -> mean loss.
+        shardings: of the new parameters; None on one device.
+
+    Returns:
+        Parameters of the new model, and the loss at every update.
+    """
+
+    def pinned(grown: Any) -> Any:
+        return grown if shardings is None else jax.lax.with_sharding_constraint(grown, shardings)
+
+    optimizer = optax.adam(operator.tuning_learning_rate)
+    matrices = first_matrices(old, new)
+    constant = jax.jit(lambda key: pinned(fresh_part(old, new, key)))(key)
+    expanded = jax.jit(lambda matrices, params, constant: pinned(expand(matrices, params, constant, old, new)))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(matrices: Matrices, opt_state: Any, params: Any, constant: Any, batch: Any) -> Any:
+        def loss_of(matrices: Matrices) -> jax.Array:
+            return loss(pinned(expand(matrices, params, constant, old, new)), batch)
+
+        value, grads = jax.value_and_grad(loss_of)(matrices)
+        updates, opt_state = optimizer.update(grads, opt_state, matrices)
+        return optax.apply_updates(matrices, updates), opt_state, value
+
+    opt_state, losses = optimizer.init(matrices), []
+    for batch in batches:
+        matrices, opt_state, value = update(matrices, opt_state, params, constant, batch)
+        losses.append(value)
+    return expanded(matrices, params, constant), [float(value) for value in losses]
+
+
+def first_matrices(old: ModelConfig, new: ModelConfig) -> Matrices:
+    """The zero family's map of old places, as dense float32 matrices."""
+    growing, matrices = _growing(old, new), {}
+
+    def add(path: str, leaf: LeafAxes) -> None:
+        for axis, dim in dimensions(leaf):
+            if dim not in growing or dim in NOT_LEARNED:
+                continue
+            g, rule = growing[dim], rule_for(path, leaf, axis, dim, zero.AXES, growing[dim])
+            matrix = np.zeros((g.after, g.before), np.float32)
+            matrix[np.arange(g.after)[~g.is_new], g.source[~g.is_new]] = rule.weight
+            if rule.fill == "mean":
+                matrix[g.is_new] = 1 / g.before
+            matrices[f"{dim}.{leaf.role(axis)}"] = jnp.asarray(matrix)
+
+    map_with_axes(add, abstract_params(old)[1])
+    return matrices
+
+
+def fresh_part(old: ModelConfig, new: ModelConfig, key: jax.Array) -> Any:
+    """What the zero family adds to the linear map: growth of zeros."""
+    growing = _growing(old, new)
+
+    def grow_zeros(path: str, leaf: LeafAxes, x: Any, fresh: jax.Array) -> jax.Array:
+        return grow_leaf(path, leaf, jnp.zeros(x.shape, x.dtype), fresh, zero.AXES, growing, (old, new))
+
+    shapes, axes = abstract_params(old)
+    return map_with_axes(grow_zeros, axes, shapes, init_params(new, key))
+
+
+def expand(matrices: Matrices, params: Any, constant: Any, old: ModelConfig, new: ModelConfig) -> Any:
+    """The parameters that the matrices make."""
+    growing, parts = _growing(old, new), split_factor(old, new)
+
+    def along(leaf: LeafAxes, x: jax.Array, steps: list[tuple[int, str, str]]) -> jax.Array:
+        for i, axis, dim in steps:
+            if dim in NOT_LEARNED:
+                x = copy(x, {i: growing[dim].source})
+            else:
+                x = jnp.moveaxis(jnp.tensordot(matrices[f"{dim}.{leaf.role(axis)}"], x, axes=(1, i)), 0, i)
+        return x
+
+    def expand_one(path: str, leaf: LeafAxes, x: jax.Array, constant: jax.Array) -> jax.Array:
+        if "kv_heads" in leaf.names and parts > 1:
+            x = jnp.repeat(x, parts, axis=leaf.names.index("kv_heads"))
+        out = x.reshape(unfolded(leaf, old, parts))
+        steps = [(i, axis, dim) for i, (axis, dim) in enumerate(dimensions(leaf)) if dim in growing]
+        if leaf.names[0] == "layers":
+            # A sharded dimension is gathered for its product: of one layer at a time.
+            out = along(leaf, out, [step for step in steps if step[0] == 0])
+            inner = [(i - 1, axis, dim) for i, axis, dim in steps if i > 0]
+            out = jax.lax.map(lambda layer: along(leaf, layer, inner), out) if inner else out
+        else:
+            out = along(leaf, out, steps)
+        return out.reshape(constant.shape) + constant
+
+    return map_with_axes(expand_one, abstract_params(old)[1], params, constant)
+
+
+def tuning_flops(old: ModelConfig, new: ModelConfig) -> float:
+    """FLOPs of one update beyond the new model's own: making its parameters, forward and twice backward."""
+    growing, parts, total = _growing(old, new), split_factor(old, new), 0.0
+
+    def add(path: str, leaf: LeafAxes) -> None:
+        nonlocal total
+        sizes, after = unfolded(leaf, old, parts), unfolded(leaf, new)
+        for i, (_, dim) in enumerate(dimensions(leaf)):
+            if dim in growing and dim not in NOT_LEARNED:
+                total += 3 * 2 * math.prod(sizes) * after[i]
+            sizes[i] = after[i]
+
+    map_with_axes(add, abstract_params(old)[1])
+    return total
+
+
+def _growing(old: ModelConfig, new: ModelConfig) -> dict[str, Growing]:
+    return growing_dimensions(zero.AXES, old, new, GrowthConfig(), jax.random.key(0))
