@@ -1,6 +1,6 @@
 """`driver.py WHEN ARGS...`: the command line in a process that dies where a test wants it to.
 
-WHEN: never | batch:N (kill -9 before the N-th update) | growth (inside the growth point, before its certificate)
+WHEN: never | batch:N (kill -9 before the N-th update) | saved:N (the same, once what was saved is whole) | growth (inside the growth point, before its certificate)
 | saving:N (while the N-th save is being written) | full:N (from the N-th save on no file may grow past 20 kB)
 | nan:N (from the N-th update on every gradient is not a number).
 Every batch's step and checksum go to DRIVER_LOG.
@@ -24,13 +24,15 @@ def die(*_args, **_kwargs):
 
 def main() -> int:
     when, _, number = sys.argv[1].partition(":")
-    saves = 0
+    saves, checkpoints = 0, None
     save, run_stage = Checkpoints.save, loop.run_stage
 
     def logged_stage(state, spec, config, index, rows, data):
         def logged_rows():
             for step, row in enumerate(rows, start=int(state.step)):
-                if when == "batch" and step + 1 == int(number):
+                if when in ("batch", "saved") and step + 1 == int(number):
+                    if when == "saved":
+                        checkpoints.wait()
                     die()
                 with open(os.environ["DRIVER_LOG"], "a") as log:
                     log.write(f"{step} {zlib.crc32(row['tokens'].tobytes())}\n")
@@ -41,8 +43,8 @@ def main() -> int:
         return run_stage(state, spec, config, index, logged_rows(), data)
 
     def counted_save(self, step, state, meta):
-        nonlocal saves
-        saves += 1
+        nonlocal saves, checkpoints
+        saves, checkpoints = saves + 1, self
         if when == "full" and saves == int(number):
             self.wait()  # the save before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

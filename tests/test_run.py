@@ -10,12 +10,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
-from flmjax.config import ConfigError
+from flmjax.config import ConfigError, MeshConfig, from_config_dict
+from flmjax.data.loader import validation_rows
+from flmjax.data.prepare import load
+from flmjax.growth.masks import masked
+from flmjax.sharding.mesh import make_mesh
 from flmjax.training.checkpoint import Checkpoints
 from flmjax.training.grow_checkpoint import check_vocabulary
+from flmjax.training.losses import loss_sums
 from flmjax.training.metrics import read_metrics
+from flmjax.training.state import state_spec
 
 CONFIG = """
 from flmjax.config import *
@@ -144,11 +152,31 @@ def test_kill_between_saves_loses_nothing(lab):  # case A01
 def test_kill_while_the_mask_opens_loses_nothing(lab):
     """Steps 15 to 22 are masked; the checkpoint of step 20 holds what is under the mask, whatever it shows."""
     workdir = lab / "masked"
-    start(lab, "batch:22", workdir, expect=-9)
+    start(lab, "saved:22", workdir, expect=-9)
+    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
+        assert checkpoints.latest_step() == 20
+        check_masked_validation(workdir, checkpoints)
     shown = start(lab, "never", workdir).stdout
-    assert re.search(r"go on from step (15|20):", shown)
+    assert "go on from step 20:" in shown
     assert "large 23: the mask is open and gone" in shown
     same_run(lab / "straight", workdir)
+
+
+def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
+    """The loss that was reported at step 20 is that of what the mask shows: 5 of 8 steps open."""
+    config = from_config_dict(checkpoints.meta(20)["config"])
+    old, new = config.stage_models
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    params = checkpoints.restore_params(20, state_spec(new, config.optimizer, mesh).abstract.params)
+    batch = validation_rows(load(workdir / "data"), config.data, length=new.max_length, rows=8)
+    rows = {**batch, "bytes": np.ones(8, np.float32)}
+    losses = [
+        float(jax.jit(lambda p: loss_sums(p, rows, new)[0])(p)) / rows["weights"].sum()
+        for p in (masked(params, old, new, 5 / 8), params)
+    ]
+    reported = [r["loss"] for r in read_metrics(workdir) if r["kind"] == "validation" and r["step"] == 20][-1]
+    assert reported == pytest.approx(losses[0], rel=1e-5)
+    assert abs(losses[1] - losses[0]) > 1e-4
 
 
 def test_growth_that_learns_uses_samples_of_its_own(lab):

@@ -187,6 +187,27 @@ def test_learning_rate_after_growth_follows_its_policy():
     np.testing.assert_allclose(rates("rewind"), rewound, rtol=1e-5)
 
 
+def test_mup_scales_matrices_inside_the_blocks(one_device_mesh):
+    """m = 4: their init std falls by 2, their rate by 4; rate x decay stays. Nothing else changes."""
+    config = with_fields(TINY, base_embed_dim=8, tied_embedding=False)
+    plain = state_spec(with_fields(config, base_embed_dim=None), OptimizerConfig(), one_device_mesh)
+    spec = state_spec(config, OptimizerConfig(), one_device_mesh)
+    state, standard = init_state(spec, 0), init_state(plain, 0)
+    before = jax.tree.map(np.asarray, state.params)
+    after, _ = compile_step(spec, 1)(state, random_batch(config), np.float32(1e-3))
+
+    def check(path, leaf, a, b, standard):
+        hidden = "layers/attention" in path or "layers/mlp" in path
+        hidden = hidden and path.endswith("kernel")
+        np.testing.assert_allclose(a * (2 if hidden else 1), standard, rtol=1e-6, err_msg=path)
+        update = np.abs(a - np.asarray(b) - 1e-3 * 0.1 * a * leaf.is_matrix)
+        assert np.quantile(update, 0.9) == pytest.approx(1e-3 / (4 if hidden else 1), rel=0.02) or "key/bias" in path, (
+            path
+        )
+
+    map_with_axes(check, spec.axes, before, after.params, standard.params)
+
+
 def test_weights_that_growth_made_warm_up_alone():
     stage = StageConfig(steps=1000, growth=GrowthConfig(new_warmup_fraction=0.02))
     assert new_warmup(stage) == 20
