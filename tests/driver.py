@@ -1,7 +1,8 @@
 """`driver.py WHEN ARGS...`: the command line in a process that dies where a test wants it to.
 
-WHEN: never | batch:N (kill -9 before the N-th update) | saved:N (the same, once what was saved is whole) | growth (inside the growth point, before its certificate)
-| saving:N (while the N-th save is being written) | full:N (from the N-th save on no file may grow past 20 kB)
+WHEN: never | batch:N (kill -9 before the N-th update) | saved:N (the same, once what was saved is whole)
+| growth (inside the growth point, before its certificate) | saving:N (while the N-th save is being written)
+| full:N (from the N-th save on no file may grow past 20 kB)
 | nan:N (from the N-th update on every gradient is not a number).
 Every batch's step and checksum go to DRIVER_LOG.
 """

@@ -725,8 +725,11 @@ def test_a_model_that_cannot_learn_is_refused():
         for linear in params["layers"][part].values():
             linear["bias"] = np.zeros_like(linear["bias"])
     params["final_norm"]["bias"] = np.zeros_like(params["final_norm"]["bias"])
-    with pytest.raises(GrowthError, match=r"gradient of every leaf is 0.*embedding of zeros"):
-        certificate_of(GROWN, resize(GROWN, num_layers=3), params, GrowthConfig()).check()
+    words = r"gradient is 0.0 everywhere.*zeros: embedding \(64, 24\) -> \(64, 29\); 'perturb'"
+    with pytest.raises(GrowthError, match=words):
+        certificate_of(GROWN, resize(GROWN, num_layers=3, embed_dim=29), params, GrowthConfig())
+    new = resize(GROWN, "perturb", num_layers=3, embed_dim=29)
+    assert certificate_of(GROWN, new, params, GrowthConfig("perturb")).gradient_norm[1] > 0
 
 
 # ---- refusals and plans ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from flmjax.model.attention import IMPLEMENTATIONS, attend
 from flmjax.model.axes import LeafAxes
 from flmjax.model.layers import Norm
 from flmjax.model.positions import rotation
-from flmjax.model.transformer import Transformer, abstract_params, count_parameters, init_params
+from flmjax.model.transformer import Transformer, abstract_params, count_parameters, forward, init_params
 from flmjax.training.losses import loss_sums
 
 # Every value of every setting, and every pair of values of norm, activation, position and the four switches.
@@ -72,6 +72,13 @@ def test_parameter_tree_is_the_oracles(name):
     assert found == reference.shapes(config)
     leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, LeafAxes))
     assert [len(leaf.names) for leaf in leaves] == [x.ndim for x in jax.tree.leaves(params)]
+
+
+def test_learned_positions_beyond_the_table_are_refused():
+    config = with_fields(TINY, position="learned")
+    tokens = random_batch(with_fields(TINY, max_length=17))["tokens"]
+    with pytest.raises(ValueError, match=r"positions \(16, 32\): .* 17 tokens; grow max_length first"):
+        forward(random_params(config), config, tokens)
 
 
 def test_each_token_depends_on_itself_and_the_past_alone():

@@ -88,6 +88,7 @@ def make_certificate(step: int, old: str, new: str, small: ModelConfig, large: M
     certificate = {"step": step, "from_stage": old, "to_stage": new, "family": "zero", "exact": True, "sizes": sizes}
     certificate |= {"max_difference": {"run": 1.2e-06, "float32": 1.2e-06, "float64": 3.1e-15}, "max_logit": 11.25}
     certificate |= {"run_dtype": "float32", "loss_before": loss, "loss_after": loss, "rows": 4, "tokens": 1024}
+    certificate |= {"kl": 2.5e-9, "gradient_norm": [1.25, 1.5], "claim": "exact", "mask_removed": None}
     return {**certificate, "parameters": [182, 486], "tolerance": 1e-4}
 
 
@@ -277,6 +278,7 @@ def test_a_certificate_below_its_tolerance_passes_with_its_numbers(tmp_path):
     row = certify(tmp_path, loss_before=1.5, loss_after=1.50001)
     expected = {"step": "4", "result": "✓ exact", "float32": "1.2e-06", "float64": "3.1e-15", "tolerance": "1e-04"}
     expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000 → 1.5000", "family": "zero"}
+    expected |= {"KL": "2.5e-09", "gradient norm": "1.25 → 1.5"}
     expected |= {"compared": "4 rows, 1,024 tokens", "sizes": "embed_dim 4 → 8, mlp_dim 8 → 16"}
     assert row == expected | {"growth": "small → large"}
 
@@ -290,7 +292,7 @@ def test_a_certificate_above_its_tolerance_or_without_a_number_fails(tmp_path, d
 
 def test_an_operator_that_is_not_exact_is_not_marked_as_passed(tmp_path):
     make_workdir(tmp_path)
-    assert certify(tmp_path, exact=False)["result"] == "not exact by design"
+    assert certify(tmp_path, exact=False, claim="not exact")["result"] == "not exact, by design"
 
 
 def test_growth_without_a_certificate_is_marked(tmp_path):

@@ -257,7 +257,7 @@ def _equal_tokens(run: Run) -> str:
 def _certificate_table(run: Run) -> str:
     if not run.growth and not run.certificates:
         return ""
-    head = "growth,step,result,float32,float64,run,tolerance,max |logit|,loss,compared,family,sizes"
+    head = "growth,step,result,float32,float64,run,tolerance,max |logit|,loss,KL,gradient norm,compared,family,sizes"
     rows = []
     for c in run.certificates:
         difference = c.get("max_difference") or {}
@@ -266,20 +266,22 @@ def _certificate_table(run: Run) -> str:
         row += [f"{_number(difference.get('run'), '.1e')} ({c.get('run_dtype')})", _number(c.get("tolerance"), ".0e")]
         row += [_number(c.get("max_logit"), ".2f")]
         row += [f"{_number(c.get('loss_before'), '.4f')} → {_number(c.get('loss_after'), '.4f')}"]
+        norms = c.get("gradient_norm") or (None, None)
+        row += [_number(c.get("kl"), ".1e"), " → ".join(_number(norm, ".3g") for norm in norms)]
         row += [f"{c.get('rows')} rows, {_number(c.get('tokens'), ',')} tokens", f"{c.get('family')}"]
         rows.append([*row, ", ".join(f"{name} {a} → {b}" for name, (a, b) in (c.get("sizes") or {}).items())])
     certified = {c.get("step") for c in run.certificates}
     for record in run.growth:
         if record["step"] not in certified:
             change = f"{record.get('from_stage')} → {record['stage']}"
-            rows.append([change, f"{record['step']}", "✗ no certificate", *["-"] * 9])
+            rows.append([change, f"{record['step']}", "✗ no certificate", *["-"] * 11])
     note = "float32, float64, run: largest |difference| of the logits before and after growth, on validation text."
     return f'<h2>Certificates of growth</h2>{_table(head.split(","), rows)}<p class="small">{note}</p>'
 
 
 def _verdict(certificate: Record) -> str:
     if not certificate.get("exact"):
-        return "not exact by design"
+        return f"{certificate.get('claim') or 'not exact'}, by design"
     difference, tolerance = (certificate.get("max_difference") or {}).get("float32"), certificate.get("tolerance")
     return "✓ exact" if _finite(difference) <= _finite(tolerance) else "✗ not shown exact"  # NaN is not <= anything
 

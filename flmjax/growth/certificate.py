@@ -15,6 +15,7 @@ from flmjax.growth.families import TUNED, family_of
 from flmjax.growth.grow import grow_params
 from flmjax.growth.masks import masked
 from flmjax.growth.rules import GrowthError
+from flmjax.model.axes import path_name
 from flmjax.model.transformer import count_parameters, forward, real_ids
 
 MAX_KL = 1e-3  # nats a token, in the run's dtype; bfloat16 itself makes about 1e-5
@@ -57,15 +58,8 @@ class Certificate:
         """Stop a growth that is not what it claims.
 
         Raises:
-            GrowthError: a difference over the tolerance, or not a number, from a family that claims exactness; or a
-                model that cannot learn.
+            GrowthError: a difference over the tolerance, or not a number, from a family that claims exactness.
         """
-        point = f"growth {self.from_stage} -> {self.to_stage} by '{self.family}'"
-        if not self.gradient_norm[1] > 0:
-            raise GrowthError(
-                f"{point}: the gradient of every leaf is {self.gradient_norm[1]}: a tied embedding of zeros has none, "
-                "and growth would keep it so ('perturb' would not); nothing was overwritten"
-            )
         for name, value, limit in (
             ("max |difference| of float32 logits", self.max_difference["float32"], self.tolerance),
             ("max |difference| of logits when the mask goes", self.mask_removed, self.tolerance),
@@ -73,7 +67,8 @@ class Certificate:
         ):
             if self.exact and value is not None and not value <= limit:
                 raise GrowthError(
-                    f"{point} is not exact: {name} {value:.3g} exceeds {limit:.3g}; nothing was overwritten"
+                    f"growth {self.from_stage} -> {self.to_stage} by '{self.family}' is not exact: {name} {value:.3g} "
+                    f"exceeds {limit:.3g}; nothing was overwritten"
                 )
 
     def save(self, directory: Path) -> Path:
@@ -121,10 +116,18 @@ def certify(
         placement: activations' sharding; the batch's rows must divide over its data axes.
         float64_below: parameters of the new model up to which the float64 comparison is made.
         labels: step, from_stage, to_stage, tolerance of the certificate.
+
+    Raises:
+        GrowthError: no gradient is left to learn from, naming the matrices that are 0 (a tied embedding of zeros).
     """
     family = family_of(operator)
     compare = functools.partial(_compare, old=old, new=new, operator=operator, batch=batch)
     found = widest = compare((old_params, new_params), dtype=new.dtype, placement=placement, gradients=True)
+    if not found.gradient_norms[1] > 0:
+        raise GrowthError(
+            f"the gradient is {found.gradient_norms[1]} everywhere, the grown model cannot learn; matrices of zeros: "
+            f"{', '.join(_zeros(old_params, new_params)) or 'none'}; 'perturb' would fill them; nothing was overwritten"
+        )
     differences: dict[str, float | None] = {"run": found.difference, "float32": found.difference, "float64": None}
     if new.dtype != "float32":
         widest = compare((old_params, new_params), dtype="float32", placement=placement)
@@ -227,6 +230,16 @@ def _compare(
     # Not donated, not cached: a growth point runs it once.
     found = Comparison(*jax.tree.map(float, jax.jit(compare)(params, batch)))
     return found if is_masked else found._replace(mask_removed=None)
+
+
+def _zeros(old_params: Any, new_params: Any) -> list[str]:
+    """`embedding (61, 24) -> (61, 37)` of leaves with more than one dimension that are 0 before and after."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(old_params), jax.tree.leaves(new_params), strict=True)
+    return [
+        f"{path_name(path)} {old.shape} -> {new.shape}"
+        for (path, old), new in pairs
+        if old.ndim > 1 and path[-1].key != "bias" and not (jnp.any(old) or jnp.any(new))
+    ]
 
 
 def _mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:

@@ -71,8 +71,16 @@ class Transformer(nn.Module):
         """Final hidden states (B, L, D), multipliers included, and the output table (V, D), both in config.dtype.
 
         Logits are their product; a loss may form them in pieces.
+
+        Raises:
+            ValueError: rows longer than the table of learned positions (its lookup would repeat the last one).
         """
         c = self.config
+        if c.position == "learned" and tokens_BL.shape[1] > c.max_length:
+            raise ValueError(
+                f"positions ({c.max_length}, {c.embed_dim}): learned positions end there, a row has "
+                f"{tokens_BL.shape[1]} tokens; grow max_length first"
+            )
         normal = nn.initializers.normal(c.init_std)
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1])[None]
