@@ -28,7 +28,7 @@ def train(config: RunConfig, workdir: Path) -> None:
 def prepare(config: RunConfig, workdir: Path) -> None:
     """Turn the text sources into token files."""
     from flmjax.data.prepare import prepare as run
-    from flmjax.training.loop import data_directory
+    from flmjax.training.workdir import data_directory
 
     data = run(config.data, data_directory(config, workdir), progress=True)
     print(f"{data.directory}: {data.vocab_size} ids", flush=True)
@@ -44,7 +44,7 @@ def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_o
     if dry_run:
         print(plan_checkpoint(config, Path(source)), flush=True)
         return
-    print(grow_checkpoint(config, Path(source), workdir, weights_only), flush=True)
+    grow_checkpoint(config, Path(source), workdir, weights_only)
     print(f"{workdir}: checkpoint at step 0; 'flmjax train' with this config and workdir goes on from it", flush=True)
 
 

@@ -19,6 +19,12 @@ DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULES = ("constant", "cosine", "wsd")
 VOCABULARIES = ("sentencepiece", "bytes")
 GROWTH_FAMILIES = ("zero", "duplicate", "mask", "stack", "interleave", "middle", "perturb", "learned")
+FAMILY_FIELDS = {
+    "duplicate": ("split",),
+    "mask": ("ramp_steps", "ramp"),
+    "perturb": ("shrink",),
+    "learned": ("tuning_steps", "tuning_learning_rate"),
+}
 RAMPS = ("linear", "cosine")
 SPLITS = ("unequal", "equal")
 MOMENTS = ("carry", "reset")
@@ -201,7 +207,7 @@ class RunConfig:
     evaluation_rows: int = 64  # validation rows per evaluation
     certificate_rows: int = 4  # validation rows that a growth point compares logits on
     certificate_float64_below: int = 20_000_000  # parameters; larger models are not recomputed in float64
-    certificate_tolerance: float = 1e-4  # max |difference| of float32 logits; a larger one stops the run
+    certificate_tolerance: float = 2e-5  # of max |logit| (at least 1), in float32; a larger difference stops the run
     sample_prompt: str = "The "
     sample_tokens: int = 64
     peak_flops: float | None = None  # FLOP/s per device; None: table of known chips, else measured
@@ -243,6 +249,22 @@ def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfi
     if grown.head_dim == model.head_dim or model.position == "learned" or model.rotary_dim is not None:
         return grown
     return dataclasses.replace(grown, rotary_dim=model.head_dim, rotary_repeat=family == "duplicate")
+
+
+def split_factor(old: ModelConfig, new: ModelConfig) -> int:
+    """Parts that each group of query heads splits into, its key and value head copied for each; 1 for none.
+
+    Raises:
+        ConfigError: no splitting followed by adding leads from the old heads to the new ones.
+    """
+    heads_of_group, wanted = old.num_heads // old.kv_heads, new.num_heads // new.kv_heads
+    for parts in range(1, heads_of_group + 1):
+        if heads_of_group % parts == 0 and heads_of_group // parts <= wanted and old.kv_heads * parts <= new.kv_heads:
+            return parts
+    raise ConfigError(
+        f"{old.num_heads} query heads in {old.kv_heads} groups cannot become {new.num_heads} in {new.kv_heads}: a "
+        "group can gain heads, be joined by further groups, or split into equal parts that do"
+    )
 
 
 # ---- ml_collections -------------------------------------------------------------------------------------------------
@@ -369,6 +391,10 @@ def validate(config: RunConfig) -> RunConfig:
         _require(getattr(config, field) > 0, f"{field}={getattr(config, field)} must be positive")
     _require(config.checkpoint.every > 0, f"checkpoint.every={config.checkpoint.every} must be positive")
     _require(config.checkpoint.keep > 0, f"checkpoint.keep={config.checkpoint.keep} must be positive")
+    _require(
+        math.isfinite(config.certificate_tolerance) and config.certificate_tolerance > 0,
+        f"certificate_tolerance={config.certificate_tolerance} must be positive",
+    )
     _require(config.sample_tokens >= 0, f"sample_tokens={config.sample_tokens} must not be negative")
     return config
 
@@ -477,17 +503,25 @@ def _validate_operator(s: StageConfig, path: str) -> None:
         math.isfinite(g.tuning_learning_rate) and g.tuning_learning_rate > 0,
         f"{path}.tuning_learning_rate={g.tuning_learning_rate} must be positive",
     )
-    ramped = g.family == "mask"
     _require(
-        0 < g.ramp_steps <= s.steps if ramped else g.ramp_steps == 0,
-        f"{path}.ramp_steps={g.ramp_steps} must be "
-        + (f"1 to the stage's steps={s.steps} for family 'mask'" if ramped else f"0 for family '{g.family}'"),
+        g.family != "mask" or 0 < g.ramp_steps <= s.steps,
+        f"{path}.ramp_steps={g.ramp_steps} must be 1 to the stage's steps={s.steps} for family 'mask'",
     )
+    for family, fields in FAMILY_FIELDS.items():
+        for field in fields if family != g.family else ():
+            _require(
+                getattr(g, field) == getattr(GrowthConfig(), field),
+                f"{path}.{field}={getattr(g, field)} is not read by family '{g.family}', only by '{family}'",
+            )
 
 
 def _validate_schedule(stages: tuple[StageConfig, ...]) -> None:
     """A stage that continues a schedule may not bring one: it would be ignored."""
     default = StageConfig()
+    _require(
+        stages[0].growth.learning_rate == default.growth.learning_rate,
+        f"stages[0].growth.learning_rate='{stages[0].growth.learning_rate}' is not read: the first stage has its own",
+    )
     for i, stage in enumerate(stages[1:], start=1):
         for field in SCHEDULE_FIELDS if stage.growth.learning_rate != "stage" else ():
             _require(
@@ -503,6 +537,10 @@ def _validate_growth(old: ModelConfig, new: ModelConfig, path: str) -> None:
         if field == "num_kv_heads":
             before, after = old.kv_heads, new.kv_heads
         _require(after >= before, f"{path}.{field}={after} is smaller than {before} of the stage before; stages grow")
+    try:
+        split_factor(old, new)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
@@ -522,17 +560,30 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     product = math.prod(sizes.values())
     _require(product == num_devices, f"mesh: {sizes} has {product} places for {num_devices} devices")
     mesh = MeshConfig(**sizes)
-    data_axes = sizes["replica"] * sizes["fsdp"]
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        rows = stage.batch_size // stage.microbatches
-        checks = [
-            ("batch_size / microbatches", rows, "replica x fsdp", data_axes),
-            ("embed_dim", model.embed_dim, "fsdp", mesh.fsdp),
-            ("mlp_dim", model.mlp_dim, "tensor", mesh.tensor),
-            ("num_heads", model.num_heads, "tensor", mesh.tensor),
-            ("num_kv_heads", model.kv_heads, "tensor", mesh.tensor),
-            ("max_length", model.max_length, "tensor", mesh.tensor),
-        ]
-        for name, size, axis, parts in checks:
-            _require(size % parts == 0, f"stages[{i}]: {name}={size} does not divide over mesh axis {axis}={parts}")
+        rows, data_axes = stage.batch_size // stage.microbatches, sizes["replica"] * sizes["fsdp"]
+        _require(
+            rows % data_axes == 0,
+            f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={data_axes}",
+        )
+        check_mesh(model, mesh, f"stages[{i}]")
     return mesh
+
+
+def check_mesh(model: ModelConfig, mesh: MeshConfig, path: str) -> None:
+    """Whether every size of a model divides over `mesh`, whose sizes are known.
+
+    Raises:
+        ConfigError: naming the size, the mesh axis and both numbers.
+    """
+    vocabulary = 0 if model.vocab_size is None else model.padded_vocab_size
+    for name, size, axis in (
+        ("padded vocab_size", vocabulary, "tensor"),
+        ("embed_dim", model.embed_dim, "fsdp"),
+        ("mlp_dim", model.mlp_dim, "tensor"),
+        ("num_heads", model.num_heads, "tensor"),
+        ("num_kv_heads", model.kv_heads, "tensor"),
+        ("max_length", model.max_length, "tensor"),
+    ):
+        parts = getattr(mesh, axis)
+        _require(size % parts == 0, f"{path}: {name}={size} does not divide over mesh axis {axis}={parts}")

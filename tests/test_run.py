@@ -17,6 +17,7 @@ import pytest
 from flmjax.config import ConfigError, MeshConfig, from_config_dict
 from flmjax.data.loader import validation_rows
 from flmjax.data.prepare import load
+from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.growth.masks import masked
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.checkpoint import Checkpoints
@@ -78,11 +79,18 @@ def lab(tmp_path_factory):
 
 
 def start(
-    lab: Path, when: str, workdir: Path, *flags: str, expect: int = 0, command: str = "train", config: str = "config.py"
+    lab: Path,
+    when: str,
+    workdir: Path,
+    *flags: str,
+    expect: int = 0,
+    command: str = "train",
+    config: str = "config.py",
+    devices: int = 1,
 ) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(lab / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
@@ -342,16 +350,34 @@ def test_growth_that_cannot_be_is_refused_before_anything_is_written(lab, flags,
     assert not (workdir / "config.json").exists()
 
 
-def test_a_vocabulary_in_which_an_old_id_means_another_word_is_refused():
-    def tokenizer(words, end_id=0):
-        decode = lambda ids: "".join(words[i] for i in ids)
-        return SimpleNamespace(fingerprint=str(words), vocab_size=len(words), end_id=end_id, decode=decode)
+def test_a_vocabulary_in_which_an_old_id_means_another_word_is_refused(lab):
+    data = lab / "straight" / "data"
+    check_vocabulary(data, ByteTokenizer(), Path("new"))
+    larger = SimpleNamespace(fingerprint="more", vocab_size=258, end_id=256, decode=ByteTokenizer().decode)
+    check_vocabulary(data, larger, Path("new"))
+    pieces = SentencePieceTokenizer.train(["some words of text", "and some more words of it"] * 50, 290)
+    with pytest.raises(ConfigError, match=r"id \d+ means .*, there .*; --config.data.directory=.*straight/data takes"):
+        check_vocabulary(data, pieces, Path("new"))
 
-    old, folder = tokenizer(["", "a", "b"]), Path("run")
-    check_vocabulary(old, tokenizer(["", "a", "b", "new"]), folder, folder)
-    with pytest.raises(
-        ConfigError, match=r"id 2 means 'c', there 'b'; --config.data.directory=run/data takes its data"
-    ):
-        check_vocabulary(old, tokenizer(["", "a", "c", "b"]), folder, folder)
-    with pytest.raises(ConfigError, match="id 0 means"):
-        check_vocabulary(old, tokenizer(["", "a", "b", ""], end_id=3), folder, folder)
+
+def test_growth_that_is_killed_leaves_no_workdir_and_starts_anew(lab):
+    workdir, flags = lab / "cut", [f"--source={lab / 'straight'}"]
+    start(lab, "saving:1", workdir, *flags, command="grow", config="big.py", expect=-9)
+    assert not (workdir / "config.json").exists()
+    result = start(lab, "never", workdir, config="big.py", expect=2)  # never from scratch
+    assert "growth that was cut off" in result.stderr
+    for step in (workdir / "checkpoints").glob("[0-9]*"):  # whole, if the kill came late
+        shutil.rmtree(step)
+    start(lab, "never", workdir, *flags, command="grow", config="big.py")
+    assert (workdir / "config.json").exists()
+    result = start(lab, "never", workdir, *flags, command="grow", config="big.py", expect=2)
+    assert "holds a run already" in result.stderr
+
+
+def test_growth_goes_to_another_mesh(lab):
+    flags = [f"--source={lab / 'straight'}", "--config.mesh.fsdp=2"]
+    shown = start(lab, "never", lab / "mesh", *flags, command="grow", config="big.py", devices=2).stdout
+    assert "by 'zero' (exact)" in shown
+    flags = [f"--source={lab / 'straight'}", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
+    result = start(lab, "never", lab / "mesh4", *flags, command="grow", config="big.py", devices=4, expect=2)
+    assert "straight: num_heads=2 does not divide over mesh axis tensor=4" in result.stderr

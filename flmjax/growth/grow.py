@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flmjax.config import SIZES, GrowthConfig, ModelConfig, resize
+from flmjax.config import SIZES, GrowthConfig, ModelConfig, resize, split_factor
 from flmjax.growth.families import family_of
 from flmjax.growth.optimizer_state import map_adam
 from flmjax.growth.rules import (
@@ -13,18 +13,17 @@ from flmjax.growth.rules import (
     Growing,
     GrowthError,
     copy,
-    dimensions,
-    dims,
+    dim_sizes,
     grow_leaf,
     growing_dimensions,
+    leaf_dims,
     rule_for,
-    split_factor,
 )
 from flmjax.model.axes import LeafAxes, axis_sizes, map_with_axes
 from flmjax.model.transformer import abstract_params, init_params
 
 # How a model computes; may differ between the old and the new one without changing the function.
-EXECUTION = ("dtype", "attention", "remat", "scan_unroll")
+EXECUTION = ("dtype", "attention", "remat", "scan_unroll", "vocab_multiple")
 
 
 def grow(state: Any, old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array) -> Any:
@@ -53,7 +52,7 @@ def grow_params(params: Any, old: ModelConfig, new: ModelConfig, operator: Growt
 
     def grow_one(path: str, leaf: LeafAxes, x: jax.Array, fresh: jax.Array) -> jax.Array:
         grown = grow_leaf(path, leaf, x, fresh, family.axes, growing, (old, new))
-        changed = any(dim in growing for _, dim in dimensions(leaf))
+        changed = any(dim in growing for _, dim in leaf_dims(leaf))
         return family.finish(leaf, grown, fresh, operator) if family.finish and changed else grown
 
     return map_with_axes(grow_one, abstract_params(old)[1], params, fresh)
@@ -77,7 +76,7 @@ def grow_opt_state(opt_state: Any, old: ModelConfig, new: ModelConfig, operator:
 
     def grow_births(births: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
         if operator.moments == "reset":
-            return {name: jax.numpy.full(size, count) for name, size in axis_sizes(new).items()}
+            births = {name: jax.numpy.full_like(birth, -1 - count) for name, birth in births.items()}
         return {name: _grow_births(name, births[name], count, growing, old, new) for name in births}
 
     return map_adam(opt_state, grow_moment, grow_births)
@@ -104,7 +103,7 @@ def plan_growth(old: ModelConfig, new: ModelConfig, operator: GrowthConfig) -> l
     def plan_one(path: str, leaf: LeafAxes, before: Any, after: Any) -> None:
         rules = [
             _describe(growing[dim], rule_for(path, leaf, axis, dim, family.axes, growing[dim]))
-            for axis, dim in dimensions(leaf)
+            for axis, dim in leaf_dims(leaf)
             if dim in growing
         ]
         plan.append(LeafPlan(path, before.shape, after.shape, tuple(rules)))
@@ -162,7 +161,7 @@ def _grow_births(
     parts = split_factor(old, new)
     if axis == "kv_heads" and parts > 1:
         births = jax.numpy.repeat(births, parts)
-    out = births.reshape(list(dims(axis, old, parts).values()))
+    out = births.reshape(list(dim_sizes(axis, old, parts).values()))
     for i, dim in enumerate(DIMENSIONS[axis]):
         if dim in growing:
             out = copy(out, {i: growing[dim].source})

@@ -18,17 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flmjax.config import GrowthConfig, ModelConfig
+from flmjax.config import GrowthConfig, ModelConfig, split_factor
 from flmjax.growth import zero
 from flmjax.growth.rules import (
     Growing,
     copy,
-    dimensions,
     grow_leaf,
     growing_dimensions,
+    leaf_dims,
+    leaf_sizes,
     rule_for,
-    split_factor,
-    unfolded,
 )
 from flmjax.model.axes import LeafAxes, map_with_axes
 from flmjax.model.transformer import abstract_params, init_params
@@ -43,7 +42,7 @@ def tune(
     new: ModelConfig,
     operator: GrowthConfig,
     key: jax.Array,
-    loss: Callable[[Any, Any], jax.Array],
+    value_and_grad: Callable[[Any, Any], tuple[jax.Array, Any]],
     batches: Iterable[Any],
     shardings: Any = None,
 ) -> tuple[Any, list[float]]:
@@ -52,7 +51,7 @@ def tune(
     Args:
         params: of the old model; not changed.
         key: for fresh weights, the same as of grow_params.
-        loss: (parameters of the new model, batch) -> mean loss.
+        value_and_grad: (parameters of the new model, batch) -> (mean loss, its gradient).
         shardings: of the new parameters; None on one device.
 
     Returns:
@@ -69,11 +68,9 @@ def tune(
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(matrices: Matrices, opt_state: Any, params: Any, constant: Any, batch: Any) -> Any:
-        def loss_of(matrices: Matrices) -> jax.Array:
-            return loss(pinned(expand(matrices, params, constant, old, new)), batch)
-
-        value, grads = jax.value_and_grad(loss_of)(matrices)
-        updates, opt_state = optimizer.update(grads, opt_state, matrices)
+        grown, pull_back = jax.vjp(lambda matrices: pinned(expand(matrices, params, constant, old, new)), matrices)
+        value, grads = value_and_grad(grown, batch)
+        updates, opt_state = optimizer.update(pull_back(grads)[0], opt_state, matrices)
         return optax.apply_updates(matrices, updates), opt_state, value
 
     opt_state, losses = optimizer.init(matrices), []
@@ -88,7 +85,7 @@ def first_matrices(old: ModelConfig, new: ModelConfig) -> Matrices:
     growing, matrices = _growing(old, new), {}
 
     def add(path: str, leaf: LeafAxes) -> None:
-        for axis, dim in dimensions(leaf):
+        for axis, dim in leaf_dims(leaf):
             if dim not in growing or dim in NOT_LEARNED:
                 continue
             g, rule = growing[dim], rule_for(path, leaf, axis, dim, zero.AXES, growing[dim])
@@ -117,7 +114,7 @@ def expand(matrices: Matrices, params: Any, constant: Any, old: ModelConfig, new
     """The parameters that the matrices make."""
     growing, parts = _growing(old, new), split_factor(old, new)
 
-    def along(leaf: LeafAxes, x: jax.Array, steps: list[tuple[int, str, str]]) -> jax.Array:
+    def multiply(leaf: LeafAxes, x: jax.Array, steps: list[tuple[int, str, str]]) -> jax.Array:
         for i, axis, dim in steps:
             if dim in NOT_LEARNED:
                 x = copy(x, {i: growing[dim].source})
@@ -128,15 +125,15 @@ def expand(matrices: Matrices, params: Any, constant: Any, old: ModelConfig, new
     def expand_one(path: str, leaf: LeafAxes, x: jax.Array, constant: jax.Array) -> jax.Array:
         if "kv_heads" in leaf.names and parts > 1:
             x = jnp.repeat(x, parts, axis=leaf.names.index("kv_heads"))
-        out = x.reshape(unfolded(leaf, old, parts))
-        steps = [(i, axis, dim) for i, (axis, dim) in enumerate(dimensions(leaf)) if dim in growing]
+        out = x.reshape(leaf_sizes(leaf, old, parts))
+        steps = [(i, axis, dim) for i, (axis, dim) in enumerate(leaf_dims(leaf)) if dim in growing]
         if leaf.names[0] == "layers":
             # A sharded dimension is gathered for its product: of one layer at a time.
-            out = along(leaf, out, [step for step in steps if step[0] == 0])
+            out = multiply(leaf, out, [step for step in steps if step[0] == 0])
             inner = [(i - 1, axis, dim) for i, axis, dim in steps if i > 0]
-            out = jax.lax.map(lambda layer: along(leaf, layer, inner), out) if inner else out
+            out = jax.lax.map(lambda layer: multiply(leaf, layer, inner), out) if inner else out
         else:
-            out = along(leaf, out, steps)
+            out = multiply(leaf, out, steps)
         return out.reshape(constant.shape) + constant
 
     return map_with_axes(expand_one, abstract_params(old)[1], params, constant)
@@ -148,8 +145,8 @@ def tuning_flops(old: ModelConfig, new: ModelConfig) -> float:
 
     def add(path: str, leaf: LeafAxes) -> None:
         nonlocal total
-        sizes, after = unfolded(leaf, old, parts), unfolded(leaf, new)
-        for i, (_, dim) in enumerate(dimensions(leaf)):
+        sizes, after = leaf_sizes(leaf, old, parts), leaf_sizes(leaf, new)
+        for i, (_, dim) in enumerate(leaf_dims(leaf)):
             if dim in growing and dim not in NOT_LEARNED:
                 total += 3 * 2 * math.prod(sizes) * after[i]
             sizes[i] = after[i]

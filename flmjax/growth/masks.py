@@ -14,7 +14,7 @@ import numpy as np
 
 from flmjax.config import GrowthConfig, ModelConfig
 from flmjax.growth import zero
-from flmjax.growth.rules import AxisRule, Growing, Rule, along, at_the_end, dimensions, growing_dimensions, unfolded
+from flmjax.growth.rules import AxisRule, Growing, Rule, along, at_the_end, growing_dimensions, leaf_dims, leaf_sizes
 from flmjax.model.axes import LeafAxes, map_with_axes
 from flmjax.model.transformer import abstract_params
 
@@ -57,8 +57,8 @@ def masked(params: Any, old: ModelConfig, new: ModelConfig, c: Any) -> Any:
     growing = growing_dimensions(AXES, old, new, GrowthConfig("mask"), jax.random.key(0))
 
     def mask(_: str, leaf: LeafAxes, x: jax.Array) -> jax.Array:
-        out = x.reshape(unfolded(leaf, new))
-        for i, (axis, dim) in enumerate(dimensions(leaf)):
+        out = x.reshape(leaf_sizes(leaf, new))
+        for i, (axis, dim) in enumerate(leaf_dims(leaf)):
             if dim in growing:
                 out = _mask_dimension(out, i, str(leaf.role(axis)), leaf, growing[dim], jnp.asarray(c, x.dtype))
         return out.reshape(x.shape)

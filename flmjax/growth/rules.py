@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import GrowthConfig, ModelConfig
+from flmjax.config import GrowthConfig, ModelConfig, split_factor
 from flmjax.model.axes import AXES, LeafAxes, axis_sizes
 
 # Query heads are groups x heads of a group: both grow at their own end, else a new head would land in a neighbour's
@@ -83,15 +83,13 @@ def growing_dimensions(
     axes: Mapping[str, AxisRule], old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array
 ) -> dict[str, Growing]:
     """The dimensions that grow, by name. Copies' shares are drawn from `key`, once for all leaves."""
-    sizes = {name: (dims(name, old, split_factor(old, new)), dims(name, new)) for name in AXES}
-    growing = {}
-    for i, (name, (before, after)) in enumerate((n, (b[n], a[n])) for n, (b, a) in sizes.items()):
-        if name == "vocab":  # padded rows were never a word
-            if old.vocab_size == new.vocab_size:
-                continue
-            before = int(old.vocab_size or 0)
-        elif before == after:
+    parts, growing = split_factor(old, new), {}
+    for i, name in enumerate(AXES):
+        before, after = dim_sizes(name, old, parts)[name], dim_sizes(name, new)[name]
+        if before == after and (name != "vocab" or old.vocab_size == new.vocab_size):
             continue
+        if name == "vocab":  # padded rows were never a word
+            before = int(old.vocab_size or 0)
         source = axes[name].source(before, after, old, new)
         assert source.shape == (after,), (name, source.shape)
         copies = np.where(source < 0, 1, np.bincount(source[source >= 0], minlength=before)[source])
@@ -107,30 +105,15 @@ def draw_share(source: np.ndarray, copies: np.ndarray, split: str, key: jax.Arra
     """Shares in (0.3, 0.7) of each other, 1 for a place that has one copy; equal ones make copies that never part."""
     if split == "equal" or copies.max() == 1:
         return 1.0 / copies
-    drawn = jax.random.uniform(key, source.shape, minval=0.3, maxval=0.7)
-    drawn = jnp.where(copies == 1, 1.0, drawn)
+    # Drawn in float32, so that a proof in float64 is of the same growth; divided in full, so that they sum to 1.
+    drawn = jax.random.uniform(key, source.shape, jnp.float32, minval=0.3, maxval=0.7)
+    drawn = jnp.where(copies == 1, 1.0, drawn.astype(float))
     known, at = source >= 0, np.maximum(source, 0)
     total = jnp.zeros(source.max() + 1).at[at].add(jnp.where(known, drawn, 0))[at]
     return jnp.where(known, drawn / total, 1.0)
 
 
-def split_factor(old: ModelConfig, new: ModelConfig) -> int:
-    """Parts that each group of query heads splits into, its key and value head copied for each; 1 for none.
-
-    Raises:
-        GrowthError: no splitting followed by adding leads from the old heads to the new ones.
-    """
-    heads_of_group, wanted = old.num_heads // old.kv_heads, new.num_heads // new.kv_heads
-    for parts in range(1, heads_of_group + 1):
-        if heads_of_group % parts == 0 and heads_of_group // parts <= wanted and old.kv_heads * parts <= new.kv_heads:
-            return parts
-    raise GrowthError(
-        f"{old.num_heads} query heads in {old.kv_heads} groups cannot become {new.num_heads} in {new.kv_heads}: a "
-        "group can gain heads, be joined by further groups, or split into equal parts that do"
-    )
-
-
-def dims(axis: str, config: ModelConfig, parts: int = 1) -> dict[str, int]:
+def dim_sizes(axis: str, config: ModelConfig, parts: int = 1) -> dict[str, int]:
     """Dimensions of an axis and their sizes, every group of heads split into `parts`."""
     if axis == "heads":
         groups = config.kv_heads * parts
@@ -138,14 +121,14 @@ def dims(axis: str, config: ModelConfig, parts: int = 1) -> dict[str, int]:
     return {axis: axis_sizes(config)[axis] * (parts if axis == "kv_heads" else 1)}
 
 
-def dimensions(leaf: LeafAxes) -> list[tuple[str, str]]:
+def leaf_dims(leaf: LeafAxes) -> list[tuple[str, str]]:
     """(axis, dimension) of a leaf in order; the query heads are two."""
     return [(axis, dim) for axis in leaf.names for dim in DIMENSIONS[axis]]
 
 
-def unfolded(leaf: LeafAxes, config: ModelConfig, parts: int = 1) -> list[int]:
+def leaf_sizes(leaf: LeafAxes, config: ModelConfig, parts: int = 1) -> list[int]:
     """Sizes of those dimensions."""
-    return [size for axis in leaf.names for size in dims(axis, config, parts).values()]
+    return [size for axis in leaf.names for size in dim_sizes(axis, config, parts).values()]
 
 
 def grow_leaf(
@@ -171,14 +154,14 @@ def grow_leaf(
         x = jnp.repeat(x, parts, axis=leaf.names.index("kv_heads")) * jnp.asarray(float(parts) ** -power, x.dtype)
     steps = [
         (i, dim, rule_for(path, leaf, axis, dim, rules, growing[dim]))
-        for i, (axis, dim) in enumerate(dimensions(leaf))
+        for i, (axis, dim) in enumerate(leaf_dims(leaf))
         if dim in growing
     ]
-    out = copy(x.reshape(unfolded(leaf, old, parts)), {i: growing[dim].source for i, dim, _ in steps})
+    out = copy(x.reshape(leaf_sizes(leaf, old, parts)), {i: growing[dim].source for i, dim, _ in steps})
     for i, _, rule in steps:
         out = scale(out, i, rule.weight if power == 0 else rule.moment_factor(power))
     if fresh is not None:
-        fresh = fresh.reshape(unfolded(leaf, new)).astype(x.dtype)
+        fresh = fresh.reshape(leaf_sizes(leaf, new)).astype(x.dtype)
     for i, dim, rule in sorted(steps, key=lambda step: step[1] == "layers"):  # new layers are as new layers are
         out = fill(out, i, growing[dim].is_new, "zero" if fresh is None else rule.fill, fresh)
     return out.reshape([axis_sizes(new)[name] for name in leaf.names])
@@ -219,7 +202,7 @@ def _copy_runs(x: jax.Array, dim: int, source: np.ndarray) -> jax.Array:
     starts = [
         j for j in range(places) if source[j] >= 0 and (j == 0 or source[j] != source[j - 1] + 1 or not source[j])
     ]
-    if len(starts) > 16:  # only layers, which are not sharded
+    if len(starts) > 64:  # interleaved layers, which are not sharded
         taken = jnp.take(x, np.maximum(source, 0), axis=dim)
         return scale(taken, dim, (source >= 0).astype(np.float32))
     place = functools.partial(jax.lax.broadcasted_iota, jnp.int32, dimension=dim)

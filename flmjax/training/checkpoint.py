@@ -52,8 +52,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest complete step, None if there is none."""
-        steps = [step for step in self._manager.all_steps() if _is_whole(self.directory / str(step))]
-        return max(steps, default=None)
+        return latest_whole_step(self.directory)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was stored beside the state: stage, samples_seen, fingerprint."""
@@ -144,6 +143,12 @@ class Checkpoints:
         older = [s for s in self._manager.all_steps() if s < step]
         cure = f"; delete that folder to go on from step {max(older)}" if older else ""
         return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}{cure}")
+
+
+def latest_whole_step(directory: Path) -> int | None:
+    """The newest step in `directory` that was written to its end; None if there is none, or no such folder."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    return max((int(folder.name) for folder in folders if folder.name.isdigit() and _is_whole(folder)), default=None)
 
 
 def remove_incomplete(directory: Path) -> list[Path]:

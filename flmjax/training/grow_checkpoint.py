@@ -1,9 +1,10 @@
 """Growth of a checkpoint into a new workdir, without training: `flmjax grow`."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +14,22 @@ from flmjax.config import (
     ConfigError,
     ModelConfig,
     RunConfig,
+    check_mesh,
     from_config_dict,
     resize,
     to_json,
     validate,
     validate_mesh,
 )
-from flmjax.data.loader import fingerprint, validation_rows
+from flmjax.data.loader import fingerprint
 from flmjax.data.prepare import load, prepare
 from flmjax.data.tokenizers import Tokenizer
-from flmjax.growth.certificate import Certificate, certify
-from flmjax.growth.grow import check_growth, grow, grow_params, plan_growth
+from flmjax.growth.grow import check_growth, grow, plan_growth
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.rules import Placement
-from flmjax.training.checkpoint import Checkpoints
-from flmjax.training.loop import claim_workdir, data_directory, mixture_schedule, stage_ramp, with_vocabulary
+from flmjax.training.checkpoint import Checkpoints, latest_whole_step
+from flmjax.training.loop import mixture_schedule, prove_growth, stage_ramp
 from flmjax.training.state import init_state, state_spec
-from flmjax.training.step import put_batch
+from flmjax.training.workdir import data_directory, with_vocabulary, write_config
 
 DURING_TRAINING = {
     "mask": "its mask opens while the model trains",
@@ -40,7 +40,6 @@ DURING_TRAINING = {
 class Source(NamedTuple):
     """The newest checkpoint of a run."""
 
-    workdir: Path
     step: int
     config: RunConfig
     stage: int
@@ -70,11 +69,12 @@ def plan_checkpoint(config: RunConfig, source: Path) -> str:
     )
 
 
-def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only: bool = False) -> Certificate:
+def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only: bool = False) -> None:
     """Grow the newest checkpoint of the run in `source` to the model of `config`'s first stage.
 
-    `workdir` gets the config, the certificate and a checkpoint at step 0, from which `flmjax train` goes on. The
-    operator is the first stage's. The state is restored on the new mesh, so that growth never crosses meshes.
+    `workdir` gets the certificate, a checkpoint at step 0, from which `flmjax train` goes on, and last the config: cut
+    off before that it is no workdir, and growth starts anew. The operator is the first stage's. The state is restored
+    on the new mesh, so that growth never crosses meshes.
 
     Args:
         config: of the new run; its data must have the vocabulary that the source was trained with.
@@ -82,60 +82,45 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
 
     Raises:
         ConfigError: a workdir, a vocabulary or a setting that does not fit. CheckpointError: an unreadable source.
-        GrowthError: sizes that cannot be, or a result that is not what the operator claims. Nothing is written then
-            but the prepared data.
+        GrowthError: sizes that cannot be, or a result that is not what the operator claims; no checkpoint is written.
     """
-    found = _newest(source)
-    if (workdir / "checkpoints").exists():
-        raise ConfigError(f"{workdir} holds checkpoints already; take another --workdir")
+    found, operator = _newest(source), config.stages[0].growth
+    if (workdir / "config.json").exists() or latest_whole_step(workdir / "checkpoints") is not None:
+        raise ConfigError(f"{workdir} holds a run already; take another --workdir")
     _target(config, found.model)  # refuses before anything is computed
+    mesh_config = validate_mesh(config, jax.device_count())
+    check_mesh(found.model, mesh_config, f"--source={source}")
     data = prepare(config.data, data_directory(config, workdir), progress=True)
     asked, config = config, with_vocabulary(config, data)
     new = _target(config, found.model)
-    check_vocabulary(load(data_directory(found.config, source)).tokenizer, data.tokenizer, source, workdir)
-    mesh = make_mesh(validate_mesh(config, jax.device_count()), jax.devices())
+    check_vocabulary(data_directory(found.config, source), data.tokenizer, workdir)
+    mesh = make_mesh(mesh_config, jax.devices())
     before, after = (state_spec(model, config.optimizer, mesh) for model in (found.model, new))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    operator = config.stages[0].growth
     with Checkpoints(source / "checkpoints", keep=None) as checkpoints:
         if weights_only:
             params = checkpoints.restore_params(found.step, before.abstract.params)
-            program = jax.jit(
-                lambda params, key: grow_params(params, found.model, new, operator, key),
-                out_shardings=after.shardings.params,
-            )
-            grown = dataclasses.replace(init_state(after, config.seed), params=program(params, key))
+            state = dataclasses.replace(init_state(before, config.seed), params=params)
         else:
             state = checkpoints.restore(found.step, before.abstract)
-            params = state.params
-            program = jax.jit(
-                lambda state, key: grow(state, found.model, new, operator, key), out_shardings=after.shardings
-            )
-            zero = jnp.zeros((), jnp.int32)
-            grown = dataclasses.replace(program(state, key), step=zero, nonfinite=zero)
-
-    data_axes = mesh.shape["replica"] * mesh.shape["fsdp"]
-    rows = -(-config.certificate_rows // data_axes) * data_axes
-    batch = validation_rows(data, config.data, length=found.model.max_length, rows=rows)
-    certificate = certify(
-        params,
-        grown.params,
-        found.model,
-        new,
-        put_batch(batch, data.tokenizer.token_bytes, mesh),
+    program = jax.jit(lambda state, key: grow(state, found.model, new, operator, key), out_shardings=after.shardings)
+    zero = jnp.zeros((), jnp.int32)
+    grown = dataclasses.replace(program(state, key), step=zero, nonfinite=zero)
+    prove_growth(
+        config,
+        workdir,
+        data,
+        mesh,
+        (state.params, grown.params),
+        (found.model, new),
+        functools.partial(print, flush=True),
         operator=operator,
         key=key,
-        placement=Placement(mesh),
-        float64_below=config.certificate_float64_below,
         step=0,
         from_stage=f"{source} step {found.step}",
         to_stage=config.stages[0].name,
-        tolerance=config.certificate_tolerance,
     )
-    certificate.check()
-    claim_workdir(asked, workdir)
-    certificate.save(workdir / "certificates")
-    schedule: Any = mixture_schedule(config, data)
+    schedule = mixture_schedule(config, data)
     meta = {
         "stage": 0,
         "samples_seen": 0,
@@ -145,15 +130,16 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, grown, meta)
         checkpoints.wait()
-    return certificate
+    write_config(asked, workdir)
 
 
-def check_vocabulary(old: Tokenizer, new: Tokenizer, source: Path, workdir: Path) -> None:
-    """Every old id must mean what it meant; the new vocabulary has at least as many.
+def check_vocabulary(directory: Path, new: Tokenizer, workdir: Path) -> None:
+    """Every id of the prepared data in `directory` must mean the same in `new`, which has at least as many.
 
     Raises:
         ConfigError: naming the first id that does not.
     """
+    old = load(directory).tokenizer
     if old.fingerprint == new.fingerprint:
         return
     differs = next((i for i in range(old.vocab_size) if old.decode([i]) != new.decode([i])), None)
@@ -161,24 +147,22 @@ def check_vocabulary(old: Tokenizer, new: Tokenizer, source: Path, workdir: Path
         differs = old.end_id
     if differs is not None:
         raise ConfigError(
-            f"the vocabulary of {workdir} is not that of {source}: id {differs} means {new.decode([differs])!r}, there "
-            f"{old.decode([differs])!r}; --config.data.directory={source / 'data'} takes its data"
+            f"the vocabulary of {workdir} is not the source's: id {differs} means {new.decode([differs])!r}, there "
+            f"{old.decode([differs])!r}; --config.data.directory={directory} takes the source's data"
         )
 
 
 def _newest(source: Path) -> Source:
-    if not (source / "checkpoints").is_dir():
-        raise ConfigError(f"--source={source} is no workdir of a run: it has no checkpoints")
+    step = latest_whole_step(source / "checkpoints")
+    if step is None:
+        raise ConfigError(f"--source={source} is no workdir of a run: it has no whole checkpoint")
     with Checkpoints(source / "checkpoints", keep=None) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise ConfigError(f"--source={source} has no complete checkpoint")
         meta = checkpoints.meta(step)
     config = from_config_dict(meta["config"])
     ramp = stage_ramp(config, meta["stage"])
     if ramp is not None and step < ramp.end:
         raise ConfigError(f"--source={source} stands at step {step}, its mask is open at step {ramp.end}: train on")
-    return Source(source, step, config, meta["stage"])
+    return Source(step, config, meta["stage"])
 
 
 def _target(config: RunConfig, old: ModelConfig) -> ModelConfig:
@@ -200,7 +184,9 @@ def _target(config: RunConfig, old: ModelConfig) -> ModelConfig:
     derived = resize(old, family, **{field: getattr(new, field) for field in SIZES})
     kept = {name: getattr(derived, name) for name in ("norm_eps", "rotary_dim", "rotary_repeat")}
     check_growth(old, dataclasses.replace(new, **kept), config.stages[0].growth)
-    wrong = [f"--config.model.{name}={value}" for name, value in kept.items() if value != getattr(new, name)]
+    same = {name: value == getattr(new, name) for name, value in kept.items()}
+    same["norm_eps"] = math.isclose(kept["norm_eps"], new.norm_eps, rel_tol=1e-9)  # as check_growth has it
+    wrong = [f"--config.model.{name}={kept[name]}" for name in kept if not same[name]]
     if wrong:
         raise ConfigError(f"growth keeps the function with {' '.join(wrong)}; 'flmjax train' needs the same after it")
     return new

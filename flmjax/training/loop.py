@@ -2,9 +2,8 @@
 
 import dataclasses
 import itertools
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flmjax.config import ConfigError, RunConfig, differences, to_json, validate, validate_mesh
+from flmjax.config import ConfigError, ModelConfig, RunConfig, to_json, validate, validate_mesh
 from flmjax.data.loader import Segment, batches, check_size, default_weights, fingerprint, mixture, validation_rows
 from flmjax.data.prepare import Prepared, prepare
-from flmjax.growth.certificate import certify
+from flmjax.growth.certificate import Certificate, certify
 from flmjax.growth.grow import grow
 from flmjax.growth.learned import tune, tuning_flops
 from flmjax.growth.masks import Ramp
@@ -24,11 +23,11 @@ from flmjax.model.transformer import count_parameters
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement
 from flmjax.training.checkpoint import Checkpoints
-from flmjax.training.losses import loss_sums
 from flmjax.training.metrics import FLOPS_CONVENTION, Clock, MetricsWriter, ProgressBar, flops_per_token, peak_flops
 from flmjax.training.optimizer import learning_rate, new_warmup
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
-from flmjax.training.step import compile_evaluation, compile_step, nonfinite_leaves, put_batch
+from flmjax.training.step import compile_evaluation, compile_step, gradients, nonfinite_leaves, put_batch
+from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
 
 
 class TrainingError(RuntimeError):
@@ -51,37 +50,6 @@ def train(config: RunConfig, workdir: Path) -> None:
         step = checkpoints.latest_step() or 0
         with MetricsWriter(workdir, step) as writer, ProgressBar(config.total_steps, step) as bar:
             Run(config, workdir, data, mesh, checkpoints, writer, bar).run_schedule()
-
-
-def data_directory(config: RunConfig, workdir: Path) -> Path:
-    """Where the run's token files are."""
-    return Path(config.data.directory) if config.data.directory else workdir / "data"
-
-
-def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
-    """Fill in model.vocab_size from the tokenizer, or check it against that."""
-    if config.model.vocab_size not in (None, data.vocab_size):
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} but the data's vocabulary has {data.vocab_size} ids; "
-            "leave it None to take the tokenizer's"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
-
-
-def claim_workdir(config: RunConfig, workdir: Path) -> None:
-    """Store the config in a new workdir; refuse one that holds a run of another config, naming the fields."""
-    path = workdir / "config.json"
-    if path.is_file():
-        changed = differences(json.loads(path.read_text()), json.loads(json.dumps(to_json(config))))
-        if changed:
-            raise ConfigError(f"{workdir} holds a run of another config: {'; '.join(changed)}; take another --workdir")
-    else:
-        if (workdir / "checkpoints").exists():
-            raise ConfigError(f"{workdir} has checkpoints but no config.json; it is not a workdir of this program")
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(to_json(config), indent=1) + "\n")
-        partial.replace(path)
 
 
 def run_stage(
@@ -131,7 +99,6 @@ class Run:
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.length = config.model.max_length
-        self.data_axes = mesh.shape["replica"] * mesh.shape["fsdp"]
         kwargs: Any = {"seed": config.seed, "length": self.length, "schedule": mixture_schedule(config, data)}
         self.stream = mixture(data, config.data, **kwargs)
         self.fingerprint = fingerprint(data, config.data, **kwargs)
@@ -307,26 +274,20 @@ class Run:
         )
         if stage.tuning_steps:
             grown = grown.replace(params=self.tune(state.params, spec, index, key))
-        rows = -(-self.config.certificate_rows // self.data_axes) * self.data_axes
-        certificate = certify(
-            state.params,
-            grown.params,
-            old,
-            new,
-            put_batch(next(chunks(self.validation, rows)), self.data.tokenizer.token_bytes, self.mesh),
+        certificate = prove_growth(
+            self.config,
+            self.workdir,
+            self.data,
+            self.mesh,
+            (state.params, grown.params),
+            (old, new),
+            self.bar.log,
             operator=stage.growth,
             key=key,
-            placement=Placement(self.mesh),
-            float64_below=self.config.certificate_float64_below,
             step=step,
             from_stage=self.config.stages[index - 1].name,
             to_stage=stage.name,
-            tolerance=self.config.certificate_tolerance,
         )
-        certificate.check()
-        if jax.process_index() == 0:
-            certificate.save(self.workdir / "certificates")
-        self.bar.log(str(certificate))
         self.writer.write(
             "growth",
             step,
@@ -342,13 +303,14 @@ class Run:
         stage, models = self.config.stages[index], self.config.stage_models
         rows = self.batches(self.samples(self.config.stage_starts()[index], index - 1), stage.batch_size)
         token_bytes = self.data.tokenizer.token_bytes
+        model = dataclasses.replace(spec.config, dropout=0.0)
 
-        def loss(params: Any, batch: Any) -> jax.Array:
-            sums = loss_sums(params, batch, spec.config, Placement(self.mesh))[1]
-            return sums["loss"] / jax.numpy.maximum(sums["weight"], 1.0)
+        def value_and_grad(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+            sums, grads = gradients(params, batch, key, model, Placement(self.mesh), stage.microbatches)
+            return sums["loss"] / jax.numpy.maximum(sums["weight"], 1.0), grads
 
         placed = (put_batch(row, token_bytes, self.mesh) for row in itertools.islice(rows, stage.tuning_steps))
-        arguments = (params, models[index - 1], models[index], stage.growth, key, loss, placed)
+        arguments = (params, models[index - 1], models[index], stage.growth, key, value_and_grad, placed)
         params, losses = tune(*arguments, shardings=spec.shardings.params)
         self.bar.log(
             f"growth learned in {stage.tuning_steps} updates on {stage.tuning_steps * stage.batch_size:,} samples: "
@@ -367,6 +329,39 @@ class Run:
         text = tokenizer.decode([i for i in ids[len(prompt) :] if i != tokenizer.end_id])
         step, name = int(state.step), self.config.stages[index].name
         self.writer.write("sample", step, stage=name, prompt=self.config.sample_prompt, text=text)
+
+
+def prove_growth(
+    config: RunConfig,
+    workdir: Path,
+    data: Prepared,
+    mesh: Mesh,
+    params: tuple[Any, Any],
+    models: tuple[ModelConfig, ModelConfig],
+    log: Callable[[str], None],
+    **labels: Any,
+) -> Certificate:
+    """Certify growth from the first of `params` and `models` to the second, on validation rows of the first's length.
+
+    The certificate is stored, also one that fails: GrowthError is raised after that.
+    """
+    data_axes = mesh.shape["replica"] * mesh.shape["fsdp"]
+    size = -(-config.certificate_rows // data_axes) * data_axes
+    rows = next(chunks(validation_rows(data, config.data, length=models[0].max_length, rows=size), size))
+    certificate = certify(
+        *params,
+        *models,
+        put_batch(rows, data.tokenizer.token_bytes, mesh),
+        placement=Placement(mesh),
+        float64_below=config.certificate_float64_below,
+        tolerance=config.certificate_tolerance,
+        **labels,
+    )
+    log(str(certificate))
+    if jax.process_index() == 0:
+        certificate.save(workdir / "certificates")
+    certificate.check()
+    return certificate
 
 
 def mixture_schedule(config: RunConfig, data: Prepared) -> list[Segment]:

@@ -241,7 +241,10 @@ class Run:
         for stage in self.stages:
             own = [record for record in self.train if record["stage"] == stage.config.name]
             paces = [1 / record["tokens_per_second"] for record in own if record.get("tokens_per_second")]
-            total += (stage.last["tokens"] - stage.before["tokens"]) * sum(paces) / max(len(paces), 1)
+            tokens = stage.last["tokens"] - stage.before["tokens"]
+            if stage is not self.stages[0]:  # growth that learns is growth's time
+                tokens -= stage.config.tuning_steps * stage.config.batch_size * stage.model.max_length
+            total += tokens * sum(paces) / max(len(paces), 1)
         return total
 
     @property
