@@ -4,7 +4,7 @@ WHEN: never | batch:N (kill -9 before the N-th update) | saved:N (the same, once
 | growth (inside the growth point, before its certificate) | saving:N (while the N-th save is being written)
 | full:N (from the N-th save on no file may grow past 20 kB)
 | nan:N (from the N-th update on every gradient is not a number).
-Every batch's step and checksum go to DRIVER_LOG.
+Every batch's step and checksum go to DRIVER_LOG; those that growth learns from are steps -1, -2...
 """
 
 import os
@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import zlib
+
+import numpy as np
 
 from flmjax import cli
 from flmjax.training import loop
@@ -23,10 +25,21 @@ def die(*_args, **_kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def log(step, tokens):
+    with open(os.environ["DRIVER_LOG"], "a") as file:
+        file.write(f"{step} {zlib.crc32(np.asarray(tokens).tobytes())}\n")
+
+
+def logged(placed):
+    for i, batch in enumerate(placed):
+        log(-1 - i, batch["tokens"])
+        yield batch
+
+
 def main() -> int:
     when, _, number = sys.argv[1].partition(":")
     saves, checkpoints = 0, None
-    save, run_stage = Checkpoints.save, loop.run_stage
+    save, run_stage, tune = Checkpoints.save, loop.run_stage, loop.tune
 
     def logged_stage(state, spec, config, index, rows, data):
         def logged_rows():
@@ -35,8 +48,7 @@ def main() -> int:
                     if when == "saved":
                         checkpoints.wait()
                     die()
-                with open(os.environ["DRIVER_LOG"], "a") as log:
-                    log.write(f"{step} {zlib.crc32(row['tokens'].tobytes())}\n")
+                log(step, row["tokens"])
                 if when == "nan" and step + 1 >= int(number):
                     row = {**row, "weights": row["weights"] * float("nan")}
                 yield row
@@ -54,6 +66,7 @@ def main() -> int:
             threading.Timer(0.005, die).start()
 
     loop.run_stage, Checkpoints.save = logged_stage, counted_save
+    loop.tune = lambda *args, **kwargs: tune(*args[:-1], logged(args[-1]), **kwargs)
     if when == "growth":
         loop.certify = die
     return cli.main(sys.argv[2:])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flmjax.config import ConfigError, GrowthConfig, OptimizerConfig, resize
-from flmjax.growth import duplicate, families, zero
+from flmjax.growth import certificate, duplicate, families, zero
 from flmjax.growth.certificate import _exactness_failure, certify
 from flmjax.growth.grow import check_growth, grow, grow_params, plan_growth
 from flmjax.growth.learned import expand, first_matrices, fresh_part, tune, tuning_flops
@@ -748,6 +748,29 @@ def test_growth_in_bfloat16_changes_the_loss_no_more_than_its_rounding(family): 
         rounding.append(before - float(loss(params, batch, wide)))
         growth.append(before - float(loss(first(params), batch, new)))
     assert 0 < np.std(growth) <= 3 * np.std(rounding)
+
+
+def test_float32_proof_is_made_at_full_precision(monkeypatch):
+    """An H100 multiplies float32 with 10 bits unless told otherwise: 5e-4, where growth itself is 1e-6."""
+    compare, seen = certificate._compare, {}
+
+    def spy(*args, dtype, gradients=False, **kwargs):
+        seen[dtype, gradients] = jax.config.jax_default_matmul_precision
+        return compare(*args, dtype=dtype, gradients=gradients, **kwargs)
+
+    monkeypatch.setattr(certificate, "_compare", spy)
+    certificate_of(GROWN, resize(GROWN, mlp_dim=40), random_params(GROWN), GrowthConfig(), float64_below=0)
+    assert seen == {("float32", True): None, ("float32", False): "highest"}
+
+
+def test_tolerance_is_relative_to_the_logits():
+    params, new = random_params(GROWN), resize(GROWN, mlp_dim=40)
+    params["final_norm"] = {name: 100 * x for name, x in params["final_norm"].items()}
+    found = certificate_of(GROWN, new, params, GrowthConfig(), tolerance=1e-5)
+    assert found.max_logit > 10
+    assert found.tolerance == pytest.approx(1e-5 * found.max_logit, rel=1e-4)
+    small = {**params, "final_norm": {name: 0 * x for name, x in params["final_norm"].items()}}
+    assert certificate_of(GROWN, new, small, GrowthConfig(), tolerance=1e-5).tolerance == 1e-5
 
 
 def test_a_model_that_cannot_learn_is_refused():

@@ -196,6 +196,7 @@ def test_growth_that_learns_uses_samples_of_its_own(lab):
     assert "not exact: tuned from an exact start" in shown
     straight, learned = batches(lab / "straight"), batches(workdir)
     assert [learned[step] for step in range(15)] == [straight[step] for step in range(15)]
+    assert [learned[step] for step in (-1, -2, -3)] == [straight[step] for step in (15, 16, 17)]
     assert [learned[step] for step in range(15, 27)] == [straight[step + 3] for step in range(15, 27)]
     lines = [line for line in read_metrics(workdir) if line["kind"] == "train"]
     assert lines[-1]["tokens"] == 15 * 4 * 32 + 18 * 6 * 32
