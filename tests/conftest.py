@@ -23,6 +23,11 @@ TINY = ModelConfig(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first: one worker takes minutes for them while the other does the rest."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModelConfig:
     return TINY
