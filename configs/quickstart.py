@@ -39,11 +39,11 @@ def get_config(arg: str = ""):
         scan_unroll=4,
     )
     small = StageConfig(
-        name="small", steps=300, batch_size=16, learning_rate=3e-3, final_learning_rate=1e-3, warmup_steps=40
+        name="small", steps=240, batch_size=16, learning_rate=3e-3, final_learning_rate=1e-3, warmup_steps=30
     )
     wide = StageConfig(
         name="wide",
-        steps=150,
+        steps=110,
         batch_size=16,
         learning_rate=2e-3,
         final_learning_rate=1e-3,
@@ -55,7 +55,7 @@ def get_config(arg: str = ""):
     )
     deep = StageConfig(
         name="deep",
-        steps=150,
+        steps=110,
         batch_size=16,
         learning_rate=1.5e-3,
         final_learning_rate=1e-4,
