@@ -759,8 +759,9 @@ def test_float32_proof_is_made_at_full_precision(monkeypatch):
         return compare(*args, dtype=dtype, gradients=gradients, **kwargs)
 
     monkeypatch.setattr(certificate, "_compare", spy)
-    certificate_of(GROWN, resize(GROWN, mlp_dim=40), random_params(GROWN), GrowthConfig(), float64_below=0)
-    assert seen == {("float32", True): None, ("float32", False): "highest"}
+    old = with_fields(GROWN, dtype="bfloat16")
+    certificate_of(old, resize(old, mlp_dim=40), random_params(old), GrowthConfig(), float64_below=0)
+    assert seen == {("bfloat16", True): None, ("float32", False): "highest"}
 
 
 def test_tolerance_is_relative_to_the_logits():
