@@ -295,6 +295,13 @@ def test_an_operator_that_is_not_exact_is_not_marked_as_passed(tmp_path):
     assert certify(tmp_path, exact=False, claim="not exact")["result"] == "not exact, by design"
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_stored_failure_is_never_shown_as_passed(tmp_path, exact):
+    """Its float32 difference may be within the tolerance: the divergence or the gradient failed."""
+    make_workdir(tmp_path)
+    assert certify(tmp_path, exact=exact, failure="is not exact: KL divergence in bfloat16")["result"] == "✗ failed"
+
+
 def test_growth_without_a_certificate_is_marked(tmp_path):
     make_workdir(tmp_path)
     (tmp_path / "certificates" / "step_00000004.json").unlink()

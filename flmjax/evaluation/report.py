@@ -280,6 +280,8 @@ def _certificate_table(run: Run) -> str:
 
 
 def _verdict(certificate: Record) -> str:
+    if certificate.get("failure"):
+        return "✗ failed"
     if not certificate.get("exact"):
         return f"{certificate.get('claim') or 'not exact'}, by design"
     difference, tolerance = (certificate.get("max_difference") or {}).get("float32"), certificate.get("tolerance")
