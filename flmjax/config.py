@@ -17,7 +17,9 @@ ATTENTIONS = ("plain", "cudnn", "splash")
 REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULES = ("constant", "cosine", "wsd")
-VOCABULARIES = ("sentencepiece", "bytes")
+VOCABULARIES = ("sentencepiece", "bytes", "cl100k")
+SPLIT_KEYS = ("text", "path")
+TEACHER_MIXING = ("mixed", "alternating")
 GROWTH_FAMILIES = ("zero", "duplicate", "mask", "stack", "interleave", "middle", "perturb", "learned")
 FAMILY_FIELDS = {
     "duplicate": ("split",),
@@ -35,9 +37,9 @@ SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
 
 # Endings of fields that decide how and where a run computes, not what: they may change when it goes on.
 HOW_IT_RUNS = (
-    *("mesh", "checkpoint", "log_every", "evaluate_every", "evaluation_rows", "data.directory", "peak_flops"),
+    *("mesh", "checkpoint", "log_every", "evaluate_every", "evaluation_rows", "data.directory", "data.workers"),
     *("certificate_rows", "certificate_float64_below", "certificate_tolerance", "sample_prompt", "sample_tokens"),
-    *("model.attention", "model.remat", "model.scan_unroll", "microbatches"),
+    *("model.attention", "model.remat", "model.scan_unroll", "microbatches", "peak_flops"),
 )
 
 
@@ -117,16 +119,33 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes rows of tokens."""
+    """Where text and teacher signals come from and how they become rows of tokens."""
 
     sources: tuple[str, ...] = ("python_docs",)  # built-in names (data/corpus), files, folders or globs
-    weights: tuple[float, ...] | None = None  # share of samples per source; None: by their number of tokens
-    vocabulary: str = "sentencepiece"
-    vocab_size: int = 4096  # pieces to train; ignored for bytes
-    validation_fraction: float = 0.05  # of the documents, chosen by hash
+    teachers: tuple[str, ...] = ()  # FreeLM's propositions (data/freelm.py): TEMPLATE:SOURCE or a .jsonl file
+    mixture: str | None = None  # a registered seqio Task or Mixture, in place of sources and teachers
+    task_module: str | None = None  # Python module to import that registers it; flmjax.data.tasks is always there
+    weights: tuple[float, ...] | None = None  # share of samples per source, then per teacher; None: the mixture's
+    # rates, or by number of tokens
+    vocabulary: str | None = None  # "sentencepiece" (trained here), "bytes", "cl100k" or the path of a SentencePiece
+    # model; None: the mixture's own where it has one, else "sentencepiece"
+    vocab_size: int = 4096  # pieces to train; read by "sentencepiece" alone
+    end_id: int | None = None  # id that ends a document; None: the vocabulary's
+    validation_fraction: float = 0.05  # of the documents, chosen by hash; a mixture's own splits come first
+    split_by: str = "text"  # what is hashed: a document's text, or "path", its file within the source (parallel pages)
     end_of_document: bool = True  # append the end token to each document
     document_attention: bool = False  # True: attention and positions restart at every document
+    true_mark: str = "\U0001f608"  # stands for "true" in a teacher's row; the paper does not say which one does
+    false_mark: str = "\U0001f621"
+    teacher_weight: float = 1.0  # of a teacher's target in the loss; that of text is 1
+    teacher_mixing: str = "mixed"  # in every batch, or "alternating": every batch is wholly text or wholly teacher
     directory: str | None = None  # of the token files; None: WORKDIR/data
+    workers: int | None = None  # processes that tokenise; None: one per core
+
+    @property
+    def num_sources(self) -> int | None:
+        """Entries of `weights`; None: the mixture says."""
+        return len(self.sources) + len(self.teachers) if self.mixture is None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,7 +398,7 @@ def validate(config: RunConfig) -> RunConfig:
     _validate_data(config.data)
     _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
     for i, stage in enumerate(config.stages):
-        _validate_stage(stage, f"stages[{i}]", len(config.data.sources))
+        _validate_stage(stage, f"stages[{i}]", config.data.num_sources)
     _validate_schedule(config.stages)
     names = [stage.name for stage in config.stages]
     _require(len(set(names)) == len(names), f"stages have the same name: {', '.join(names)}")
@@ -449,26 +468,48 @@ def _validate_optimizer(o: OptimizerConfig) -> None:
     _require(o.max_nonfinite_updates > 0, "optimizer.max_nonfinite_updates must be positive")
 
 
-def _validate_weights(path: str, weights: tuple[float, ...] | None, num_sources: int) -> None:
+def _validate_weights(path: str, weights: tuple[float, ...] | None, num_sources: int | None) -> None:
     if weights is None:
         return
-    _require(len(weights) == num_sources, f"{path} has {len(weights)} entries for {num_sources} sources")
+    _require(
+        num_sources in (None, len(weights)), f"{path} has {len(weights)} entries for {num_sources} sources and teachers"
+    )
     for weight in weights:
         _require(math.isfinite(weight) and weight > 0, f"{path}: {weight} must be positive")
 
 
 def _validate_data(d: DataConfig) -> None:
     _require(len(d.sources) > 0, "data.sources is empty; name a built-in source, a file, a folder or a glob")
-    _require(len(set(d.sources)) == len(d.sources), f"data.sources names one source twice: {', '.join(d.sources)}")
-    _validate_weights("data.weights", d.weights, len(d.sources))
-    _choice("data.vocabulary", d.vocabulary, VOCABULARIES)
+    names = (*d.sources, *d.teachers)
+    _require(len(set(names)) == len(names), f"data.sources or data.teachers names one twice: {', '.join(names)}")
+    _require(
+        d.mixture is None or not d.teachers,
+        f"data.teachers={d.teachers} is not read: data.mixture='{d.mixture}' says what the teachers are",
+    )
+    _require(
+        d.task_module is None or d.mixture is not None,
+        f"data.task_module='{d.task_module}' is not read without data.mixture: name the Task or Mixture it registers",
+    )
+    _validate_weights("data.weights", d.weights, d.num_sources)
+    if d.vocabulary is not None and not d.vocabulary.endswith(".model"):
+        _choice("data.vocabulary", d.vocabulary, VOCABULARIES)
     _require(d.vocab_size >= 300, f"data.vocab_size={d.vocab_size} must be at least 300 (256 bytes and a few pieces)")
+    _require(d.end_id is None or d.end_id >= 0, f"data.end_id={d.end_id} must not be negative")
     _require(
         0.0 < d.validation_fraction < 0.5, f"data.validation_fraction={d.validation_fraction} must lie in (0, 0.5)"
     )
+    _choice("data.split_by", d.split_by, SPLIT_KEYS)
+    _choice("data.teacher_mixing", d.teacher_mixing, TEACHER_MIXING)
+    _require(
+        math.isfinite(d.teacher_weight) and d.teacher_weight > 0,
+        f"data.teacher_weight={d.teacher_weight} must be positive",
+    )
+    _require(d.workers is None or d.workers > 0, f"data.workers={d.workers} must be positive")
+    _require(bool(d.true_mark) and bool(d.false_mark), "data.true_mark and data.false_mark must not be empty")
+    _require(d.true_mark != d.false_mark, f"data.true_mark and data.false_mark are both '{d.true_mark}'")
 
 
-def _validate_stage(s: StageConfig, path: str, num_sources: int) -> None:
+def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
     for field in ("steps", "batch_size", "microbatches"):
         _require(getattr(s, field) > 0, f"{path}.{field}={getattr(s, field)} must be positive")
     _require(
