@@ -25,16 +25,20 @@ def train(config: RunConfig, workdir: Path) -> None:
     print(f"report: {write_report(workdir)}", flush=True)
 
 
-def prepare(config: RunConfig, workdir: Path) -> None:
-    """Turn the text sources into token files."""
+def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
+    """Turn text and teachers into token files, or check those that are there; --inspect=N shows N samples."""
+    from flmjax.data.inspection import show_samples, summary
+    from flmjax.data.loader import mixture, mixture_schedule
     from flmjax.data.prepare import prepare as run
     from flmjax.training.workdir import data_directory
 
-    data = run(config.data, data_directory(config, workdir), progress=True)
-    print(f"{data.directory}: {data.vocab_size} ids", flush=True)
-    for source in data.sources:
-        counts = ", ".join(f"{data.num_tokens(source, split):,} {split}" for split in ("train", "validation"))
-        print(f"  {source}: {counts} tokens", flush=True)
+    data = run(config.data, data_directory(config, workdir), progress=True, full_check=True)
+    schedule = mixture_schedule(config, data)
+    print(summary(data, schedule[0].weights), flush=True)
+    if inspect:
+        stream = mixture(data, config.data, seed=config.seed, length=config.model.max_length, schedule=schedule)
+        for text in show_samples(stream, data, inspect, sys.stdout.isatty()):
+            print(text, flush=True)
 
 
 def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_only: bool) -> None:
@@ -101,7 +105,7 @@ def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path, dict[str, Any]]
     arguments = values.read_flags_from_files(argv[1:], force_gnu=False)
     workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     config = None if command == "report" else _define_config(values, arguments)
-    own = _define_grow(values) if command == "grow" else {}
+    own = OPTIONS[command](values) if command in OPTIONS else {}
     _parse_flags(values, arguments)
     options = {name: flag.value for name, flag in own.items()}
     if command == "grow" and options["source"] is None:
@@ -127,6 +131,15 @@ def _define_grow(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
         "dry_run": flags.DEFINE_boolean("dry-run", False, "print the plan and stop", flag_values=values),
         "weights_only": flags.DEFINE_boolean("weights-only", False, "leave the moments behind", flag_values=values),
     }
+
+
+def _define_prepare(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
+    """The options of prepare."""
+    text = "samples to show, decoded"
+    return {"inspect": flags.DEFINE_integer("inspect", 0, text, lower_bound=0, flag_values=values)}
+
+
+OPTIONS = {"grow": _define_grow, "prepare": _define_prepare}
 
 
 def _define_config(values: flags.FlagValues, arguments: list[str]) -> flags.FlagHolder:

@@ -263,6 +263,92 @@ def test_meta_json_is_read_as_prepare_writes_it_and_where_the_config_says(tmp_pa
     assert f"gzip -9 of the same text ({prepared.validation_gzip_bits_per_byte:.3f})" in page.text
 
 
+# ---- teachers -------------------------------------------------------------------------------------------------------
+
+
+def make_teacher_workdir(workdir: Path, alternating: bool = False, **kwargs: object) -> None:
+    """make_workdir with teachers: the marks' loss falls to that of knowing, judgements rise from chance. Where batches
+    alternate, an odd step has teachers alone and an even one text alone."""
+    make_workdir(workdir, **kwargs)
+    lines, noise = read_lines(workdir), random.Random(1)
+    last = max(line["step"] for line in lines)
+    for line in lines:
+        if line["kind"] not in ("train", "validation"):
+            continue
+        right = 0.5 + 0.4 * (1 - math.exp(-4 * line["step"] / last))
+        spread = 0.04 if line["kind"] == "train" else 0.01
+        line["judgement_accuracy"] = min(1.0, right + noise.gauss(0, spread))
+        line["teacher_loss"] = 1.2 * (1 - right) + noise.gauss(0, spread / 4)
+        if line["kind"] == "validation":
+            line["judged"] = 1512
+            continue
+        line["language_loss"], line["loss"] = line["loss"], 0.8 * line["loss"] + 0.2 * line["teacher_loss"]
+        if alternating and line["step"] % 2:
+            line |= {"loss": line["teacher_loss"], "language_loss": None, "bits_per_byte": None}
+        elif alternating:
+            line |= {"loss": line["language_loss"], "teacher_loss": None, "judgement_accuracy": None}
+    write_lines(workdir, lines)
+
+
+def test_teachers_have_their_columns_and_their_tile(tmp_path):
+    make_teacher_workdir(tmp_path)
+    change(tmp_path, "validation", judgement_accuracy=0.7314, teacher_loss=0.25)
+    page = report(tmp_path)
+    row = page.table(0)["large"]
+    assert (row["val. teacher loss"], row["val. judgements"]) == ("0.250", "73.1% of 1,512")
+    assert "Judgement accuracy 73.1% 1,512 held-out judgements; chance: 50%" in page.text
+    lines = [line for line in read_lines(tmp_path) if line["kind"] == "train"]
+    assert row["train loss"] == f"{lines[-1]['language_loss']:.3f}"  # that of text, as in validation
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_the_picture_shows_judgements_against_chance(tmp_path, alternating):
+    make_teacher_workdir(tmp_path, alternating)
+    for columns in (1, 2):
+        panels = {panel.get_title(loc="left"): panel for panel in _figure(read_run(tmp_path), columns).axes}
+        assert len(panels) == 8
+        judgements = panels["Judgement accuracy"]
+        assert judgements.get_ylim() == (0, 1)
+        chance = next(line for line in judgements.get_lines() if line.get_label() == "chance (50%)")
+        assert list(chance.get_ydata()) == [0.5, 0.5]
+        logged = read_lines(tmp_path)
+        titles = {"Judgement accuracy": "judgement_accuracy", "Loss of teachers (nats per token)": "teacher_loss"}
+        titles |= {"Loss of text (nats per token)": "loss", "Bits per byte": "bits_per_byte"}
+        for title, name in titles.items():
+            drawn = {line.get_label(): line.get_xydata().tolist() for line in panels[title].get_lines()}
+            for kind, of_kind in (("train", {"loss": "language_loss"}.get(name, name)), ("validation", name)):
+                lines = [line for line in logged if line["kind"] == kind and line[of_kind] is not None]
+                assert drawn[kind] == [[line["tokens"], line[of_kind]] for line in lines]
+                assert len(lines) == {"train": 3 if alternating else 6, "validation": 2}[kind]
+
+
+def test_a_stage_that_ends_in_a_batch_of_teachers_shows_its_last_loss_of_text(tmp_path):
+    make_teacher_workdir(tmp_path, alternating=True)
+    lines = read_lines(tmp_path)
+    write_lines(tmp_path, [line for line in lines if (line["kind"], line["step"]) != ("train", 4)])
+    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    assert report(tmp_path).table(0)["small"]["train loss"] == f"{losses[2]:.3f}"
+
+
+def test_updates_that_were_not_finite_are_gaps_among_teachers_too(tmp_path):
+    make_teacher_workdir(tmp_path)
+    bad = {"loss": None, "language_loss": None, "bits_per_byte": None, "teacher_loss": None}
+    write_lines(tmp_path, [{**x, **bad} if x["step"] == 3 else x for x in read_lines(tmp_path)])
+    panels = _figure(read_run(tmp_path), columns=2).axes
+    train = next(line for line in panels[0].get_lines() if line.get_label() == "train")
+    assert [math.isnan(y) for y in train.get_ydata()] == [False, False, True, False, False, False]
+
+
+def test_without_teachers_there_is_no_word_of_them(tmp_path):
+    make_workdir(tmp_path / "run")
+    report(tmp_path / "run")
+    source = (tmp_path / "run" / "report.html").read_text().split("<summary>config.json")[0]
+    assert not re.search("(?i)judg|teacher|chance", source)
+    panels = _figure(read_run(tmp_path / "run"), columns=2).axes
+    titles = ["Loss (nats per token)", "Loss against compute", "Bits per byte", "Parameters", "Learning rate"]
+    assert [panel.get_title(loc="left") for panel in panels] == [*titles, "Throughput (tokens per second)"]
+
+
 # ---- certificates ---------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
-"""One update: sums, clipping, decay, skipping, schedules, dropout."""
+"""One update: sums, clipping, decay, skipping, schedules, dropout, teachers."""
 
 import dataclasses
 import functools
 import math
+import re
 from types import SimpleNamespace
 
 import chex
@@ -13,15 +14,25 @@ import optax
 import pytest
 from conftest import TINY, random_batch, random_params, with_fields
 
-from flmjax.config import GrowthConfig, OptimizerConfig, RunConfig, StageConfig, resize
+from flmjax.config import GrowthConfig, MeshConfig, OptimizerConfig, RunConfig, StageConfig, resize
 from flmjax.growth.masks import Ramp, masked
 from flmjax.growth.optimizer_state import AdamState
 from flmjax.model.axes import map_with_axes
+from flmjax.model.transformer import forward
+from flmjax.sharding.mesh import make_mesh
 from flmjax.training import loop, losses
-from flmjax.training.losses import cross_entropy_sum
+from flmjax.training.losses import cross_entropy_sum, loss_sums, teacher_means, teacher_sums
+from flmjax.training.metrics import MetricsWriter, read_metrics
 from flmjax.training.optimizer import learning_rate, make_optimizer, new_warmup
 from flmjax.training.state import init_state, state_spec
-from flmjax.training.step import accumulate, compile_step, gradients, nonfinite_leaves, put_batch
+from flmjax.training.step import (
+    accumulate,
+    compile_evaluation,
+    compile_step,
+    gradients,
+    nonfinite_leaves,
+    put_batch,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +84,7 @@ def test_loss_of_bfloat16_states_is_float32_and_exact():  # case D01
     x = jnp.asarray(rng.standard_normal((2, 8, 32)) * 3, jnp.bfloat16)
     table = jnp.asarray(rng.standard_normal((1000, 32)), jnp.bfloat16)
     targets = rng.integers(0, 1000, (2, 8))
-    loss = cross_entropy_sum(x, table, targets, jnp.ones((2, 8)), config)
+    loss, _ = cross_entropy_sum(x, table, targets, jnp.ones((2, 8)), config)
     logits = np.einsum("bld,vd->blv", np.float64(x), np.float64(table))
     top = np.log(np.exp(logits).sum(-1))
     exact = (top - np.take_along_axis(logits, targets[..., None], -1)[..., 0]).sum()
@@ -311,10 +322,241 @@ def test_gradient_of_the_loss_is_that_of_its_plain_formula(chunks, monkeypatch):
         return -jnp.sum(picked * batch["weights"])
 
     def ours(x, table):
-        return 3.0 * cross_entropy_sum(x, table, batch["targets"], batch["weights"], TINY)
+        return 3.0 * cross_entropy_sum(x, table, batch["targets"], batch["weights"], TINY)[0]
 
     loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, table)
     expected, expected_gradients = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, table)
     np.testing.assert_allclose(loss, 3 * expected, rtol=1e-6)
     for found, wanted in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(found, 3 * wanted, rtol=0, atol=2e-6 * 3 * np.abs(wanted).max())
+
+
+# ---- teachers: rows of propositions, judged by their marks ----------------------------------------------------------
+
+PREFIX, TRUE, FALSE = 5, 7, 9  # a proposition ends in 5 7 or 5 9
+TEACHER_WEIGHT = 0.25
+
+
+def mixed_batch(rows=8, teachers=(1, 3, 4, 7), config=TINY):
+    """Rows `teachers` hold five propositions each, and one decisive place of weight 0 that nobody may count."""
+    batch, rng = random_batch(config, rows=rows), np.random.default_rng(1)
+    batch["marks"] = np.zeros((rows, 2), np.int32)
+    batch["decisive"] = np.zeros((rows, config.max_length), np.float32)
+    for row in teachers:
+        batch["marks"][row] = TRUE, FALSE
+        batch["weights"][row] = 0
+        for end in (3, 6, 9, 12, 15):
+            batch["targets"][row, end - 1 : end + 1] = PREFIX, rng.choice((TRUE, FALSE))
+            batch["weights"][row, end - 1 : end + 1] = TEACHER_WEIGHT
+            batch["decisive"][row, end] = 1
+        batch["targets"][row, 0], batch["decisive"][row, 0] = TRUE, 1
+    return batch
+
+
+def plain_nll(params, batch, config=TINY):
+    """(B, L) by the formula, from whole logits."""
+    log_probs = jax.nn.log_softmax(forward(params, config, batch["tokens"]))
+    return -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+
+
+def place(batch, mesh):
+    """What a loader gives, placed; token i stands for i bytes."""
+    return put_batch({k: v for k, v in batch.items() if k != "bytes"}, np.arange(61, dtype=np.float32), mesh)
+
+
+def test_sums_of_teachers_are_those_by_hand():
+    """One number a place, so logits are x times (0, 1, 3): id 2 beats id 1 where x > 0."""
+    table = jnp.array([[0.0], [1.0], [3.0]])
+    x = jnp.array([[2.0, -1.0, 0.5, 0.0], [2.0, -1.0, 0.5, -2.0], [1.0, 1.0, 1.0, 1.0]])[..., None]
+    batch = {
+        "marks": jnp.array([[2, 1], [1, 2], [0, 0]]),  # the last row is language
+        "targets": jnp.array([[2, 2, 1, 2], [1, 1, 2, 1], [1, 2, 0, 1]]),
+        "decisive": jnp.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]]),
+        "weights": jnp.array([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.0], [1.0, 1.0, 1.0, 1.0]]),
+    }
+    found = teacher_sums(x, table, jnp.array([10.0, 20.0, 40.0]), batch)
+    # Row 0: right, wrong, wrong, and equal logits are wrong. Row 1: not decisive, right, right, no weight.
+    assert {name: float(value) for name, value in found.items()} == {
+        "language_loss": 40,
+        "language_weight": 4,
+        "teacher_loss": 30,
+        "teacher_weight": 3.5,
+        "judged": 6,
+        "correct": 3,
+    }
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", False)])
+def test_a_judgement_is_the_larger_of_the_two_marks_logits(dtype, tied):
+    config = with_fields(TINY, dtype=dtype, tied_embedding=tied)
+    params, batch = random_params(config), mixed_batch()
+    logits = np.asarray(jax.jit(forward, static_argnums=1)(params, config, batch["tokens"]))
+    _, sums = jax.jit(loss_sums, static_argnums=2)(params, batch, config)
+    right = judged = 0
+    for row, place in zip(*np.nonzero(batch["decisive"] * batch["weights"]), strict=True):
+        pair = logits[row, place, [TRUE, FALSE]]
+        right += (TRUE, FALSE)[np.argmax(pair)] == batch["targets"][row, place]
+        judged += 1
+    assert judged == 20
+    assert 0 < right < judged
+    assert right != judged - right
+    assert (int(sums["correct"]), int(sums["judged"])) == (right, judged)
+
+
+def test_language_and_teacher_sums_are_their_rows_and_add_up_to_the_total():
+    params, batch = random_params(TINY), mixed_batch()
+    sums = jax.jit(loss_sums, static_argnums=2)(params, batch, TINY)[1]
+    of_rows = np.asarray(plain_nll(params, batch) * batch["weights"]).sum(axis=1)
+    teacher = np.isin(np.arange(8), (1, 3, 4, 7))
+    np.testing.assert_allclose(sums["teacher_loss"], of_rows[teacher].sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums["language_loss"], of_rows[~teacher].sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums["language_loss"] + sums["teacher_loss"], sums["loss"], rtol=1e-6)
+    assert sums["teacher_weight"] == 4 * 5 * 2 * TEACHER_WEIGHT
+    assert sums["language_weight"] + sums["teacher_weight"] == sums["weight"] == batch["weights"].sum()
+
+
+def test_gradient_of_the_mixed_loss_is_that_of_its_plain_formula():
+    params, batch = random_params(TINY), mixed_batch()
+
+    def plain(params):
+        return jnp.sum(plain_nll(params, batch) * batch["weights"]) / batch["weights"].sum()
+
+    _, found = jax.jit(functools.partial(gradients, config=TINY, placement=None))(params, batch, jax.random.key(0))
+    expected = jax.jit(jax.grad(plain))(params)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=2e-6 * largest)
+
+
+def test_sums_with_teachers_are_those_of_the_whole_batch():  # cases B01, B02
+    params, batch = random_params(TINY), mixed_batch()
+    batch["weights"][1::4] = 0  # with four microbatches one has no weighted target at all
+    run = jax.jit(functools.partial(gradients, config=TINY, placement=None), static_argnames="microbatches")
+    whole = run(params, batch, jax.random.key(0), microbatches=1)[0]
+    assert int(whole["judged"]) == 15  # of the four rows of teachers one has lost its weights
+    for k in (2, 4):
+        chex.assert_trees_all_close(run(params, batch, jax.random.key(0), microbatches=k)[0], whole, rtol=1e-6)
+
+
+def test_metrics_with_teachers_are_equal_on_a_mesh_of_every_axis(spec, step):
+    sharded = state_spec(TINY, OptimizerConfig(), make_mesh(MeshConfig(2, 2, 2), jax.devices()))
+    batch, found = mixed_batch(), []
+    for of_mesh, update in ((spec, step), (sharded, compile_step(sharded, 1))):
+        state, placed = init_state(of_mesh, 0), place(batch, of_mesh.mesh)
+        sums = compile_evaluation(of_mesh)(state.params, placed)
+        _, metrics = update(state, placed, np.float32(1e-3))
+        found.append(jax.tree.map(np.asarray, (sums, metrics)))
+    chex.assert_trees_all_close(found[1], found[0], rtol=2e-6)
+    sums, metrics = found[0]
+    assert sums["judged"] == 20
+    expected = teacher_means(sums)
+    assert set(expected) < set(metrics)
+    chex.assert_trees_all_close({name: metrics[name] for name in expected}, expected, rtol=2e-6)
+    np.testing.assert_allclose(metrics["loss"], sums["loss"] / sums["weight"], rtol=2e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_judging_gathers_no_table_and_multiplies_no_matrix(tied):
+    config = with_fields(TINY, vocab_size=200, vocab_multiple=1, tied_embedding=tied)
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices())
+    spec, batch = state_spec(config, OptimizerConfig(), mesh), place(mixed_batch(), mesh)
+    plain = {name: x for name, x in batch.items() if name not in ("marks", "decisive")}
+
+    def program(batch):
+        return compile_evaluation(spec).lower(spec.abstract.params, batch)
+
+    judging, without = program(batch), program(plain)
+    assert judging.as_text().count("dot_general") == without.as_text().count("dot_general") > 0
+    shapes = re.findall(r"\w\[([\d,]+)\]", judging.compile().as_text())
+    assert "100,32" in shapes  # half the vocabulary
+    assert not any("200" in shape.split(",") for shape in shapes)
+
+
+@pytest.mark.parametrize(("teachers", "missing"), [((), "teacher"), (range(4), "language")])
+def test_a_batch_of_one_kind_has_no_mean_of_the_other(teachers, missing, spec, step, one_device_mesh, tmp_path):
+    batch = mixed_batch(rows=4, teachers=teachers)
+    _, metrics = step(init_state(spec, 0), place(batch, one_device_mesh), np.float32(0))
+    present = {"teacher": "language", "language": "teacher"}[missing]
+    none = {"teacher": {"judgement_accuracy"}, "language": {"bits_per_byte"}}[missing] | {f"{missing}_loss"}
+    names = ("loss", "bits_per_byte", "language_loss", "teacher_loss", "judgement_accuracy", "gradient_norm")
+    assert {name for name in names if not np.isfinite(metrics[name])} == none
+    np.testing.assert_allclose(metrics[f"{present}_loss"], metrics["loss"], rtol=1e-6)
+    assert int(metrics["nonfinite"]) == 0
+    lines = log_train(tmp_path, spec, metrics)
+    assert {name for name in names if lines[0][name] is None} == none
+
+
+def log_train(workdir, spec, metrics):
+    """The lines that the loop writes of one step."""
+    config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10),), log_every=1)
+    bar = SimpleNamespace(update=lambda *_: None)
+    with MetricsWriter(workdir, 0) as writer:
+        run = SimpleNamespace(config=config, length=16, writer=writer, bar=bar, peak=1.0, mesh=spec.mesh)
+        run.progress = lambda step, index: {"tokens": 0, "flops": 0.0}
+        loop.Run.log(run, 1, metrics, 0, spec, SimpleNamespace(tick=lambda: None, rate=lambda tokens: 1.0))
+    return read_metrics(workdir)
+
+
+def test_bytes_are_those_of_language_alone(spec, step, one_device_mesh):
+    batch = mixed_batch(rows=4, teachers=(1, 2))
+    placed = place(batch, one_device_mesh)
+    by_hand = (batch["targets"] * batch["weights"])[[0, 3]].sum(axis=1)
+    np.testing.assert_allclose(placed["bytes"], [by_hand[0], 0, 0, by_hand[1]])
+    _, metrics = step(init_state(spec, 0), placed, np.float32(0))
+    total = float(metrics["language_loss"]) * batch["weights"][[0, 3]].sum() / math.log(2)
+    np.testing.assert_allclose(float(metrics["bits_per_byte"]), total / by_hand.sum(), rtol=1e-5)
+
+
+def evaluate_rows(workdir, spec, rows, batch_size, evaluate=None):
+    """(line of metrics, line on the screen) of one evaluation on `rows`."""
+    said = []
+    config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10, batch_size=batch_size),))
+    data = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=np.arange(61, dtype=np.float32)))
+    rows = {k: v for k, v in rows.items() if k != "bytes"}
+    with MetricsWriter(workdir, 0) as writer:
+        bar = SimpleNamespace(log=said.append)
+        run = SimpleNamespace(config=config, validation=rows, data=data, mesh=spec.mesh, writer=writer, bar=bar)
+        run.progress = lambda step, index: {"tokens": 0, "flops": 0.0}
+        loop.Run.evaluate(run, 5, random_params(TINY), evaluate or compile_evaluation(spec), 0)
+    (line,), (text,) = read_metrics(workdir), said
+    return line, text
+
+
+def test_validation_says_the_loss_of_language_and_how_often_a_judgement_is_right(spec, tmp_path):
+    """Seven rows in parts of four: the row that fills up the last part is not judged again."""
+    rows, teacher = mixed_batch(rows=7, teachers=(0, 2, 5)), [0, 2, 5]
+    line, text = evaluate_rows(tmp_path, spec, rows, 4)
+    nll, weights = np.asarray(plain_nll(random_params(TINY), rows)), rows["weights"]
+    of_text = np.delete(nll * weights, teacher, axis=0).sum()
+    of_teachers = (nll * weights)[teacher].sum() / weights[teacher].sum()
+    text_bytes = np.delete(rows["targets"] * weights, teacher, axis=0).sum()
+    correct = jax.jit(loss_sums, static_argnums=2)(random_params(TINY), rows, TINY)[1]["correct"]
+    assert line["judged"] == 15
+    assert line["judgement_accuracy"] == int(correct) / 15
+    np.testing.assert_allclose(line["loss"], of_text / np.delete(weights, teacher, axis=0).sum(), rtol=1e-5)
+    np.testing.assert_allclose(line["bits_per_byte"], of_text / math.log(2) / text_bytes, rtol=1e-5)
+    np.testing.assert_allclose(line["teacher_loss"], of_teachers, rtol=1e-5)
+    assert f"judgement accuracy {100 * int(correct) / 15:.1f} % of 15" in text
+
+
+def test_validation_text_of_known_sums(spec, tmp_path):
+    sums = {"loss": 30.0, "weight": 12.0, "bytes": 4.0, "language_loss": 23.1, "language_weight": 10.0}
+    sums |= {"teacher_loss": 6.9, "teacher_weight": 2.0, "judged": 512, "correct": 374}
+    _, text = evaluate_rows(tmp_path, spec, random_batch(TINY), 4, evaluate=lambda params, batch: sums)
+    assert text == ("a 5: validation loss 2.3100 nats a token, 8.3316 bits a byte, judgement accuracy 73.0 % of 512")
+
+
+@pytest.mark.parametrize(("teachers", "missing"), [((), "teacher"), (range(4), "language")])
+def test_validation_without_one_kind_has_null_for_it(teachers, missing, spec, tmp_path):
+    line, _ = evaluate_rows(tmp_path, spec, mixed_batch(rows=4, teachers=teachers), 4)
+    none = {"teacher": {"teacher_loss", "judgement_accuracy"}, "language": {"loss", "bits_per_byte"}}[missing]
+    assert {name for name, value in line.items() if value is None} == none
+
+
+def test_without_teachers_lines_say_what_they_always_said(spec, step, one_device_mesh, tmp_path):
+    batch = random_batch(TINY)
+    line, text = evaluate_rows(tmp_path / "validation", spec, batch, 4)
+    assert list(line) == ["kind", "step", "stage", "loss", "bits_per_byte", "tokens", "flops"]
+    assert text == f"a 5: validation loss {line['loss']:.4f} nats a token, {line['bits_per_byte']:.4f} bits a byte"
+    _, metrics = step(init_state(spec, 0), place(batch, one_device_mesh), np.float32(0))
+    (line,) = log_train(tmp_path / "train", spec, metrics)
+    assert list(line)[3:7] == ["loss", "bits_per_byte", "gradient_norm", "learning_rate"]

@@ -65,6 +65,10 @@ PAIRS = {
     "translation": "{first}\n{second}\nIs the second a translation of the first?\nJudgement:",
     "topic": "{first}\n\n{second}\n\nAre the two of one text?\nJudgement:",
 }
+BUILT_IN: dict[str, tuple[Callable[[], Iterator[tuple[str, str, str]]], str]] = {
+    "hsk_translations": (hsk.translations, PAIRS["translation"]),
+    "hsk_topics": (hsk.topics, "{first}\nThe topic is {second}.\nJudgement:"),
+}
 
 
 class Marks(NamedTuple):
@@ -143,24 +147,25 @@ def judged_pairs(pairs: Iterable[tuple[str, str, str]], text: str, fraction: flo
 def teacher_source(name: str, data: DataConfig) -> Source:
     """The source that an entry of `data.teachers` means.
 
-    `translation:hsk`, `translation:FILE` (.jsonl, two texts a line), `topic:SOURCE` (any entry of data.sources),
-    `TEMPLATE:FILES` (.jsonl with the template's fields, see TEMPLATES), or FILES alone: .jsonl with "proposition" and
-    "judgement" (true or false).
+    A built-in name (BUILT_IN); `translation:FILES` (.jsonl, two texts a line); `topic:SOURCE` (any entry of
+    data.sources); `TEMPLATE:FILES` (.jsonl with the template's fields, see TEMPLATES); or FILES alone: .jsonl with
+    "proposition" and "judgement" (true or false).
 
     Raises:
         ConfigError: for an unknown template (nearest names) or files that are not there.
     """
     kind, colon, rest = name.partition(":")
     read: Callable[[], Iterator[Document]]
+    if name in BUILT_IN:
+        pairs, text = BUILT_IN[name]
+        return Source(name, lambda: judged_pairs(pairs(), text, data.validation_fraction), True, stamp=name)
     if not colon:
-        files = source_files(name, "data.teachers")
+        files = source_files(name, "data.teachers", BUILT_IN)
         return Source(name, lambda: _given(files), True, stamp(files))
     if kind == "topic":
         source = text_source(rest, data.split_by, "data.teachers")
         read = lambda: judged_pairs(_same_text(source), PAIRS["topic"], data.validation_fraction)
         return Source(name, read, True, source.stamp)
-    if kind == "translation" and rest == "hsk":
-        return Source(name, lambda: judged_pairs(hsk.pairs(), PAIRS["translation"], data.validation_fraction), True)
     if kind == "translation":
         files = source_files(rest, "data.teachers")
         read = lambda: judged_pairs(_two_texts(files), PAIRS["translation"], data.validation_fraction)

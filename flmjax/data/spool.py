@@ -1,62 +1,123 @@
-"""Text of one source on disk, split into training and validation, so that it can be read twice."""
+"""Text of one source on disk, split into training and validation, so that it can be read again and in parts."""
 
 import array
+import dataclasses
 import hashlib
+import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from flmjax.config import ConfigError
+from flmjax.data.documents import Document, is_held_out
 
 SPLITS = ("train", "validation")
+NO_JUDGEMENT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Spooled:
+    """The documents of a source and split, D in number: UTF-8 one after another in `path`.
+
+    sizes: bytes of each, int64 (D,). judgements: 1 true, 0 false, NO_JUDGEMENT for a text, uint8 (D,). hashes: of the
+    texts, to find equal ones, uint64 (D,).
+    """
+
+    path: Path
+    sizes: np.ndarray
+    judgements: np.ndarray
+    hashes: np.ndarray
+
+    def read(self) -> Iterator[str]:
+        """The texts, in order."""
+        with self.path.open("rb") as file:
+            for size in self.sizes:
+                yield file.read(size).decode("utf-8")
 
 
 class Spool:
-    """The documents of a source as two files of UTF-8, with `sizes` (bytes per document) by split."""
+    """The documents of a source in `folder`, by split; empty until `fill` or `reload`."""
 
     def __init__(self, folder: Path, slug: str):
         self.slug = slug
-        self.sizes = {split: array.array("Q") for split in SPLITS}
+        self.splits: dict[str, Spooled] = {}
+        self._columns_path = folder / f"{slug}.columns.npz"
         self._paths = {split: folder / f"{slug}-{split}.text" for split in SPLITS}
 
-    def fill(self, documents: Iterable[str], source: str, validation_fraction: float) -> None:
-        """Store every document that is not white space, on the side that its hash says.
+    def fill(self, documents: Iterable[Document | str], source: str, fraction: float, is_teacher: bool) -> None:
+        """Store every document that is not white space, on its own side or the one that its key's hash says.
 
         Raises:
-            ConfigError: for a document that is no str or holds a lone surrogate; names source and document.
+            ConfigError: for a document that is no text, holds a lone surrogate, or is a proposition where the source
+                is no teacher or the other way round; names source and document.
         """
+        self.forget()
+        columns = {split: (array.array("q"), array.array("B"), array.array("Q")) for split in SPLITS}
         with self._paths["train"].open("wb") as train, self._paths["validation"].open("wb") as validation:
             files = {"train": train, "validation": validation}
-            for i, text in enumerate(documents):
-                if not isinstance(text, str):
-                    raise ConfigError(
-                        f"data.sources: document {i} of '{source}' is of type {type(text).__name__}, not str"
-                    )
-                if not text.strip():
+            for i, given in enumerate(documents):
+                document = given if isinstance(given, Document) else Document(given)
+                raw = _encoded(document.text, i, source)
+                if (document.judgement is not None) != is_teacher:
+                    kind = "a text" if is_teacher else "a proposition with a judgement"
+                    raise ConfigError(f"document {i} of '{source}' is {kind}; texts and teachers are sources apart")
+                if not raw.strip():
                     continue
-                try:
-                    raw = text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    code = ord(text[error.start])
-                    raise ConfigError(
-                        f"data.sources: document {i} of '{source}' holds U+{code:04X} at character {error.start}, "
-                        f"half of a surrogate pair, which is no text"
-                    ) from None
-                split = "validation" if is_held_out(raw, validation_fraction) else "train"
+                text_hash = hashlib.sha256(raw).digest()
+                key = raw if document.key is None else document.key.encode()
+                split = document.split or ("validation" if is_held_out(key, fraction) else "train")
                 files[split].write(raw)
-                self.sizes[split].append(len(raw))
+                sizes, judgements, hashes = columns[split]
+                sizes.append(len(raw))
+                judgements.append(NO_JUDGEMENT if document.judgement is None else document.judgement)
+                hashes.append(int.from_bytes(text_hash[:8]))
+        named = {
+            f"{split}-{name}": np.asarray(column)
+            for split in SPLITS
+            for name, column in zip(("sizes", "judgements", "hashes"), columns[split], strict=True)
+        }
+        partial = self._columns_path.with_suffix(".tmp.npz")
+        np.savez(partial, **named)
+        os.replace(partial, self._columns_path)  # the spool is whole from here on
+        self.reload()
 
-    def read(self, split: str) -> Iterator[str]:
-        """The documents of a split, in order."""
-        with self._paths[split].open("rb") as file:
-            for size in self.sizes[split]:
-                yield file.read(size).decode("utf-8")
+    def reload(self) -> bool:
+        """Take what an earlier process stored; False if it did not come to its end."""
+        try:
+            with np.load(self._columns_path) as columns:
+                self.splits = {
+                    split: Spooled(path, *(columns[f"{split}-{c}"] for c in ("sizes", "judgements", "hashes")))
+                    for split, path in self._paths.items()
+                }
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return False
+        return all(s.path.exists() and s.path.stat().st_size == s.sizes.sum() for s in self.splits.values())
+
+    def forget(self) -> None:
+        """Let `reload` find nothing."""
+        self._columns_path.unlink(missing_ok=True)
+
+    def duplicates(self) -> int:
+        """Documents that are equal to another one before them."""
+        hashes = np.concatenate([spooled.hashes for spooled in self.splits.values()])
+        return len(hashes) - len(np.unique(hashes))
 
     def delete(self) -> None:
         """Remove the files."""
-        for path in self._paths.values():
+        for path in (*self._paths.values(), self._columns_path):
             path.unlink()
 
 
-def is_held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document, as UTF-8, belongs to validation: its sha256, read as a number in [0, 1), is below it."""
-    return int.from_bytes(hashlib.sha256(text).digest()[:8]) < fraction * 2**64
+def _encoded(text: object, index: int, source: str) -> bytes:
+    if not isinstance(text, str):
+        raise ConfigError(f"document {index} of '{source}' is of type {type(text).__name__}, not str")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ConfigError(
+            f"document {index} of '{source}' holds U+{code:04X} at character {error.start}, half of a surrogate pair, "
+            "which is no text"
+        ) from None

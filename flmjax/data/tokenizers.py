@@ -1,6 +1,7 @@
-"""Text to ids and back without loss: a SentencePiece BPE trained on the corpus, or plain bytes.
+"""Text to ids and back: SentencePiece (trained on the corpus, or a given model), plain bytes, or OpenAI's cl100k.
 
-Both tokenizers have the same members; `end_id` ends a document and is never produced by text, whatever it spells.
+All tokenizers have the same members; `end_id` ends a document and is never produced by text, whatever it spells.
+A tokenizer trained here, bytes and cl100k lose nothing; a given SentencePiece model may normalise, as it was made to.
 """
 
 import functools
@@ -8,8 +9,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -18,24 +21,59 @@ from flmjax.config import ConfigError
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 MODEL_FILE = "tokenizer.model"
-BYTES_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer.json"
 _UNKNOWN_ID, _END_ID = 0, 1
+
+CHUNK = 50_000  # characters encoded at once: at 4 bytes each no more than the 200,000 ids that bpe_openai gives
+GROUP = 100  # chunks that SentencePiece's threads share: up to 5,000,000 ids as Python numbers
+# Up to the last place in a chunk where a piece ends anyway. No piece trained here has a line break after any other
+# character; no match of cl100k's regex has, white space aside, a space after a character or one after a line break.
+LINE_BORDER = re.compile(r".+(?<=[^\n])(?=\n)", re.DOTALL)
+CL100K_BORDER = re.compile(r".+(?:(?<=\S)(?= )|(?<=\n)(?=\S))", re.DOTALL)
+CL100K_TEXT_IDS, CL100K_IDS = 100_256, 100_277  # id 100256 is unused, those above are control tokens
 
 
 class SentencePieceTokenizer:
-    """BPE with byte fallback and no normalisation: decode(encode(text)) == text for every str that UTF-8 can hold.
+    """A serialised SentencePiece model.
 
-    `model` is a serialised SentencePiece model as trained by `train`.
+    One that `train` made has byte fallback and no normalisation: decode(encode(text)) == text for every str that UTF-8
+    can hold. Another may lose what its normalisation or its unknown piece loses.
+
+    Text above `CHUNK` characters is encoded in chunks that begin with a line break, which changes no id of a model
+    trained here; a chunk without any line break ends anywhere.
+
+    Args:
+        model: the bytes of a .model file.
+        end_id: a control piece, or the first id above the model's; None: the model's end-of-sentence piece.
+
+    Raises:
+        ConfigError: for a model without such a piece, or an `end_id` that text could produce.
+        RuntimeError: for bytes that are no model.
     """
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, end_id: int | None = None):
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        # In text the character U+2581 would be read as a space, so it is spelled in bytes.
-        self._space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self.end_id = _END_ID
-        self.vocab_size = self._processor.vocab_size()
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self._processor = processor = sentencepiece.SentencePieceProcessor()
+        processor.load_from_serialized_proto(model)
+        size = processor.vocab_size()
+        self.end_id = processor.eos_id() if end_id is None else end_id
+        if self.end_id == -1:
+            raise ConfigError("the SentencePiece model has no end-of-sentence piece; set data.end_id")
+        if self.end_id != size and not (0 <= self.end_id < size and processor.is_control(self.end_id)):
+            raise ConfigError(
+                f"data.end_id={end_id} is no control piece of the SentencePiece model: text could produce it; "
+                f"take one, or {size}, the first free id"
+            )
+        self._has_own_end = self.end_id == processor.eos_id()
+        self.vocab_size = max(size, self.end_id + 1)
+        end = b"" if self._has_own_end else f"end {end_id}".encode()
+        self.fingerprint = hashlib.sha256(model + end).hexdigest()
+        # A space that the model puts in front of every text stands once, not in front of every chunk.
+        self._has_prefix = processor.encode("\n", out_type=str)[:1] == [SPACE]
+        # In text the character U+2581 would be read as a space, so it is spelled in bytes where the model can do that.
+        self._space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._splits = True
+        self._splits = self.decode(self.encode(f"a{SPACE}b")) == f"a{SPACE}b"
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int, keep: float = 1.0) -> "SentencePieceTokenizer":
@@ -75,50 +113,73 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text."""
-        parts = [text.split(SPACE) for text in texts]
-        encoded = iter(self._processor.encode([part for split in parts for part in split]))
-        ids = []
-        for split in parts:
-            joined = list(next(encoded))
-            for _ in split[1:]:
-                joined += self._space_bytes
-                joined += next(encoded)
-            ids.append(np.array(joined, np.uint32))
-        return ids
+        chunks = [list(_chunks(text, LINE_BORDER)) for text in texts]
+        encoded = self._encode_chunks([chunk for own in chunks for chunk in own])
+        batch = []
+        for own in chunks:
+            first, *others = islice(encoded, len(own))
+            batch.append(np.concatenate([first, *(ids[self._has_prefix :] for ids in others)]))
+        return batch
+
+    def _encode_chunks(self, chunks: list[str]) -> Iterator[np.ndarray]:
+        for start in range(0, len(chunks), GROUP):
+            group = chunks[start : start + GROUP]
+            parts = [chunk.split(SPACE) if self._splits else [chunk] for chunk in group]
+            encoded = iter(self._processor.encode([part for split in parts for part in split]))
+            for split in parts:
+                joined = list(next(encoded))
+                for _ in split[1:]:
+                    joined += self._space_bytes
+                    joined += next(encoded)
+                yield np.array(joined, np.uint32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; end tokens stand for nothing, bytes that are no UTF-8 for U+FFFD."""
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if i != self.end_id])
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of the text that each id stands for, float32 (vocab_size,); 0 for the end token."""
+        """UTF-8 bytes of the text that each id stands for, float32 (vocab_size,); 0 for the end token.
+
+        Control pieces and the unknown piece stand for no text either.
+        """
         processor = self._processor
         sizes = np.zeros(self.vocab_size, np.float32)
-        for i in range(self.vocab_size):
+        for i in range(processor.vocab_size()):
             if processor.is_byte(i):
                 sizes[i] = 1
             elif not processor.is_control(i) and not processor.is_unknown(i):
                 sizes[i] = len(processor.id_to_piece(i).replace(SPACE, " ").encode())
         return sizes
 
-    def save(self, directory: Path) -> Path:
-        """Write the model; returns its path, which `load_tokenizer(directory)` finds."""
+    def save(self, directory: Path) -> list[Path]:
+        """Write the model and an end id that is not its own; returns the files, which `load_tokenizer` finds."""
         path = directory / MODEL_FILE
         path.write_bytes(self._model)
-        return path
+        if self._has_own_end:
+            return [path]
+        return [path, _write_settings(directory, vocabulary="sentencepiece", end_id=self.end_id)]
 
 
 class ByteTokenizer:
-    """Ids 0..255 are the bytes of UTF-8, 256 ends a document."""
+    """Id `offset` + b is byte b of UTF-8, `end_id` ends a document, the other ids stand for nothing.
 
-    vocab_size = 257
-    end_id = 256
-    fingerprint = hashlib.sha256(b"flmjax bytes: 0..255, end 256").hexdigest()
+    ByteTokenizer(3, 1, 259) is the layout of ByT5 and of seqio's ByteVocabulary.
+    """
+
+    def __init__(self, offset: int = 0, end_id: int = 256, vocab_size: int = 257):
+        used = {*range(offset, offset + 256), end_id}
+        if len(used) < 257 or min(used) < 0 or max(used) >= vocab_size:
+            raise ConfigError(f"bytes at {offset}..{offset + 255} and end_id={end_id} do not fit {vocab_size=}")
+        self.offset, self.end_id, self.vocab_size = offset, end_id, vocab_size
+        layout = f"flmjax bytes: {offset}..{offset + 255}, end {end_id}"
+        if vocab_size > max(used) + 1:
+            layout += f", of {vocab_size}"
+        self.fingerprint = hashlib.sha256(layout.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 (n,), without an end token."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint32)
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint32) + np.uint32(self.offset)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text."""
@@ -126,23 +187,106 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; end tokens stand for nothing, bytes that are no UTF-8 for U+FFFD."""
-        return bytes(int(i) for i in ids if i != self.end_id).decode("utf-8", errors="replace")
+        values = np.asarray(ids, np.int64) - self.offset
+        values = values[(values >= 0) & (values < 256)]
+        return values.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of the text that each id stands for, float32 (vocab_size,); 0 for the end token."""
-        sizes = np.ones(self.vocab_size, np.float32)
-        sizes[self.end_id] = 0
+        sizes = np.zeros(self.vocab_size, np.float32)
+        sizes[self.offset : self.offset + 256] = 1
         return sizes
 
-    def save(self, directory: Path) -> Path:
-        """Write a note that says "bytes"; returns its path, which `load_tokenizer(directory)` finds."""
-        path = directory / BYTES_FILE
-        path.write_text(json.dumps({"vocabulary": "bytes"}))
-        return path
+    def save(self, directory: Path) -> list[Path]:
+        """Write the layout; returns the file, which `load_tokenizer(directory)` finds."""
+        layout = {"offset": self.offset, "end_id": self.end_id, "vocab_size": self.vocab_size}
+        return [_write_settings(directory, vocabulary="bytes", **layout)]
 
 
-Tokenizer = SentencePieceTokenizer | ByteTokenizer
+class Cl100kTokenizer:
+    """OpenAI's cl100k_base, whose text ids are 0..100255; the spelling of a control token in text stays text.
+
+    Text above `CHUNK` characters is encoded in chunks; the ids are those of the whole where a chunk has a
+    `CL100K_BORDER`, as all text with line breaks or single spaces does.
+
+    Args:
+        end_id: by default that of <|endoftext|>. One that stands for text is spelled in bytes when text has it.
+
+    Raises:
+        ConfigError: without the package bpe_openai, or for an `end_id` that is no id of cl100k or a single byte's.
+    """
+
+    def __init__(self, end_id: int = 100257):
+        try:
+            import bpe_openai  # an optional package, and 1 s
+        except ImportError as error:
+            raise ConfigError("data.vocabulary='cl100k' needs a package; pip install 'flmjax[data]'") from error
+        if not 0 <= end_id < CL100K_IDS:
+            raise ConfigError(f"data.end_id={end_id} is no id of cl100k, which has 0..{CL100K_IDS - 1}")
+        self._encoding = bpe_openai.get_encoding("cl100k_base")
+        texts = self._encoding.token_byte_values()[:CL100K_TEXT_IDS]
+        self.end_id = end_id
+        self.vocab_size = max(CL100K_TEXT_IDS, end_id + 1)
+        self.fingerprint = hashlib.sha256(f"cl100k, end {end_id}: {texts}".encode()).hexdigest()
+        self._texts = texts + [b""] * (self.vocab_size - len(texts))
+        of_byte = {text[0]: i for i, text in enumerate(texts) if len(text) == 1}
+        self._end_bytes = np.array([of_byte[byte] for byte in self._texts[end_id]], np.uint32)
+        if end_id in self._end_bytes:
+            raise ConfigError(f"data.end_id={end_id} is a single byte in cl100k, which text cannot do without")
+        self._texts[end_id] = b""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, uint32 (n,), without an end token."""
+        parts = [np.array(self._encoding.encode_ordinary(chunk), np.uint32) for chunk in _chunks(text, CL100K_BORDER)]
+        ids = np.concatenate(parts)
+        is_end = ids == self.end_id
+        if is_end.any():
+            ids = np.repeat(ids, np.where(is_end, len(self._end_bytes), 1))
+            ids[ids == self.end_id] = np.tile(self._end_bytes, is_end.sum())
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; end tokens stand for nothing, bytes that are no UTF-8 for U+FFFD."""
+        return b"".join(self._texts[i] for i in ids).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the text that each id stands for, float32 (vocab_size,); 0 for the end token."""
+        return np.array([len(text) for text in self._texts], np.float32)
+
+    def save(self, directory: Path) -> list[Path]:
+        """Write the end id; returns the file, which `load_tokenizer(directory)` finds."""
+        return [_write_settings(directory, vocabulary="cl100k", end_id=self.end_id)]
+
+
+Tokenizer = SentencePieceTokenizer | ByteTokenizer | Cl100kTokenizer
+
+
+def named_tokenizer(vocabulary: str, end_id: int | None) -> Tokenizer | None:
+    """The tokenizer that `data.vocabulary` and `data.end_id` mean; None for "sentencepiece", which must be trained.
+
+    Raises:
+        ConfigError: for a name that is none, an end id that the vocabulary cannot have, and a model file that cannot
+            be read.
+    """
+    if vocabulary == "sentencepiece":
+        if end_id is not None:
+            raise ConfigError(f"data.end_id={end_id} is not read: a trained vocabulary has an end token of its own")
+        return None
+    if vocabulary == "bytes":
+        if end_id not in (None, 256):
+            raise ConfigError(f"data.end_id={end_id} cannot end a document of data.vocabulary='bytes'; its end is 256")
+        return ByteTokenizer()
+    if vocabulary == "cl100k":
+        return Cl100kTokenizer() if end_id is None else Cl100kTokenizer(end_id)
+    if vocabulary.endswith(".model"):
+        return _read_model(Path(vocabulary), end_id)
+    raise ConfigError(f"data.vocabulary='{vocabulary}' is none of sentencepiece, bytes, cl100k or a path to a .model")
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -151,14 +295,49 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         ConfigError: when there is none, or its file cannot be read as one.
     """
-    if (directory / MODEL_FILE).is_file():
-        try:
-            return SentencePieceTokenizer((directory / MODEL_FILE).read_bytes())
-        except RuntimeError as error:
-            raise ConfigError(f"{directory / MODEL_FILE} is no SentencePiece model: {error}") from error
-    if (directory / BYTES_FILE).is_file():
-        return ByteTokenizer()
-    raise ConfigError(f"{directory} holds no tokenizer ({MODEL_FILE} or {BYTES_FILE})")
+    model, path = directory / MODEL_FILE, directory / SETTINGS_FILE
+    if not path.is_file():
+        if not model.is_file():
+            raise ConfigError(f"{directory} holds no tokenizer ({MODEL_FILE} or {SETTINGS_FILE})")
+        return _read_model(model)
+    kinds: dict[str, Callable[..., Tokenizer]] = {
+        "sentencepiece": functools.partial(_read_model, model),
+        "bytes": ByteTokenizer,
+        "cl100k": Cl100kTokenizer,
+    }
+    try:
+        settings = json.loads(path.read_bytes())
+        return kinds[settings.pop("vocabulary")](**settings)
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no tokenizer's: {error!r}") from error
+
+
+def _read_model(path: Path, end_id: int | None = None) -> SentencePieceTokenizer:
+    try:
+        return SentencePieceTokenizer(path.read_bytes(), end_id)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except RuntimeError as error:
+        raise ConfigError(f"{path} is no SentencePiece model: {error}") from error
+
+
+def _write_settings(directory: Path, **settings: Any) -> Path:
+    path = directory / SETTINGS_FILE
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def _chunks(text: str, border: re.Pattern[str]) -> Iterator[str]:
+    """`text` in parts of at most `CHUNK` characters, cut at the last `border` in each, or hard where there is none."""
+    start = 0
+    while len(text) - start > CHUNK:
+        found = border.match(text, start, start + CHUNK)
+        end = found.end() if found else start + CHUNK
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _training_lines(documents: Iterable[str], keep: float) -> Iterator[str]:

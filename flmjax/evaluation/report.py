@@ -37,20 +37,26 @@ def write_report(workdir: Path) -> Path:
 
 TINTS = ("#dbe9f6", "#fdebd0", "#dcefdc", "#f0e0f0", "#f7f0c4", "#daf0f0")  # of the stages, in turn
 INK, TRAIN, VALIDATION, GREY = "#22303c", "#1f6fb2", "#c8412b", "#777777"
+LEGEND: Record = {"fontsize": 8, "labelcolor": INK, "edgecolor": "none", "framealpha": 0.7}
+CHANCE = 0.5  # of judging right: a proposition is true or false
 
 
 def _figure(run: Run, columns: int) -> "Figure":
-    """Six panels in `columns` columns: two for a desk, one for a phone."""
+    """Six panels in `columns` columns, two for a desk, one for a phone; with teachers two more, of their rows."""
     from matplotlib.figure import Figure  # without pyplot: no global state, and the canvas is Agg's
 
-    rows = 6 // columns
+    teachers = _has_teachers(run)
+    rows = (8 if teachers else 6) // columns
     width, height = (6.3, 3.2) if columns == 2 else (4.4, 2.8)  # inches of a panel
     figure = Figure(figsize=(width * columns, height * rows), dpi=110)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-    loss, compute, bits, parameters, rate, speed = figure.subplots(rows, columns).flatten()
+    loss, compute, bits, parameters, rate, speed, *of_teachers = figure.subplots(rows, columns).flatten()
+    if teachers:
+        _draw_teachers(of_teachers, run, letters=width * 72 / 5.5)
+    of_text = " of text" if teachers else ""
     for panel, title, field in (
-        (loss, "Loss (nats per token)", "tokens"),
-        (compute, "Loss against compute", "flops"),
+        (loss, f"Loss{of_text} (nats per token)", "tokens"),
+        (compute, f"Loss{of_text} against compute", "flops"),
         (bits, "Bits per byte", "tokens"),
         (parameters, "Parameters", "tokens"),
         (rate, "Learning rate", "tokens"),
@@ -63,7 +69,7 @@ def _figure(run: Run, columns: int) -> "Figure":
     if run.gzip is not None:
         bits.axhline(run.gzip, color=GREY, linestyle="--", linewidth=1.2, label="gzip -9 of the same text")
     for panel in (loss, compute, bits):
-        panel.legend(fontsize=8, loc="upper right", labelcolor=INK, edgecolor="none", framealpha=0.7)
+        panel.legend(loc="upper right", **LEGEND)
     edges = [stage.before["tokens"] for stage in run.stages] + [run.last["tokens"]]
     sizes = [stage.parameters or math.nan for stage in run.stages]
     parameters.stairs(sizes, edges, baseline=None, color=TRAIN, linewidth=2)
@@ -105,8 +111,22 @@ def _frame(panel: "Axes", run: Run, title: str, field: str, letters: float) -> N
         panel.text(y=1.02, s=stage.config.name, transform=transform, fontsize=8, color=INK, parse_math=False, **place)
 
 
+def _draw_teachers(panels: Sequence["Axes"], run: Run, letters: float) -> None:
+    """What the model learns from the teachers' rows: how often it judges right, and the loss of the marks."""
+    judgements, loss = panels
+    _frame(judgements, run, "Judgement accuracy", "tokens", letters)
+    _frame(loss, run, "Loss of teachers (nats per token)", "tokens", letters)
+    _draw_curve(judgements, run, "tokens", "judgement_accuracy")
+    _draw_curve(loss, run, "tokens", "teacher_loss")
+    judgements.axhline(CHANCE, color=GREY, linestyle="--", linewidth=1.2, label=f"chance ({CHANCE:.0%})")
+    judgements.set_ylim(0, 1)
+    judgements.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    judgements.legend(loc="lower right", **LEGEND)
+    loss.legend(loc="upper right", **LEGEND)
+
+
 def _draw_curve(panel: "Axes", run: Run, x_field: str, y_field: str) -> None:
-    x, y = _series(run.train, x_field, y_field)
+    x, y = _series(_train_lines(run, y_field), x_field, y_field)
     if len(x) > 40:
         panel.plot(x, y, color=TRAIN, alpha=0.35, linewidth=0.8, label="train")
         panel.plot(x, _smooth(y, len(y) // 60), color=TRAIN, linewidth=1.6, label="train, smoothed")
@@ -120,6 +140,20 @@ def _draw_curve(panel: "Axes", run: Run, x_field: str, y_field: str) -> None:
 def _series(records: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:
     """Two columns; a missing value is NaN, a gap in the line."""
     return [record[x] for record in records], [_finite(record.get(y)) for record in records]
+
+
+def _has_teachers(run: Run) -> bool:
+    return any("judgement_accuracy" in record for record in (*run.train, *run.validation))
+
+
+def _train_lines(run: Run, y: str) -> list[Record]:
+    """The train lines to read `y` from. With teachers "loss" is that of the language rows, as in validation, and lines
+    whose batch had no row of y's kind are left out: they are no gap in the curve, as a loss that is not finite is."""
+    if not _has_teachers(run):
+        return run.train
+    name = "language_loss" if y == "loss" else y
+    kept = (record for record in run.train if record["loss"] is None or record[name] is not None)
+    return [{**record, "loss": record["language_loss"]} for record in kept]
 
 
 def _smooth(values: Sequence[float], half: int) -> list[float]:
@@ -156,6 +190,7 @@ th:first-child, td:first-child { text-align: left; } .good, .bad { color: #1b7a3
 
 def _page(run: Run, name: str, wide: bytes, narrow: bytes) -> str:
     images = [base64.b64encode(png).decode() for png in (wide, narrow)]
+    judgements = ", judgement accuracy" if _has_teachers(run) else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -170,7 +205,7 @@ def _page(run: Run, name: str, wide: bytes, narrow: bytes) -> str:
 {"".join(f"<p><b>{_text(warning)}</b></p>" for warning in _warnings(run))}
 <picture>
 <source media="(max-width: 700px)" srcset="data:image/png;base64,{images[1]}">
-<img alt="Loss, bits per byte, parameters, learning rate and throughput of the run"
+<img alt="Loss, bits per byte{judgements}, parameters, learning rate and throughput of the run"
  src="data:image/png;base64,{images[0]}">
 </picture>
 <h2>Stages</h2>
@@ -205,11 +240,19 @@ def _headline(run: Run) -> str:
         ("Parameters", " → ".join(dict.fromkeys(sizes)), " → ".join(stage.config.name for stage in run.stages)),
         ("Training time", _duration(run.training_seconds), f"updates alone; growth: {_duration(growth)} more"),
     ]
+    if _has_teachers(run):
+        accuracy, judged = _judgements(latest(run.validation))
+        tiles.insert(1, ("Judgement accuracy", accuracy, f"{judged} held-out judgements; chance: {CHANCE:.0%}"))
     boxes = (
         f'<div><dt>{_text(label)}</dt><dd><b>{_text(value)}</b></dd><dd class="small">{_text(note)}</dd></div>'
         for label, value, note in tiles
     )
     return f"<dl>{''.join(boxes)}</dl>"
+
+
+def _judgements(validation: Record) -> tuple[str, str]:
+    """Share that is right and number of a line of validation."""
+    return _number(validation.get("judgement_accuracy"), ".1%"), _number(validation.get("judged"), ",")
 
 
 def _warnings(run: Run) -> list[str]:
@@ -227,16 +270,22 @@ def _warnings(run: Run) -> list[str]:
 
 def _stage_table(run: Run) -> str:
     head = "stage,layers,embed,heads,MLP,parameters,steps,batch,tokens,FLOPs,train loss,val. loss,val. bits/byte"
+    head += ",val. teacher loss,val. judgements" if _has_teachers(run) else ""
+    losses = _train_lines(run, "loss")
     rows = []
     for stage in run.stages:
         model, plan = stage.model, stage.config
+        train = latest([record for record in losses if record["stage"] == plan.name])
         steps, tokens, flops = (stage.last[key] - stage.before[key] for key in ("step", "tokens", "flops"))
         row = [plan.name, *(str(size) for size in (model.num_layers, model.embed_dim, model.num_heads, model.mlp_dim))]
         row[3] += f" ({model.kv_heads} kv)" if model.kv_heads != model.num_heads else ""
         row += [_number(stage.parameters, ","), f"{steps:,}" + (f" of {plan.steps:,}" if steps < plan.steps else "")]
         row += [f"{plan.batch_size} x {model.max_length}", f"{tokens:,}", _short(flops, "FLOP")]
-        row += [_number(stage.train.get("loss")), _number(stage.validation.get("loss"))]
-        rows.append([*row, _number(stage.validation.get("bits_per_byte"))])
+        row += [_number(x) for x in (train.get("loss"), *map(stage.validation.get, ("loss", "bits_per_byte")))]
+        if _has_teachers(run):
+            accuracy, judged = _judgements(stage.validation)
+            row += [_number(stage.validation.get("teacher_loss")), f"{accuracy} of {judged}"]
+        rows.append(row)
     return _table(head.split(","), rows, TINTS)
 
 

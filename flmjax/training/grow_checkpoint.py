@@ -21,13 +21,13 @@ from flmjax.config import (
     validate,
     validate_mesh,
 )
-from flmjax.data.loader import fingerprint
+from flmjax.data.loader import fingerprint, mixture_schedule
 from flmjax.data.prepare import load, prepare
 from flmjax.data.tokenizers import Tokenizer
 from flmjax.growth.grow import check_growth, grow, plan_growth
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.checkpoint import Checkpoints, latest_whole_step
-from flmjax.training.loop import mixture_schedule, prove_growth, stage_ramp
+from flmjax.training.loop import prove_growth, stage_ramp
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.workdir import data_directory, with_vocabulary, write_config
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flmjax.config import ConfigError, ModelConfig, RunConfig, to_json, validate, validate_mesh
-from flmjax.data.loader import Segment, batches, check_size, default_weights, fingerprint, mixture, validation_rows
+from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixture_schedule, validation_rows
 from flmjax.data.prepare import Prepared, prepare
 from flmjax.growth.certificate import Certificate, certify
 from flmjax.growth.grow import grow
@@ -23,6 +23,7 @@ from flmjax.model.transformer import count_parameters
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement
 from flmjax.training.checkpoint import Checkpoints
+from flmjax.training.losses import teacher_means
 from flmjax.training.metrics import FLOPS_CONVENTION, Clock, MetricsWriter, ProgressBar, flops_per_token, peak_flops
 from flmjax.training.optimizer import learning_rate, new_warmup
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
@@ -225,7 +226,8 @@ class Run:
             return
         tokens = stage.batch_size * self.length
         rate = clock.rate(tokens)
-        values = {name: float(metrics[name]) for name in ("loss", "bits_per_byte", "gradient_norm")}
+        names = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
+        values = {name: float(metrics[name]) for name in names if name in metrics}  # the last three: with teachers
         flops = flops_per_token(spec.config, self.length)
         self.writer.write(
             "train",
@@ -241,16 +243,22 @@ class Run:
         self.bar.update(step, stage.name, values["loss"], rate or 0.0)
 
     def evaluate(self, step: int, params: Any, evaluate: Any, index: int) -> None:
-        """Loss on the held-out rows."""
+        """Loss on the held-out rows.
+
+        Where there are teachers, "loss" is still that of the language rows, so that it compares with a run without
+        them and with bits_per_byte; the teachers' rows have teacher_loss, and judgement_accuracy of `judged` targets.
+        """
         rows = -(-self.config.stages[index].batch_size // self.config.stages[index].microbatches)
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         for batch in chunks(self.validation, rows):
             found = evaluate(params, put_batch(batch, self.data.tokenizer.token_bytes, self.mesh))
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
-        loss, bits = sums["loss"] / sums["weight"], sums["loss"] / np.log(2) / sums["bytes"]
-        name = self.config.stages[index].name
-        self.writer.write("validation", step, stage=name, loss=loss, bits_per_byte=bits, **self.progress(step, index))
-        self.bar.log(f"{name} {step}: validation loss {loss:.4f} nats a token, {bits:.4f} bits a byte")
+            sums = {name: sums.get(name, 0.0) + np.float64(value) for name, value in found.items()}
+        values, name = validation_means(sums), self.config.stages[index].name
+        self.writer.write("validation", step, stage=name, **values, **self.progress(step, index))
+        text = f"validation loss {values['loss']:.4f} nats a token, {values['bits_per_byte']:.4f} bits a byte"
+        if "judged" in values:
+            text += f", judgement accuracy {100 * values['judgement_accuracy']:.1f} % of {values['judged']}"
+        self.bar.log(f"{name} {step}: {text}")
 
     def save(self, step: int, state: TrainState, index: int) -> None:
         """Start writing a checkpoint."""
@@ -364,16 +372,13 @@ def prove_growth(
     return certificate
 
 
-def mixture_schedule(config: RunConfig, data: Prepared) -> list[Segment]:
-    """The mixture's weights and samples of every stage; the last goes on for ever."""
-    weights = config.data.weights or default_weights(data, config.data)
-    schedule = []
-    for i, stage in enumerate(config.stages):
-        weights = stage.weights or weights
-        last = i + 1 == len(config.stages)
-        batches_of_stage = stage.steps + (stage.tuning_steps if i else 0)
-        schedule.append(Segment(weights, None if last else batches_of_stage * stage.batch_size))
-    return schedule
+def validation_means(sums: dict[str, np.float64]) -> dict[str, Any]:
+    """What a line of validation says of its sums."""
+    if "judged" not in sums:
+        return {"loss": sums["loss"] / sums["weight"], "bits_per_byte": sums["loss"] / np.log(2) / sums["bytes"]}
+    with np.errstate(invalid="ignore"):  # NaN: there is no row of that kind
+        means = teacher_means(sums)
+    return {"loss": means.pop("language_loss"), **means, "judged": int(sums["judged"])}
 
 
 def chunks(rows: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -1,6 +1,11 @@
-"""Next-token cross-entropy as a (sum, weight) pair: sums add up over microbatches and devices, means do not."""
+"""Next-token cross-entropy as a (sum, weight) pair: sums add up over microbatches and devices, means do not.
+
+FreeLM's two objectives (arXiv 2305.01616) are this one loss: a teacher's row has weight on its marks alone, "true" or
+"false", and its judgement is right where the right mark has the larger logit of the two.
+"""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,11 +28,14 @@ def loss_sums(
     Args:
         params: of Transformer(config).
         batch: tokens, targets int (B, L), weights (B, L); segment_ids, positions (B, L) where documents are kept apart;
-            bytes (B,) of text that the row's weighted targets stand for.
+            bytes (B,) of text that the row's weighted targets stand for, 0 in a teacher's row. Where the data has
+            teachers also marks int (B, 2), the true and the false mark's id at the token where they differ, in a row of
+            language two equal ids; and decisive (B, L), 1 where the target is such an id.
         dropout_key: None switches dropout off.
 
     Returns:
-        The sum and {"loss": the sum, "weight": of the targets, "bytes"}; at least float32, whatever the dtype.
+        The sum over all rows, which is what training minimises, and {"loss": the sum, "weight": of the targets,
+        "bytes"}, with marks also what `teacher_sums` says; losses at least float32, whatever the dtype.
     """
     model: Any = Transformer(config, placement, deterministic=dropout_key is None)
     x_BLD, table_VD = model.apply(
@@ -38,8 +46,65 @@ def loss_sums(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="features",
     )
-    loss = cross_entropy_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
-    return loss, {"loss": loss, "weight": jnp.sum(batch["weights"]), "bytes": jnp.sum(batch["bytes"])}
+    loss, loss_B = cross_entropy_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
+    sums = {"loss": loss, "weight": jnp.sum(batch["weights"]), "bytes": jnp.sum(batch["bytes"])}
+    if "marks" in batch:
+        sums |= teacher_sums(x_BLD, table_VD, loss_B, batch, placement)
+    return loss, sums
+
+
+def teacher_sums(
+    x_BLD: jax.Array, table_VD: jax.Array, loss_B: jax.Array, batch: dict[str, jax.Array], placement: Any = None
+) -> dict[str, jax.Array]:
+    """What a batch with teachers adds to its sums; nothing here has a gradient.
+
+    Returns:
+        {"language_loss", "language_weight", "teacher_loss", "teacher_weight": the batch's loss and weight, each kind's
+        rows apart, "judged": number of decisive targets with a weight, "correct": those whose mark has the larger logit
+        of the two (equal ones are wrong)}.
+    """
+    marks_B2, weight_B = batch["marks"], jnp.sum(batch["weights"], axis=1)
+    is_teacher_B = marks_B2[:, 0] != marks_B2[:, 1]
+    judged_BL = (batch["decisive"] > 0) & (batch["weights"] > 0)
+    for_true_BL = _logit_difference(x_BLD, table_VD, marks_B2, placement)
+    correct_BL = jnp.where(batch["targets"] == marks_B2[:, :1], for_true_BL > 0, for_true_BL < 0)
+    # Each kind is summed: the rest of a difference of sums would pass for the loss of rows that are not there.
+    return {
+        "language_loss": jnp.sum(loss_B, where=~is_teacher_B),
+        "language_weight": jnp.sum(weight_B, where=~is_teacher_B),
+        "teacher_loss": jnp.sum(loss_B, where=is_teacher_B),
+        "teacher_weight": jnp.sum(weight_B, where=is_teacher_B),
+        "judged": jnp.sum(judged_BL),
+        "correct": jnp.sum(judged_BL & correct_BL),
+    }
+
+
+def teacher_means(sums: dict[str, Any]) -> dict[str, Any]:
+    """Means of a batch with teachers, each by its own weight; NaN where that is 0.
+
+    Args:
+        sums: as `loss_sums` gives them or sums of such, of JAX or NumPy: Python's floats refuse to be divided by 0.
+
+    Returns:
+        {"language_loss", "teacher_loss": nats a token, "bits_per_byte": of the language rows, "judgement_accuracy": of
+        the decisive targets, 0 to 1}.
+    """
+    return {
+        "language_loss": sums["language_loss"] / sums["language_weight"],
+        "teacher_loss": sums["teacher_loss"] / sums["teacher_weight"],
+        "bits_per_byte": sums["language_loss"] / math.log(2) / sums["bytes"],
+        "judgement_accuracy": sums["correct"] / sums["judged"],
+    }
+
+
+def _logit_difference(x_BLD: jax.Array, table_VD: jax.Array, marks_B2: jax.Array, placement: Any) -> jax.Array:
+    """(B, L) logit of a row's first mark - that of its second, in at least float32 and from these two rows alone."""
+    dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
+    x_BLD, table_VD = jax.lax.stop_gradient((x_BLD, table_VD))
+    # Pinned as the embedding's lookup is: every vocab shard looks up what it has, and no table is gathered.
+    marks_B2D = pin(placement, pin(placement, table_VD, "vocab", None)[marks_B2], "batch", None, None).astype(dtype)
+    # No matrix multiplication: an accelerator would round its float32 factors.
+    return jnp.sum(x_BLD.astype(dtype) * (marks_B2D[:, :1] - marks_B2D[:, 1:]), axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -50,14 +115,15 @@ def cross_entropy_sum(
     weights_BL: jax.Array,
     config: ModelConfig,
     placement: Any = None,
-) -> jax.Array:
-    """sum of weight * (logsumexp(logits) - logits[target]); logits = x table^T in at least float32.
+) -> tuple[jax.Array, jax.Array]:
+    """sum of weight * (logsumexp(logits) - logits[target]), and the same of each row (B,), which has no gradient.
+
+    logits = x table^T in at least float32.
 
     The gradient of a sum is known as soon as its logits are, so the forward pass of a derivative computes it at once,
     for one part of the sequence after another: the logits are never stored and never computed twice.
     """
-    total, _ = _over_chunks(x_BLD, table_VD, targets_BL, weights_BL, config, placement, derivative=False)
-    return total
+    return _over_chunks(x_BLD, table_VD, targets_BL, weights_BL, config, placement, derivative=False)[0]
 
 
 def _forward(
@@ -66,8 +132,8 @@ def _forward(
     return _over_chunks(x, table, targets, weights, config, placement, derivative=True)
 
 
-def _backward(config: Any, placement: Any, gradients: tuple[jax.Array, jax.Array], scale: jax.Array) -> Any:
-    dx_BLD, dtable_VD = gradients
+def _backward(config: Any, placement: Any, gradients: Any, scales: tuple[jax.Array, jax.Array]) -> Any:
+    (dx_BLD, dtable_VD), (scale, _) = gradients, scales
     return (dx_BLD * scale).astype(dx_BLD.dtype), (dtable_VD * scale).astype(config.dtype), None, None
 
 
@@ -82,8 +148,8 @@ def _over_chunks(
     config: ModelConfig,
     placement: Any,
     derivative: bool,
-) -> tuple[jax.Array, Any]:
-    """(sum, (gradient of x, gradient of the table) or Nones), C parts of the length one after another."""
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """((sum, sum of each row), (gradient of x, gradient of the table) or None), parts of the length one by one."""
     chunks = _num_chunks(x_BLD.shape[0], x_BLD.shape[1], table_VD.shape[0], placement)
 
     def split(x_BL: jax.Array) -> jax.Array:
@@ -91,16 +157,17 @@ def _over_chunks(
 
     def body(totals: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
         x_BLD, targets_BL, weights_BL = part
-        loss, dx, dtable_DV = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
-        return (totals[0] + loss, totals[1] + dtable_DV if derivative else None), dx
+        loss_B, dx, dtable_DV = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
+        return (totals[0] + loss_B, totals[1] + dtable_DV if derivative else None), dx
 
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    start: Any = (jnp.zeros((), dtype), jnp.zeros(table_VD.shape[::-1], dtype) if derivative else None)
+    start: Any = (jnp.zeros(len(x_BLD), dtype), jnp.zeros(table_VD.shape[::-1], dtype) if derivative else None)
     parts = (split(x_BLD), split(targets_BL), split(weights_BL))
-    (total, dtable_DV), dx = jax.lax.scan(body, start, parts)
+    (loss_B, dtable_DV), dx = jax.lax.scan(body, start, parts)
+    losses = jnp.sum(loss_B), loss_B
     if not derivative:
-        return total, None
-    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dtable_DV.T)
+        return losses, None
+    return losses, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dtable_DV.T)
 
 
 def _chunk(
@@ -112,7 +179,8 @@ def _chunk(
     placement: Any,
     derivative: bool,
 ) -> tuple[jax.Array, Any, Any]:
-    """Loss sum of some places and its gradients by x and table: (softmax - one-hot) * weight times the other factor."""
+    """Loss sums (B,) of some places and their gradients by x and table: (softmax - one-hot) * weight times the other
+    factor."""
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     logits_BLV = jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=dtype)
     logits_BLV = mask_padding(pin(placement, logits_BLV, "batch", None, "vocab"), config)
@@ -120,9 +188,9 @@ def _chunk(
     exp_BLV = jnp.exp(logits_BLV - top_BL1)
     sum_BL1 = jnp.sum(exp_BLV, axis=-1, keepdims=True)
     target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    loss = jnp.sum(weights_BL * (jnp.log(sum_BL1) + top_BL1)[..., 0] - weights_BL * target_BL)
+    loss_B = jnp.sum(weights_BL * (jnp.log(sum_BL1) + top_BL1)[..., 0] - weights_BL * target_BL, axis=1)
     if not derivative:
-        return loss, None, None
+        return loss_B, None, None
     is_target_BLV = jnp.arange(table_VD.shape[0]) == targets_BL[..., None]
     weights_BL1 = weights_BL[..., None].astype(dtype)
     d_BLV = (exp_BLV * (weights_BL1 / sum_BL1) - jnp.where(is_target_BLV, weights_BL1, 0)).astype(x_BLD.dtype)
@@ -130,7 +198,7 @@ def _chunk(
     d_BLV = jax.lax.optimization_barrier(pin(placement, d_BLV, "batch", None, "vocab"))
     dx_BLD = pin(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
     dtable_DV = jnp.einsum("bld,blv->dv", x_BLD, d_BLV).astype(dtype)
-    return loss, dx_BLD, pin(placement, dtable_DV, None, "vocab")
+    return loss_B, dx_BLD, pin(placement, dtable_DV, None, "vocab")
 
 
 def _num_chunks(rows: int, length: int, vocabulary: int, placement: Any) -> int:

@@ -13,7 +13,7 @@ from flmjax.config import ModelConfig
 from flmjax.growth.masks import Ramp
 from flmjax.model.axes import path_name
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
-from flmjax.training.losses import loss_sums
+from flmjax.training.losses import loss_sums, teacher_means
 from flmjax.training.state import StateSpec, TrainState
 
 Batch = dict[str, jax.Array]
@@ -45,7 +45,7 @@ def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callabl
 def gradients(
     params: Any, batch: Batch, key: jax.Array, config: ModelConfig, placement: Placement | None, microbatches: int = 1
 ) -> tuple[dict[str, jax.Array], Any]:
-    """({"loss", "weight", "bytes"} sums, gradients of the mean loss per weighted target)."""
+    """(sums as loss_sums gives them, gradients of the mean loss per weighted target)."""
 
     def loss(params: Any, part: Batch, key: jax.Array) -> Any:
         return loss_sums(params, part, config, placement, key if config.dropout else None)
@@ -80,7 +80,9 @@ def train_step(
 
     Returns:
         The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, nonfinite (skips in a row),
-        finite (one flag for each leaf, in tree order).
+        finite (one flag for each leaf, in tree order). Where the data has teachers, loss is that of all rows together,
+        language_loss and teacher_loss are those of each kind, judgement_accuracy is a share of 1 and bits_per_byte is
+        the language rows'; NaN stands for the mean of what the batch has none of.
     """
     placement = Placement(spec.mesh)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -106,6 +108,8 @@ def train_step(
         "nonfinite": nonfinite,
         "finite": finite,
     }
+    if "marks" in batch:
+        metrics |= teacher_means(sums)
     new_state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -129,7 +133,7 @@ def compile_step(
 
 
 def compile_evaluation(spec: StateSpec) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """(params, batch) -> {"loss", "weight", "bytes"} sums, dropout off."""
+    """(params, batch) -> sums as loss_sums gives them, dropout off."""
     placement = Placement(spec.mesh)
     return jax.jit(
         lambda params, batch: loss_sums(params, batch, spec.config, placement)[1],
@@ -139,9 +143,12 @@ def compile_evaluation(spec: StateSpec) -> Callable[[Any, Batch], dict[str, jax.
 
 
 def put_batch(rows: dict[str, np.ndarray], token_bytes: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
-    """This process's rows as global arrays, with the bytes of text that each row's weighted targets stand for."""
-    per_target = token_bytes[rows["targets"]] * rows["weights"]
-    rows = {**rows, "bytes": per_target.sum(axis=1, dtype=np.float32)}
+    """This process's rows as global arrays, with the bytes of text that each row's weighted targets stand for; marks
+    are no text."""
+    per_row = (token_bytes[rows["targets"]] * rows["weights"]).sum(axis=1, dtype=np.float32)
+    if "marks" in rows:
+        per_row = np.where(rows["marks"][:, 0] == rows["marks"][:, 1], per_row, np.float32(0))
+    rows = {**rows, "bytes": per_row}
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
 

@@ -7,7 +7,13 @@ import sys
 import pytest
 
 from flmjax.config import ConfigError
-from flmjax.data.corpus import hsk, python_docs, read_source
+from flmjax.data.corpus import hsk, python_docs, text_source
+from flmjax.data.documents import Document
+
+
+def read_source(name, split_by="text"):
+    """Texts of the documents."""
+    return [d.text if isinstance(d, Document) else d for d in text_source(name, split_by).read()]
 
 
 @pytest.fixture(scope="module")

@@ -263,7 +263,7 @@ def test_a_document_that_is_no_text_is_named(tmp_path):
 
 
 def test_names_of_given_sources_must_be_those_of_the_settings(tmp_path):
-    with pytest.raises(ConfigError, match=r"sources are \['c'\], but data.sources are \['a', 'b'\]"):
+    with pytest.raises(ConfigError, match=r"sources are \['c'\], but data.sources and data.teachers are \['a', 'b'\]"):
         prepare(BYTES, tmp_path / "data", sources={"c": []})
 
 

@@ -1,14 +1,16 @@
 """Chinese sentences with English translations, graded from beginner to advanced, from one optional package."""
 
 import importlib
+import random
 from collections.abc import Iterator
 
 from flmjax.config import ConfigError
+from flmjax.data.documents import Document
 
 PAIRS_PER_DOCUMENT = 8  # about 8 x (26 + 28) = 430 bytes
 
 
-def documents() -> Iterator[str]:
+def documents() -> Iterator[Document]:
     """4,354 sentence pairs of PyPI `hsk-sentences-audio`, 0.25 MB; a document has about 8 pairs of one level and topic.
 
     A pair is two lines, the Chinese and the English; pairs are parted by a blank line. The sentences are short and
@@ -18,16 +20,51 @@ def documents() -> Iterator[str]:
     Raises:
         ConfigError: when the package is not installed.
     """
+    for _, key, group in _groups():
+        yield Document("\n\n".join(f"{chinese}\n{english}" for chinese, english in group), key)
+
+
+def translations() -> Iterator[tuple[str, str, str]]:
+    """(key, Chinese, English); the key is that of the document that has the pair, so that both are on one side.
+
+    Raises:
+        ConfigError: when the package is not installed.
+    """
+    for _, key, group in _groups():
+        for chinese, english in group:
+            yield key, chinese, english
+
+
+def topics() -> Iterator[tuple[str, str, str]]:
+    """(key, Chinese and English, their topic of 17): greetings, food, transport... The key as for translations.
+
+    Shuffled: wrong topics are drawn from those before, and in the package's order some were more often wrong than right.
+
+    Raises:
+        ConfigError: when the package is not installed.
+    """
+    found = [
+        (key, f"{chinese}\n{english}", topic.replace("_", " and "))
+        for topic, key, group in _groups()
+        if topic not in ("misc", "objects_misc")
+        for chinese, english in group
+    ]
+    random.Random(0).shuffle(found)
+    yield from found
+
+
+def _groups() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     try:
         package = importlib.import_module("hsk_sentences_audio")
     except ModuleNotFoundError:
-        raise ConfigError("data.sources: 'hsk' needs a package; pip install 'flmjax[data]'") from None
-    groups: dict[tuple[int, str], dict[str, None]] = {}  # an inner dict: an ordered set
+        raise ConfigError("'hsk' needs a package; pip install 'flmjax[data]'") from None
+    groups: dict[tuple[int, str], dict[tuple[str, str], None]] = {}  # an inner dict: an ordered set
     for sentence in package.iter_sentences():
-        pair = f"{sentence['chinese']}\n{sentence['translation']['en']}"
+        pair = sentence["chinese"], sentence["translation"]["en"]
         groups.setdefault((sentence["hsk_level"], sentence["topic"]), {})[pair] = None
-    for group in groups.values():
-        pairs = list(group)
-        parts = max(1, round(len(pairs) / PAIRS_PER_DOCUMENT))
+    for (level, topic), group in groups.items():
+        ordered = list(group)
+        parts = max(1, round(len(ordered) / PAIRS_PER_DOCUMENT))
         for i in range(parts):
-            yield "\n\n".join(pairs[i * len(pairs) // parts : (i + 1) * len(pairs) // parts])
+            part = ordered[i * len(ordered) // parts : (i + 1) * len(ordered) // parts]
+            yield topic, f"hsk {level} {topic} {i}", part

@@ -1,65 +1,112 @@
-"""Text files as documents: plain, .gz or .xz; one file, a folder or a glob."""
+"""Text files as documents: plain or JSON lines, also as .gz or .xz; one file, a folder or a glob."""
 
 import glob
 import gzip
+import hashlib
+import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from flmjax.config import ConfigError, nearest
+from flmjax.data.documents import Document
 
-SUFFIXES = (".txt", ".md")  # what a folder is searched for, plain or compressed
+SUFFIXES = (".txt", ".md", ".jsonl")  # what a folder is searched for, plain or compressed
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def find(source: str, names: Iterable[str]) -> list[Path]:
-    """The files that `source` means, sorted: a file, a folder (searched recursively for .txt and .md), or a glob.
+class Files(NamedTuple):
+    """Files of a source, sorted, and the folder that their paths are relative to."""
 
-    `names` are the built-in sources, for the message about a word that is neither.
+    paths: list[Path]
+    root: Path
+
+
+def find(source: str, names: Iterable[str], field: str = "data.sources") -> Files:
+    """The files that `source` means: a file, a folder (searched recursively for SUFFIXES), or a glob.
+
+    `names` are the built-in sources, for the message about a word that is neither; `field` is for it too.
 
     Raises:
         ConfigError: when there is no such file, or none in the folder or of the pattern.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return [path]
+        return Files([path], path.parent)
     if path.is_dir():
         files = [p for p in path.rglob("*") if p.is_file() and _plain_name(p).endswith(SUFFIXES)]
         if not files:
-            raise ConfigError(f"data.sources: folder '{source}' holds no {' or '.join(SUFFIXES)} file (nor .gz, .xz)")
-        return sorted(files)
+            raise ConfigError(f"{field}: folder '{source}' holds no {' or '.join(SUFFIXES)} file (nor .gz, .xz)")
+        return Files(sorted(files), path)
     if glob.has_magic(source):
         files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
         if not files:
-            raise ConfigError(f"data.sources: no file matches '{source}'")
-        return sorted(files)
+            raise ConfigError(f"{field}: no file matches '{source}'")
+        return Files(sorted(files), next(p for p in path.parents if not glob.has_magic(str(p))))
     if "/" in source or "." in source:
-        raise ConfigError(f"data.sources: no file or folder '{source}'")
-    raise ConfigError(f"data.sources: '{source}' is neither a built-in source nor a path{nearest(source, names)}")
+        raise ConfigError(f"{field}: no file or folder '{source}'")
+    raise ConfigError(f"{field}: '{source}' is neither a built-in source nor a path{nearest(source, names)}")
 
 
-def documents(files: Iterable[Path]) -> Iterator[str]:
+def stamp(files: Files) -> str:
+    """sha256 (hex) of the files' paths, sizes and times of change."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files.paths]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def documents(files: Files, path_is_key: bool = False) -> Iterator[Document]:
     """The documents of `files`, one after another.
 
     What ends a document depends on the (uncompressed) name of its file:
         *.docs.txt: a blank line;
         *.md: nothing, the file is one document;
+        *.jsonl: the line; it is an object with "text", or with "instruction", perhaps "input", and "output", which
+            become three paragraphs; a "key" decides the side of the split;
         all others: two or more blank lines (a paragraph break is none).
     Blank lines around a document are no part of it; the rest is kept as it is. A file is read line by line.
 
     Raises:
-        ConfigError: naming the file, and the byte where it is not UTF-8 (counted after decompression).
+        ConfigError: naming the file, and the byte where it is not UTF-8 (counted after decompression) or the line
+            that is no such object.
     """
-    for path in files:
+    for path in files.paths:
         name = _plain_name(path)
+        key = str(path.relative_to(files.root)) if path_is_key else None
+        if name.endswith(".jsonl"):
+            for where, row in json_lines(Files([path], files.root)):
+                yield Document(_row_text(row, where), row.get("key", key))
+            continue
         blank_lines = 1 if name.endswith(".docs.txt") else None if name.endswith(".md") else 2
-        opener = _OPEN.get(path.suffix.lower(), open)
-        try:
-            with cast(BinaryIO, opener(path, "rb")) as file:
-                yield from _split(_lines(file, path), blank_lines)
-        except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-            raise ConfigError(f"{path}: not a whole {path.suffix} file: {error}") from error
+        for text in _split(_lines(path), blank_lines):
+            yield Document(text, key)
+
+
+def json_lines(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of every line of `files` that is not blank.
+
+    Raises:
+        ConfigError: naming file and line that is no JSON object, or the byte that is no UTF-8.
+    """
+    for path in files.paths:
+        for number, line in enumerate(_lines(path), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}: line {number} is no JSON object but {line.strip()[:40]!r}")
+            yield f"{path}: line {number}", row
+
+
+def _row_text(row: dict[str, Any], where: str) -> str:
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        return "\n\n".join(part for part in (row["instruction"], row.get("input") or "", row["output"]) if part)
+    raise ConfigError(f'{where} has neither "text" nor "instruction" and "output"; it has: {", ".join(row)}')
 
 
 def _plain_name(path: Path) -> str:
@@ -67,7 +114,16 @@ def _plain_name(path: Path) -> str:
     return name.removesuffix(path.suffix.lower()) if path.suffix.lower() in _OPEN else name
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
+    opener = _OPEN.get(path.suffix.lower(), open)
+    try:
+        with cast(BinaryIO, opener(path, "rb")) as file:
+            yield from _decoded(file, path)
+    except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+        raise ConfigError(f"{path}: not a whole {path.suffix} file: {error}") from error
+
+
+def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
     offset = 0
     for raw in file:  # the byte 0x0A is never a part of another character in UTF-8
         try:

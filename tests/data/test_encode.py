@@ -1,0 +1,203 @@
+"""Tokenising in parts: the same files from any number of processes, through any kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flmjax.config import DataConfig
+from flmjax.data import encode
+from flmjax.data.prepare import PROGRESS_FILE, prepare
+
+FOLDER_FILES = 3
+DOCUMENTS = 400
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Many parts of little text, and processes for it."""
+    monkeypatch.setattr(encode, "PART_BYTES", (1000, 1000))
+    monkeypatch.setattr(encode, "PROCESSES_FROM", 0)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Files of some 400 documents each, 文 in it."""
+    path = tmp_path / "text"
+    path.mkdir()
+    for k in range(FOLDER_FILES):
+        texts = (f"document {i} of file {k}: 文档 {'word ' * (i % 17)}" for i in range(DOCUMENTS))
+        (path / f"{k}.txt").write_text("\n\n\n".join(texts))
+    return path
+
+
+def settings(folder: Path, **fields) -> DataConfig:
+    return DataConfig(sources=(str(folder),), vocabulary="bytes", validation_fraction=0.2, **fields)
+
+
+@pytest.fixture
+def plain(folder, tmp_path):
+    """One part in one process."""
+    return prepare(settings(folder), tmp_path / "plain")
+
+
+def same(made, plain) -> bool:
+    return made.meta == plain.meta
+
+
+def test_many_parts_in_processes_give_the_files_of_one(small_parts, folder, plain, tmp_path):
+    assert same(prepare(settings(folder, workers=3), tmp_path / "data"), plain)
+    assert same(prepare(settings(folder, workers=1), tmp_path / "alone"), plain)
+
+
+def test_every_document_is_in_one_part_in_order_even_one_larger_than_a_part(small_parts, folder, plain, tmp_path):
+    texts = ["a" * 10, "b" * 5000, "c" * 990, "d" * 10, "e"]
+    data = DataConfig(sources=("x",), vocabulary="bytes", validation_fraction=0.01, end_of_document=False)
+    made = prepare(data, tmp_path / "data", sources={"x": [*texts, *(f"held {i}" for i in range(300))]})
+    decoded = made.tokenizer.decode(made.tokens("x", "train"))
+    assert decoded.startswith("".join(texts))
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from flmjax.config import DataConfig
+from flmjax.data import encode, prepare as module
+
+encode.PART_BYTES, encode.PROCESSES_FROM = (1000, 1000), 0
+real = encode._done
+def slow(*args):
+    for i, part in enumerate(real(*args)):
+        if i == 5:
+            print("here", flush=True)
+            time.sleep(60)
+        yield part
+
+if __name__ == "__main__":
+    encode._done = slow
+    data = DataConfig(sources=(sys.argv[1],), vocabulary="bytes", validation_fraction=0.2, workers=2)
+    module.prepare(data, Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def killed(folder, tmp_path) -> Path:
+    """A directory whose preparation was killed with kill -9 while it tokenised, and its parts of then."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    process = subprocess.Popen(
+        [sys.executable, script, folder, tmp_path / "data"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    process.stdout.close()
+    deadline = time.monotonic() + 30
+    while group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not group_lives(process.pid), "workers outlived the process that started them"
+    return tmp_path / "data"
+
+
+def group_lives(group: int) -> bool:
+    """Whether a process of the group runs (a zombie does not)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = path.read_text().rsplit(") ", 1)[1].split()[:3]
+        except OSError:
+            continue
+        if int(of_group) == group and state != "Z":
+            return True
+    return False
+
+
+def parts_of(directory: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in directory.with_name(".data.partial").glob("*.part*.npz")}
+
+
+def test_after_kill_9_the_next_call_reads_nothing_again_and_keeps_the_parts(
+    small_parts, killed, folder, plain, monkeypatch
+):
+    before = parts_of(killed)
+    assert len(before) >= 5
+    written = []
+    real = encode.Encoder.encode
+    monkeypatch.setattr(
+        encode.Encoder, "encode", lambda self, part: written.append(part.path.name) or real(self, part)
+    )
+    monkeypatch.setattr("flmjax.data.spool.Spool.fill", None)  # would be called to read again
+    made = prepare(settings(folder, workers=1), killed)
+    assert same(made, plain)
+    assert written
+    assert not {name for name in before if "tmp" not in name} & set(written)
+    assert not killed.with_name(".data.partial").exists()
+
+
+def test_text_that_changed_after_the_kill_is_read_and_tokenised_again(small_parts, killed, folder, tmp_path):
+    (folder / "1.txt").write_text("\n\n\n".join(f"new {i}" for i in range(100)))
+    made = prepare(settings(folder, workers=1), killed)
+    assert same(made, prepare(settings(folder), tmp_path / "fresh"))
+
+
+def test_other_settings_after_the_kill_start_anew(small_parts, killed, folder, tmp_path):
+    other = settings(folder, workers=1, end_of_document=False)
+    assert same(prepare(other, killed), prepare(other, tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a whole archive"])
+def test_a_part_or_a_list_that_a_power_cut_left_damaged_is_made_again(small_parts, killed, folder, plain, content):
+    partial = killed.with_name(".data.partial")
+    next(iter(partial.glob("*.part000001.npz"))).write_bytes(content)
+    assert same(prepare(settings(folder, workers=1), killed), plain)
+
+
+@pytest.mark.parametrize("name", [PROGRESS_FILE, "*.columns.npz", "*-train.text"])
+def test_damaged_notes_of_a_killed_process_are_not_trusted(small_parts, killed, folder, plain, name):
+    path = next(iter(killed.with_name(".data.partial").glob(name)))
+    path.write_bytes(path.read_bytes()[:-7])
+    assert same(prepare(settings(folder, workers=1), killed), plain)
+
+
+def test_a_worker_that_fails_ends_the_call_and_leaves_no_directory(small_parts, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_encode", failing)
+    with pytest.raises(OSError, match="disk is full"):
+        prepare(settings(folder, workers=2), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def failing(part):
+    raise OSError("disk is full")
+
+
+def test_a_document_of_fifty_megabytes_is_one_document(tmp_path):
+    line = "a line of text that is not very long 与中文\n"
+    path = tmp_path / "long.md"
+    with path.open("w") as file:
+        file.writelines(line for _ in range(50_000_000 // len(line.encode()) + 1))
+    (tmp_path / "short.md").write_text("short")
+    for vocabulary, limit in (("bytes", 20), ("cl100k", 40)):
+        data = DataConfig(sources=(f"{tmp_path}/*.md", f"{tmp_path}/many.txt"), vocabulary=vocabulary)
+        (tmp_path / "many.txt").write_text("\n\n\n".join(f"text {i}" for i in range(100)))
+        start = time.monotonic()
+        made = prepare(data, tmp_path / vocabulary)
+        assert time.monotonic() - start < limit
+        counts = made.meta["sources"][f"{tmp_path}/*.md"]["train"]
+        assert counts["documents"] == 2
+        assert counts["bytes"] > 50_000_000
+        start_of_text = np.asarray(made.tokens(f"{tmp_path}/*.md", "train")[:200])
+        assert made.tokenizer.decode(start_of_text).startswith(line)
+
+
+def test_processes_are_as_many_as_there_are_cores_at_most_one_a_part(monkeypatch, folder, tmp_path):
+    asked = []
+    monkeypatch.setattr(encode, "PROCESSES_FROM", 0)
+    monkeypatch.setattr(encode, "_done", lambda parts, encoder, folder, workers: asked.append(workers) or ())
+    with pytest.raises(FileNotFoundError):  # nothing was written
+        monkeypatch.setattr(encode.Encoder, "read", lambda self, part: (_ for _ in ()).throw(FileNotFoundError))
+        prepare(settings(folder), tmp_path / "data")
+    assert asked == [min(2, len(os.sched_getaffinity(0)))]  # two parts: train and validation
