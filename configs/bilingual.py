@@ -4,7 +4,7 @@ What it reproduces: the shares and the vocabulary (cl100k) of FLM-101B, section 
 published. The argument is a folder with four sources, searched for .txt, .md and .jsonl, plain, .gz or .xz:
     en/, zh/: text. Files of one name in both are taken for translations: both train or both are held out.
     en_instructions/, zh_instructions/: JSON lines with "text" (as OIG's) or "instruction", "input", "output" (COIG's).
-The model is the paper's proxy (width 256, 2 heads, depth as 16B): what the mixture is tried on before it costs anything.
+The model is the paper's proxy (width 256, 2 heads, depth as 16B): the mixture is tried on it first.
 
 Launch: flmjax prepare --config=configs/bilingual.py:FOLDER --inspect=3 --workdir=runs/bilingual
         flmjax train --config=configs/bilingual.py:FOLDER --workdir=runs/bilingual

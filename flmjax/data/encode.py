@@ -70,7 +70,7 @@ class Encoder:
         if weights:
             columns["weights"] = np.concatenate(weights)
         partial = part.path.with_suffix(".tmp.npz")
-        np.savez(partial, **columns)
+        np.savez(partial, allow_pickle=False, **columns)
         os.replace(partial, part.path)
 
     def read(self, part: Part) -> dict[str, np.ndarray]:

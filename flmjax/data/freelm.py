@@ -197,7 +197,7 @@ def _two_texts(files: Any) -> Iterator[tuple[str, str, str]]:
         texts = [value for name, value in row.items() if isinstance(value, str) and name not in ("key", "id")]
         if len(texts) != 2:
             raise ConfigError(f"{where}: a pair needs two texts, not {len(texts)}")
-        yield str(row.get("key", "\n".join(texts))), *texts
+        yield str(row.get("key", "\n".join(texts))), texts[0], texts[1]
 
 
 def _same_text(source: Source) -> Iterator[tuple[str, str, str]]:

@@ -10,6 +10,7 @@ had done by then is taken up by the next: sources that were read, parts that wer
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -123,9 +124,9 @@ def prepare(
     data.sources and data.teachers. `full_check` is `full` of load. Documents that are only white space are left out.
     A document is held out if the hash of its key says so, or of its text if it has none: equal keys and equal texts
     are on the same side, also across sources. Memory holds some parts of 4 to 32 MB of text for each process and a few
-    bytes a document; the disk holds the text and the tokens once more while this runs. Processes are started for 16 MB of text or more: a script that calls this needs
-    Python's `if __name__ == "__main__":`. A process that finds another one at work on `directory` waits for it. Text
-    that changes later at the same place is not noticed.
+    bytes a document; the disk holds the text and the tokens once more while this runs. Processes are started for 16 MB
+    of text or more: a script that calls this needs Python's `if __name__ == "__main__":`. A process that finds another
+    one at work on `directory` waits for it. Text that changes later at the same place is not noticed.
 
     Raises:
         ConfigError: for a source without documents, for no training or validation documents, text that is not
@@ -263,8 +264,8 @@ class _Preparation:
         self.vocabulary: Tokenizer | None = None  # of the mixture
         self.provenance: dict[str, Any] = {}
         if given is not None:
-            self.sources = [Source(name, lambda d=d: iter(d), name in data.teachers) for name, d in given.items()]
-            self.sources.sort(key=lambda source: (*data.sources, *data.teachers).index(source.name))
+            names = (*data.sources, *data.teachers)
+            self.sources = [Source(n, functools.partial(iter, given[n]), n in data.teachers) for n in names]
         elif data.mixture is not None:
             from flmjax.data.tasks import read_mixture  # TensorFlow: 5 s, and an optional package
 

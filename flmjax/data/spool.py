@@ -79,7 +79,7 @@ class Spool:
             for name, column in zip(("sizes", "judgements", "hashes"), columns[split], strict=True)
         }
         partial = self._columns_path.with_suffix(".tmp.npz")
-        np.savez(partial, **named)
+        np.savez(partial, allow_pickle=False, **named)
         os.replace(partial, self._columns_path)  # the spool is whole from here on
         self.reload()
 

@@ -208,9 +208,7 @@ def test_every_proposition_is_whole_in_one_row_or_cut_at_its_front(lengths, leng
     assert firsts[-1] == len(lengths)
     found = []
     for first, last in itertools.pairwise(firsts):
-        row = make_proposition_row(
-            tokens, offsets, weights, range(first, last), length, end_id=0, weight=0.5
-        )
+        row = make_proposition_row(tokens, offsets, weights, range(first, last), length, end_id=0, weight=0.5)
         assert row["decisive"].sum() == last - first
         np.testing.assert_array_equal(row["weights"], 0.5 * row["decisive"])
         for segment in range(1, last - first + 1):
@@ -312,9 +310,7 @@ def test_alternating_batches_are_of_one_kind_at_their_rate_and_lose_nothing(tmp_
     prepared, data = made(tmp_path)
     schedule = [Segment((0.75, 0.25), 8 * 13, 8), Segment((0.75, 0.25), None, 4)]
     found = kinds(prepared, data, schedule, 8 * 13 + 4 * 20)
-    blocks = [found[8 * i : 8 * i + 8] for i in range(13)] + [
-        found[104 + 4 * i : 108 + 4 * i] for i in range(20)
-    ]
+    blocks = [found[8 * i : 8 * i + 8] for i in range(13)] + [found[104 + 4 * i : 108 + 4 * i] for i in range(20)]
     assert all(len(set(block)) == 1 for block in blocks)
     assert sum(block[0] for block in blocks[:12]) == 3
     assert sum(block[0] for block in blocks[13:]) == 5
@@ -322,7 +318,9 @@ def test_alternating_batches_are_of_one_kind_at_their_rate_and_lose_nothing(tmp_
     even = mixture(prepared, data, seed=0, length=32, schedule=[Segment((0.5, 0.5), None)])
     for kind in (0, 1):  # each source in its own order, across the border between segments
         own = [stream[n]["tokens"].tolist() for n in range(len(found)) if found[n] == kind]
-        plain = [r["tokens"].tolist() for r in (even[n] for n in range(400)) if (r["marks"][0] != r["marks"][1]) == kind]
+        plain = [
+            r["tokens"].tolist() for r in (even[n] for n in range(400)) if (r["marks"][0] != r["marks"][1]) == kind
+        ]
         assert own == plain[: len(own)]
 
 

@@ -38,7 +38,7 @@ def translations() -> Iterator[tuple[str, str, str]]:
 def topics() -> Iterator[tuple[str, str, str]]:
     """(key, Chinese and English, their topic of 17): greetings, food, transport... The key as for translations.
 
-    Shuffled: wrong topics are drawn from those before, and in the package's order some were more often wrong than right.
+    Shuffled: wrong topics are drawn from those before; in the package's order some would be wrong more often than right.
 
     Raises:
         ConfigError: when the package is not installed.
