@@ -71,11 +71,11 @@ def _full() -> RunConfig:
 def _cpu() -> RunConfig:
     return RunConfig(
         model=ModelConfig(
-            num_layers=4,
-            embed_dim=192,
-            num_heads=6,
+            num_layers=2,
+            embed_dim=128,
+            num_heads=4,
             head_dim=32,
-            mlp_dim=768,
+            mlp_dim=512,
             max_length=128,
             activation="gelu_tanh",
             scan_unroll=4,
@@ -85,16 +85,18 @@ def _cpu() -> RunConfig:
                 name="eflm",
                 steps=1000,
                 batch_size=16,
-                learning_rate=2e-3,
+                learning_rate=3e-3,
                 final_learning_rate=1e-4,
                 warmup_steps=50,
             ),
         ),
         data=DataConfig(
             sources=("python_docs", "hsk"),
-            teachers=("hsk_topics",),
+            teachers=("hsk_levels",),
             weights=(0.25, 0.25, 0.5),
-            vocab_size=4096,
+            vocab_size=2048,
+            teacher_weight=4.0,
         ),
+        evaluation_rows=128,
         checkpoint=CheckpointConfig(every=200, keep=2),
     )

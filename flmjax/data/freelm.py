@@ -65,9 +65,13 @@ PAIRS = {
     "translation": "{first}\n{second}\nIs the second a translation of the first?\nJudgement:",
     "topic": "{first}\n\n{second}\n\nAre the two of one text?\nJudgement:",
 }
-BUILT_IN: dict[str, tuple[Callable[[], Iterator[tuple[str, str, str]]], str]] = {
-    "hsk_translations": (hsk.translations, PAIRS["translation"]),
-    "hsk_topics": (hsk.topics, "{first}\nThe topic is {second}.\nJudgement:"),
+LEVELS = Template(
+    "{sentence}\nThis is for {label}.\nJudgement:",
+    {"beginners": "beginners", "advanced learners": "advanced learners"},
+)
+BUILT_IN: dict[str, Callable[[float], Iterator[Document]]] = {
+    "hsk_translations": lambda fraction: judged_pairs(hsk.translations(), PAIRS["translation"], fraction),
+    "hsk_levels": lambda _: (d for example in hsk.levels() for d in propositions(example, LEVELS)),
 }
 
 
@@ -103,7 +107,9 @@ def marks(tokenizer: Tokenizer, data: DataConfig) -> Marks:
 
 
 def propositions(example: Mapping[str, Any], template: Template) -> Iterator[Document]:
-    """A true and a false proposition of a labelled example, with one key; nothing for a label that is not known.
+    """A true and a false proposition of a labelled example; nothing for a label that is not known.
+
+    Both have one key: the example's field "key", or its text without the label.
 
     Raises:
         ConfigError: when the example lacks a field of the template; names it and those that are there.
@@ -117,9 +123,9 @@ def propositions(example: Mapping[str, Any], template: Template) -> Iterator[Doc
     right = template.labels[label]
     wrong = sorted({word for word in template.labels.values() if word != right})
     try:
-        key = template.text.format(**{**example, "label": ""})
+        key = example.get("key") or template.text.format(**{**example, "label": ""})
         yield Document(template.text.format(**{**example, "label": right.format(**example)}), key, True)
-        word = random.Random(key).choice(wrong)
+        word = random.Random(template.text.format(**{**example, "label": ""})).choice(wrong)
         yield Document(template.text.format(**{**example, "label": word.format(**example)}), key, False)
     except KeyError as error:
         raise ConfigError(f"an example has no field {error}; it has: {', '.join(sorted(example))}") from None
@@ -157,8 +163,7 @@ def teacher_source(name: str, data: DataConfig) -> Source:
     kind, colon, rest = name.partition(":")
     read: Callable[[], Iterator[Document]]
     if name in BUILT_IN:
-        pairs, text = BUILT_IN[name]
-        return Source(name, lambda: judged_pairs(pairs(), text, data.validation_fraction), True, stamp=name)
+        return Source(name, lambda: BUILT_IN[name](data.validation_fraction), True, stamp=name)
     if not colon:
         files = source_files(name, "data.teachers", BUILT_IN)
         return Source(name, lambda: _given(files), True, stamp(files))

@@ -1,11 +1,13 @@
-"""A folder of text files as a TFDS dataset, for seqio.TfdsDataSource and Grain.
+"""A folder of text files as a TFDS dataset: `build(FOLDER, DIRECTORY)` for seqio and Grain, or for Grain alone
 
     tfds build flmjax/data/text_folder.py --manual_dir=FOLDER --data_dir=DIRECTORY --file_format=array_record
 
-or, from Python, `build(FOLDER, DIRECTORY)`.
+which, in TFDS 4.9.10, needs the packages apache-beam, mlcroissant and importlib_resources.
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ SPLITS = ("train", "validation")
 class TextFolder(tfds.core.GeneratorBasedBuilder):
     """Documents of the text files in manual_dir, found and parted as those of `data.sources` (corpus/text_files.py).
 
-    Features: `text`, and `id`: the file's path within the folder, "#" and the document's number in the file. The order
-    is that of the files. Folders `train` and, perhaps, `validation` are splits; without them all is `train`.
+    Features: `text`; `id`, the file's path within the folder, "#" and the document's number in the file; `key`, empty
+    but for JSON lines that have one. The order is that of the files. Folders `train` and, perhaps, `validation` are
+    splits; without them all is `train`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -30,7 +33,7 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the folder of text files, or holds folders `train` and `validation`."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "id": tfds.features.Text()})
+        features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in ("text", "id", "key")})
         return tfds.core.DatasetInfo(
             builder=self, description="Text files of a folder.", features=features, disable_shuffling=True
         )
@@ -56,21 +59,30 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
             one_file = text_files.Files([path], files.root)
             for i, document in enumerate(text_files.documents(one_file)):
                 name = f"{path.relative_to(files.root)}#{i}"
-                yield name, {"text": document.text, "id": name}
+                yield name, {"text": document.text, "id": name, "key": document.key or ""}
 
 
 def build(folder: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> TextFolder:
-    """Prepare `folder` as ArrayRecord in `data_dir`, anew if something was there, and return the builder.
+    """Prepare `folder` in `data_dir`, anew if something was there, and return the builder.
 
-    `builder.as_data_source("train")` is a source for Grain; seqio reads
-    TfdsDataSource("text_folder:1.0.0", tfds_data_dir=data_dir).
+    It is written twice: as ArrayRecord, which `as_data_source` gives to Grain, and as TFRecord for seqio, whose
+    TfdsDataSource("text_folder:1.0.0", tfds_data_dir=data_dir) cannot read ArrayRecord. Later
+    tfds.builder_from_directory(f"{data_dir}/text_folder/1.0.0") gives both.
 
     Raises:
         ConfigError: for a folder without text files, or with files beside its splits.
     """
-    builder = TextFolder(data_dir=os.fspath(data_dir), file_format="array_record")
-    config = tfds.download.DownloadConfig(
-        manual_dir=os.path.abspath(folder), download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS
-    )
+    text_files.find(os.fspath(folder), (), "folder")
+    root = Path(data_dir)
+    config = tfds.download.DownloadConfig(manual_dir=os.path.abspath(folder))
+    shutil.rmtree(root / TextFolder.name / str(TextFolder.VERSION), ignore_errors=True)
+    builder = TextFolder(data_dir=root)
     builder.download_and_prepare(download_config=config)
+    with tempfile.TemporaryDirectory(dir=root) as other:
+        random_access = TextFolder(data_dir=other, file_format="array_record")
+        random_access.download_and_prepare(download_config=config)
+        for path in Path(random_access.data_dir).glob("*.array_record*"):  # as many shards: the bytes are the same
+            path.rename(Path(builder.data_dir) / path.name)
+    builder.info.add_alternative_file_format("array_record")
+    builder.info.write_to_directory(builder.data_dir)
     return builder

@@ -1,6 +1,7 @@
 """Sources of documents: built-in corpora and text files, and what they say about bad input."""
 
 import gzip
+import json
 import lzma
 import sys
 
@@ -125,3 +126,49 @@ def test_a_folder_without_text_files_is_named(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"x")
     with pytest.raises(ConfigError, match=rf"folder '{tmp_path}' holds no \.txt or \.md"):
         read_source(str(tmp_path))
+
+
+def test_json_lines_are_texts_or_instructions_and_name_their_side(tmp_path):
+    lines = [
+        {"text": "one", "key": "k"},
+        {"instruction": "Add.", "input": "1 1", "output": "2"},
+        {"instruction": "问", "output": "答"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
+    assert read_source(str(tmp_path)) == ["one", "Add.\n\n1 1\n\n2", "问\n\n答"]
+    assert [d.key for d in text_source(str(tmp_path)).read()] == ["k", None, None]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": 1}', r'line 2 has neither "text" nor "instruction" and "output"; it has: text'),
+        (b"{", r"a\.jsonl: line 2 is not JSON"),
+        (b'"text"', r"a\.jsonl: line 2 is no JSON object but"),
+        (b'{"text": "\xff"}', r"a\.jsonl: not UTF-8 at byte 11 \(0xFF\)"),
+    ],
+)
+def test_a_line_that_is_no_document_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + line)
+    with pytest.raises(ConfigError, match=message):
+        read_source(str(tmp_path))
+
+
+def test_parallel_pages_of_two_folders_have_one_key(tmp_path):
+    for language in ("en", "zh"):
+        (tmp_path / language / "deep").mkdir(parents=True)
+        (tmp_path / language / "deep" / "page.txt").write_text(f"{language} one\n\n\n{language} two")
+    keys = [[d.key for d in text_source(f"{tmp_path}/{lang}", "path").read()] for lang in ("en", "zh")]
+    assert keys[0] == keys[1] == ["deep/page.txt"] * 2
+    by_glob = [d.key for d in text_source(f"{tmp_path}/zh/**/*.txt", "path").read()]
+    assert by_glob == keys[0]
+    assert [d.key for d in text_source(f"{tmp_path}/en").read()] == [None, None]
+
+
+def test_a_stamp_changes_with_the_files(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = text_source(str(tmp_path)).stamp
+    assert before == text_source(str(tmp_path)).stamp
+    path.write_text("more")
+    assert before != text_source(str(tmp_path)).stamp

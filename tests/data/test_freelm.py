@@ -168,7 +168,7 @@ def test_every_kind_of_teacher_is_read(tmp_path):
         ("rtee:x.jsonl", r"no template 'rtee'; did you mean rte"),
         ("rte:none.jsonl", r"data\.teachers: no file or folder 'none\.jsonl'"),
         ("none.jsonl", r"data\.teachers: no file or folder"),
-        ("hsk_topic", r"data\.teachers: 'hsk_topic' is neither .*did you mean hsk_topics"),
+        ("hsk_level", r"data\.teachers: 'hsk_level' is neither .*did you mean hsk_levels"),
         ("topic:hskk", r"data\.teachers: 'hskk' is neither .*did you mean hsk"),
     ],
 )

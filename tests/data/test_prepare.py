@@ -15,6 +15,7 @@ import pytest
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import prepare as module
+from flmjax.data.documents import Document
 from flmjax.data.prepare import load, prepare
 
 BYTES = DataConfig(sources=("a", "b"), vocabulary="bytes", validation_fraction=0.2)
@@ -172,6 +173,7 @@ import os, sys, time
 from pathlib import Path
 from flmjax.config import DataConfig
 from flmjax.data import prepare as module
+from flmjax.data.documents import Document
 
 def stop(*_):
     print("here", flush=True)
@@ -290,3 +292,51 @@ def test_paths_that_read_alike_get_files_of_their_own(tmp_path):
 def test_an_empty_directory_may_be_filled(tmp_path):
     (tmp_path / "data").mkdir()
     assert prepare(BYTES, tmp_path / "data", sources=DOCUMENTS).directory == tmp_path / "data"
+
+
+def test_documents_of_one_key_are_on_one_side_in_all_sources(tmp_path):
+    pages = {lang: [Document(f"{lang} {i}", key=f"page {i // 3}") for i in range(300)] for lang in "ab"}
+    done = prepare(BYTES, tmp_path / "data", sources=pages)
+    numbers = {
+        split: {int(text[2:]) // 3 for lang in "ab" for text in documents_of(done, lang, split)}
+        for split in ("train", "validation")
+    }
+    assert numbers["train"].isdisjoint(numbers["validation"])
+    assert len(numbers["validation"]) > 5
+
+
+def test_a_source_with_splits_of_its_own_keeps_them(tmp_path):
+    split = lambda i: "validation" if i < 7 else "train"
+    documents = [Document(f"text {i}", split=split(i)) for i in range(40)]
+    done = prepare(BYTES, tmp_path / "data", sources={"a": documents, "b": DOCUMENTS["b"]})
+    assert documents_of(done, "a", "validation") == [f"text {i}" for i in range(7)]
+
+
+def test_directories_of_before_there_were_teachers_are_read_and_teachers_refused(prepared):
+    path = prepared.directory / "meta.json"
+    old = {"sources": ["a", "b"], "vocabulary": "bytes", "validation_fraction": 0.2, "end_of_document": True}
+    path.write_text(json.dumps({**prepared.meta, "settings": old}))
+    assert prepare(BYTES, prepared.directory).sources == ("a", "b")
+    with pytest.raises(ConfigError, match=r"data\.teachers=\[\] there, \['t'\] asked"):
+        prepare(DataConfig(**{**vars(BYTES), "teachers": ("t",)}), prepared.directory)
+
+
+def test_cl100k_and_a_model_of_ones_own_are_vocabularies(tmp_path, prepared):
+    texts = {"a": [f"words and words {i} <|endoftext|>" for i in range(200)], "b": DOCUMENTS["b"]}
+    data = DataConfig(**{**vars(BYTES), "vocabulary": "cl100k", "end_id": 1432})
+    done = prepare(data, tmp_path / "cl100k", sources=texts)
+    assert (done.vocab_size, done.tokenizer.end_id) == (100256, 1432)
+    trained = prepare(
+        DataConfig(**{**vars(BYTES), "vocabulary": None, "vocab_size": 320}), tmp_path / "t", sources=texts
+    )
+    path = str(trained.directory / "tokenizer.model")
+    again = prepare(DataConfig(**{**vars(BYTES), "vocabulary": path}), tmp_path / "again", sources=texts)
+    assert again.tokenizer.fingerprint == trained.tokenizer.fingerprint
+    for made in (done, trained, again):
+        assert documents_of(made, "a", "train") == documents_of(done, "a", "train")
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "sentencepiece"])
+def test_an_end_id_that_is_not_read_is_refused(tmp_path, vocabulary):
+    data = DataConfig(**{**vars(BYTES), "vocabulary": vocabulary, "end_id": 7})
+    failing(r"data\.end_id=7", DOCUMENTS, tmp_path, data)

@@ -35,25 +35,26 @@ def translations() -> Iterator[tuple[str, str, str]]:
             yield key, chinese, english
 
 
-def topics() -> Iterator[tuple[str, str, str]]:
-    """(key, Chinese and English, their topic of 17): greetings, food, transport... The key as for translations.
-
-    Shuffled: wrong topics are drawn from those before; in the package's order some would be wrong more often than right.
+def levels() -> Iterator[dict[str, str]]:
+    """Examples with "key" (as for translations), "sentence" and "label": Chinese of levels 1 to 3, "beginners", and of
+    5 and 6, "advanced learners"; as many of each, so that the label alone says nothing, in random order.
 
     Raises:
         ConfigError: when the package is not installed.
     """
-    found = [
-        (key, f"{chinese}\n{english}", topic.replace("_", " and "))
-        for topic, key, group in _groups()
-        if topic not in ("misc", "objects_misc")
-        for chinese, english in group
-    ]
-    random.Random(0).shuffle(found)
+    by_label: dict[str, list[dict[str, str]]] = {"beginners": [], "advanced learners": []}
+    for level, key, group in _groups():
+        if level != 4:
+            label = "beginners" if level < 4 else "advanced learners"
+            by_label[label] += [{"key": key, "sentence": chinese, "label": label} for chinese, _ in group]
+    order = random.Random(0)
+    count = min(map(len, by_label.values()))
+    found = [example for examples in by_label.values() for example in order.sample(examples, count)]
+    order.shuffle(found)
     yield from found
 
 
-def _groups() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+def _groups() -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
     try:
         package = importlib.import_module("hsk_sentences_audio")
     except ModuleNotFoundError:
@@ -67,4 +68,4 @@ def _groups() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
         parts = max(1, round(len(ordered) / PAIRS_PER_DOCUMENT))
         for i in range(parts):
             part = ordered[i * len(ordered) // parts : (i + 1) * len(ordered) // parts]
-            yield topic, f"hsk {level} {topic} {i}", part
+            yield level, f"hsk {level} {topic} {i}", part

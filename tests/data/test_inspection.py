@@ -1,0 +1,124 @@
+"""What `flmjax prepare --inspect` says of the data."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from flmjax import cli
+from flmjax.config import ConfigError, DataConfig
+from flmjax.data.documents import Document
+from flmjax.data.inspection import show_row, summary
+from flmjax.data.prepare import VERIFIED_FILE, load, prepare
+from flmjax.data.tokenizers import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def row_of(text: str, weights: str, segments: str | None = None) -> dict[str, np.ndarray]:
+    """A row whose stream is `text` (| is the end token), with a weight and a segment for each target."""
+    ids = np.array([256 if c == "|" else ord(c) for c in text], np.int32)
+    row = {"tokens": ids[:-1], "targets": ids[1:], "weights": np.array([int(w) for w in weights], np.float32)}
+    if segments is not None:
+        row["segment_ids"] = np.array([int(s) for s in segments], np.int32)
+    return row
+
+
+def test_a_row_of_text_shows_ends_of_documents_and_padding():
+    assert show_row(row_of("ab|cd|||", "1111100"), BYTES) == (
+        "5 tokens, 5 in the loss\n[segment 1] ab<end>cd<end>\n[2 padding]"
+    )
+
+
+def test_documents_kept_apart_are_segments_and_a_borders_target_is_not_shown_twice():
+    shown = show_row(row_of("ab|cd|e", "110110", "111222"), BYTES)
+    assert shown == "6 tokens, 4 in the loss\n[segment 1] ab<end>\n[segment 2] cd<end>"
+
+
+def test_what_is_not_in_the_loss_stands_in_brackets_or_is_faint_on_a_terminal():
+    row = row_of("is it?YZ", "0000011", "1111111")
+    assert show_row(row, BYTES).splitlines()[1] == "[segment 1] ⟦is it?⟧YZ"
+    assert show_row(row, BYTES, terminal=True).splitlines()[1] == "[segment 1] \x1b[2mis it?\x1b[0mYZ"
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    data = DataConfig(sources=("text",), teachers=("teacher",), vocabulary="bytes", validation_fraction=0.2)
+    texts = [f"text {i:05d}" for i in range(1200)] + ["text 00001", "text 00002"]
+    teacher = [Document(f"proposition {i}?", f"{i // 2}", i % 2 == 0) for i in range(100)]
+    return prepare(data, tmp_path / "data", sources={"text": texts, "teacher": teacher})
+
+
+def test_the_table_has_counts_shares_and_duplicates(prepared):
+    lines = summary(prepared, (0.9, 0.1)).splitlines()
+    assert "257 ids, end of document 256, 2 equal documents in all sources together" in lines[0]
+    assert lines[1] == "marks: true 😈 [240, 159, 152, 136], false 😡 [240, 159, 152, 161]; token 4 decides"
+    cells = [line.split() for line in lines[2:]]
+    assert cells[0] == ["source", "split", "documents", "tokens", "bytes", "bytes/token", "of", "samples", "duplicates"]
+    counts = prepared.meta["sources"]["text"]["train"]
+    assert cells[1][:3] == ["text", "train", str(counts["documents"])]
+    assert cells[1][3:] == [f"{counts['tokens']:,}", f"{counts['bytes']:,}", "0.91", "90.0%", "2"]
+    assert cells[3][:3] == ["teacher", "(teacher)", "train"]
+    assert cells[3][-2:] == ["10.0%", "0"]
+
+
+CONFIG = """
+from flmjax.config import *
+def get_config():
+    data = DataConfig(sources=("{0}/a.jsonl",), teachers=("{0}/t.jsonl",), vocabulary="bytes", validation_fraction=0.2)
+    return to_config_dict(RunConfig(data=data, model=ModelConfig(max_length=48)))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"a text {i}"}) for i in range(200)))
+    rows = ({"proposition": f"is {i} even? ", "judgement": i % 2 == 0} for i in range(100))
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "config.py").write_text(CONFIG.format(tmp_path))
+    return f"--config={tmp_path}/config.py"
+
+
+def test_the_command_line_prints_the_table_and_samples(config, tmp_path, capsys):
+    assert cli.main(["prepare", config, f"--workdir={tmp_path}/w", "--inspect=12"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("--- sample") == 12
+    assert "sample 0, text: 48 tokens" in out
+    assert "? ⟧😈" in out or "? ⟧😡" in out
+
+
+def test_inspect_shows_nothing_more_by_default_and_refuses_less_than_nothing(config, tmp_path, capsys):
+    assert cli.main(["prepare", config, f"--workdir={tmp_path}/w"]) == 0
+    assert "--- sample" not in capsys.readouterr().out
+    assert cli.main(["prepare", config, f"--workdir={tmp_path}/w", "--inspect=-1"]) == 2
+
+
+def test_a_checksum_is_computed_again_for_a_file_that_changed_and_on_demand(prepared, monkeypatch):
+    read = []
+    real = __import__("flmjax.data.prepare", fromlist=["_sha256"])._sha256
+    monkeypatch.setattr("flmjax.data.prepare._sha256", lambda path: read.append(path.name) or real(path))
+    load(prepared.directory)
+    assert read == []  # found right when it was made
+    path = prepared.directory / "text-train.u32"
+    os.utime(path)
+    load(prepared.directory)
+    assert read == ["text-train.u32"]
+    load(prepared.directory, full=True)
+    assert len(read) == 1 + len(prepared.meta["files"])
+
+
+def test_damage_that_keeps_size_and_time_is_found_by_prepare(prepared, config, tmp_path, capsys):
+    cli.main(["prepare", config, f"--workdir={tmp_path}/w"])
+    path = next((tmp_path / "w" / "data").glob("*train.u32"))
+    stat, raw = path.stat(), bytearray(path.read_bytes())
+    raw[4] ^= 1
+    with path.open("r+b") as file:
+        file.write(raw)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    load(tmp_path / "w" / "data")  # a run trusts what was found right before
+    assert cli.main(["prepare", config, f"--workdir={tmp_path}/w"]) == 2
+    assert "has changed: its sha256" in capsys.readouterr().err
+    (tmp_path / "w" / "data" / VERIFIED_FILE).write_text("{")
+    with pytest.raises(ConfigError, match="has changed"):
+        load(tmp_path / "w" / "data")
