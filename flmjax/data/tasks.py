@@ -41,10 +41,11 @@ try:
     with _without_chatter():
         import seqio
         import tensorflow as tf
+
+        with contextlib.suppress(RuntimeError):  # whoever has used TensorFlow before has decided
+            tf.config.set_visible_devices([], "GPU")  # its memory is JAX's
 except ImportError as missing:
     raise ConfigError(f"data.mixture needs packages ({missing}); pip install 'flmjax[data]'") from missing
-with contextlib.suppress(RuntimeError):  # whoever has used TensorFlow before has decided
-    tf.config.set_visible_devices([], "GPU")  # its memory is JAX's
 
 SEED = 0  # of preprocessors that draw: the documents are the same every time
 TOKENIZE = (seqio.preprocessors.tokenize, seqio.preprocessors.tokenize_and_append_eos)

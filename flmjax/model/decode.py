@@ -1,6 +1,7 @@
 """Text from a model."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,30 +13,53 @@ from flmjax.model.transformer import forward
 
 
 def generate(
-    params: Any, config: ModelConfig, prompt: np.ndarray, num_tokens: int, key: jax.Array, temperature: float = 0.8
-) -> np.ndarray:
-    """Continue `prompt` (P,) by up to `num_tokens` sampled tokens; the whole stays within max_length.
+    params: Any,
+    config: ModelConfig,
+    prompts: Sequence[np.ndarray],
+    num_tokens: int,
+    key: jax.Array,
+    temperature: float = 0.8,
+) -> list[np.ndarray]:
+    """Continue each prompt (P,) by up to `num_tokens` tokens; the whole of each stays within max_length.
 
-    Every token is one forward pass over the whole window: meant for a look at a model, not for serving it.
+    A prompt's continuation does not depend on those beside it: rows are filled from the left, and what is right of a
+    place is never seen from it. Every token is one forward pass over the whole window: meant for a look at a model,
+    not for serving it.
+
+    Args:
+        temperature: of sampling; 0 takes the most probable token.
 
     Returns:
-        ids (P + new,), the prompt included; padded ids have no probability.
+        ids (P + new,) of each, the prompt included; padded ids have no probability.
     """
-    prompt = np.asarray(prompt, np.int32)[: config.max_length - 1]
-    length = min(config.max_length, len(prompt) + num_tokens)
-    window = np.zeros((1, length), np.int32)
-    window[0, : len(prompt)] = prompt
-    return np.asarray(_generate(params, window, len(prompt), key, temperature, config))[0]
+    cut = [np.asarray(prompt, np.int32)[: config.max_length - 1] for prompt in prompts]
+    starts = np.array([len(prompt) for prompt in cut], np.int32)
+    ends = np.minimum(starts + num_tokens, config.max_length)
+    window_BL = np.zeros((len(cut), int(ends.max(initial=1))), np.int32)
+    for row, prompt in zip(window_BL, cut, strict=True):
+        row[: len(prompt)] = prompt
+    filled_BL = np.asarray(_generate(params, window_BL, starts, num_tokens, key, temperature, config))
+    return [row[:end] for row, end in zip(filled_BL, ends, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _generate(
-    params: Any, window_1L: jax.Array, start: jax.Array, key: jax.Array, temperature: jax.Array, config: ModelConfig
+    params: Any,
+    window_BL: jax.Array,
+    starts_B: jax.Array,
+    num_tokens: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    config: ModelConfig,
 ) -> jax.Array:
-    def body(position: jax.Array, window_1L: jax.Array) -> jax.Array:
-        logits_1LV = forward(params, config, window_1L)
-        logits_V = logits_1LV[0, position - 1]
-        token = jax.random.categorical(jax.random.fold_in(key, position), logits_V / temperature)
-        return window_1L.at[0, position].set(token.astype(jnp.int32))
+    rows_B = jnp.arange(window_BL.shape[0])
 
-    return jax.lax.fori_loop(start, window_1L.shape[1], body, window_1L)
+    def body(i: jax.Array, window_BL: jax.Array) -> jax.Array:
+        places_B = starts_B + i
+        logits_BV = forward(params, config, window_BL)[rows_B, places_B - 1]
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, places_B)
+        sampled_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV / jnp.maximum(temperature, 1e-6))
+        token_B = jnp.where(temperature > 0, sampled_B, jnp.argmax(logits_BV, axis=-1))
+        return window_BL.at[rows_B, places_B].set(token_B.astype(jnp.int32), mode="drop")  # past the end: nowhere
+
+    return jax.lax.fori_loop(0, num_tokens, body, window_BL)

@@ -333,7 +333,7 @@ class Run:
         tokenizer, model = self.data.tokenizer, self.config.stage_models[index]
         prompt = tokenizer.encode(self.config.sample_prompt)
         key = jax.random.key(self.config.seed)
-        ids = generate(state.params, model, prompt, self.config.sample_tokens, key)
+        ids = generate(state.params, model, [prompt], self.config.sample_tokens, key)[0]
         text = tokenizer.decode([i for i in ids[len(prompt) :] if i != tokenizer.end_id])
         step, name = int(state.step), self.config.stages[index].name
         self.writer.write("sample", step, stage=name, prompt=self.config.sample_prompt, text=text)
