@@ -10,10 +10,10 @@ trains on; the texts come from TFDS (C4, mC4 and SuperGLUE prepared in ~/tensorf
         flmjax train --config=configs/eflm_16b.py --workdir=runs/eflm_16b
 Devices: 192 of 80 GB. 2304 x 2048 = 4.72M tokens an update, 1,000 updates 4.72B: 4.5 hours at the paper's 162 TFLOP/s.
 
-On a CPU the same in small, a single command, 3.6M parameters, four minutes on 2 cores:
+On a CPU the same in small, a single command, 0.7M parameters, minutes on 2 cores:
         flmjax train --config=configs/eflm_16b.py:cpu --workdir=runs/eflm_cpu
-Are an English and a Chinese sentence translations of each other? Judgement accuracy on held-out sentences goes from 50 % (chance) to SCORE.
-Needs flmjax[data].
+Is a Chinese sentence for beginners or for advanced learners? Judgement accuracy on held-out sentences is 50 % (chance)
+for some 250 steps and ends near 77 %. Needs flmjax[data].
 """
 
 from flmjax.config import (

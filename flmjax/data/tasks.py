@@ -218,8 +218,8 @@ def _bare(step: Callable) -> Callable:
 class Cl100kVocabulary(seqio.Vocabulary):
     """OpenAI's cl100k for Tasks that run through seqio alone; its ids are those of Cl100kTokenizer.
 
-    seqio's converters take id 0 for padding wherever they see it, and here that is "!": it gets no loss there. What
-    flmjax prepares knows no padding.
+    seqio's converters take id 0 for padding wherever they see it, and here that is "!": it gets no loss, and packing
+    cuts a token off a document's end for each. What flmjax prepares knows no padding.
     """
 
     def __init__(self, end_id: int = 100257):

@@ -136,6 +136,13 @@ def test_pairs_are_balanced_and_false_seconds_come_from_their_own_side():
     assert documents == list(judged_pairs(iter(pairs), "{first}|{second}", 0.3))
 
 
+def test_a_pair_whose_second_is_drawn_again_makes_no_false_proposition_of_a_true_one():
+    pairs = [(f"k{i}", f"first {i}", f"second {i % 2}") for i in range(60)]
+    false = [d.text for d in judged_pairs(pairs, "{first}|{second}", 0.3) if not d.judgement]
+    assert 10 < len(false) < 50
+    assert all(int(text.split("|")[0][6:]) % 2 != int(text[-1]) for text in false)
+
+
 def test_held_out_pairs_are_in_no_training_text_of_the_same_corpus():
     held_out = [pair for pair in hsk.translations() if is_held_out(pair[0].encode(), 0.1)]
     training = "\n".join(d.text for d in hsk.documents() if not is_held_out(d.key.encode(), 0.1))
