@@ -396,6 +396,11 @@ def validate(config: RunConfig) -> RunConfig:
     _validate_model(config.model)
     _validate_optimizer(config.optimizer)
     _validate_data(config.data)
+    apart = "data.document_attention" if config.data.document_attention else "data.teachers"
+    _require(
+        config.model.attention != "cudnn" or not (config.data.document_attention or config.data.teachers),
+        f"model.attention='cudnn' cannot keep a row's documents apart, which {apart} asks for; take 'plain'",
+    )
     _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
     for i, stage in enumerate(config.stages):
         _validate_stage(stage, f"stages[{i}]", config.data.num_sources)

@@ -24,6 +24,7 @@ from flmjax.config import (
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
+CUDNN = (QUICKSTART, "--config.model.attention=cudnn", "--workdir=WORKDIR")
 
 
 def complain(capsys, *argv: str) -> str:
@@ -56,6 +57,17 @@ def complain(capsys, *argv: str) -> str:
         (["train", QUICKSTART, "--config.optimizer.clip_norm=abc", "--workdir=WORKDIR"], "must be of type float"),
         (["train", QUICKSTART, "--config.stages[1].embed_dim=64", "--workdir=WORKDIR"], "smaller than 128"),
         (["train", QUICKSTART, "more", "--workdir=WORKDIR"], "'more' is not a flag"),
+        (["train", *CUDNN, "--config.data.document_attention=True"], "'cudnn' cannot keep a row's documents apart"),
+        (["train", *CUDNN, "--config.data.teachers=('hsk_levels',)"], "apart, which data.teachers asks for"),
+        (["prepare", QUICKSTART, "--config.data.vocabulary=cl10k", "--workdir=WORKDIR"], "did you mean cl100k"),
+        (
+            ["prepare", QUICKSTART, "--config.data.mixture=x", "--config.data.weights=0.0", "--workdir=WORKDIR"],
+            "0.0",
+        ),
+        (["prepare", QUICKSTART, "--config.data.task_module=m", "--workdir=WORKDIR"], "data.task_module='m' is not"),
+        (["prepare", QUICKSTART, "--config.data.true_mark=😡", "--workdir=WORKDIR"], "are both '😡'"),
+        (["prepare", QUICKSTART, "--config.data.teacher_weight=0.0", "--workdir=WORKDIR"], "must be positive"),
+        (["prepare", QUICKSTART, "--config.data.teacher_mixing=mix", "--workdir=WORKDIR"], "did you mean mixed"),
         (["report", "--workdir=WORKDIR"], "config.json"),
     ],
 )

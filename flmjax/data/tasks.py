@@ -176,12 +176,11 @@ def _document(element: Mapping[str, Any], split: str | None) -> Document:
 
 def _dataset(task: seqio.Task, split: str) -> tf.data.Dataset:
     """Elements with "targets" and, where the Task has them, "inputs", "key" and "judgement", in one order always."""
-    tf.random.set_seed(SEED)  # for steps that draw without a seed
+    tf.random.set_seed(SEED)
     dataset = task.source.get_dataset(split=split, shuffle=False)
-    with seqio.utils.map_seed_manager(SEED):
-        for step in _steps_to_text(task):
-            step = seqio.utils.add_kwargs_to_transform(step, sequence_length=None, output_features=task.output_features)
-            dataset = step(dataset)
+    for step in _steps_to_text(task):
+        step = seqio.utils.add_kwargs_to_transform(step, sequence_length=None, output_features=task.output_features)
+        dataset = step(dataset)
     spec = dataset.element_spec
     if not isinstance(spec, Mapping) or "targets" not in spec:
         raise ConfigError("its elements have no feature 'targets'")
