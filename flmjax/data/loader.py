@@ -120,7 +120,6 @@ def fingerprint(prepared: Prepared, data: DataConfig, *, seed: int, length: int,
     }
     if prepared.marks is not None:
         parts["teachers"] = [s for s in prepared.sources if prepared.is_teacher(s)]
-        parts["marks"] = prepared.marks
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

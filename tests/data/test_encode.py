@@ -1,5 +1,6 @@
 """Tokenising in parts: the same files from any number of processes, through any kill."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -142,8 +143,9 @@ def test_text_that_changed_after_the_kill_is_read_and_tokenised_again(small_part
     assert same(made, prepare(settings(folder), tmp_path / "fresh"))
 
 
-def test_other_settings_after_the_kill_start_anew(small_parts, killed, folder, tmp_path):
-    other = settings(folder, workers=1, end_of_document=False)
+@pytest.mark.parametrize("fields", [{"end_of_document": False}, {"validation_fraction": 0.1}])
+def test_other_settings_after_the_kill_start_anew(small_parts, killed, folder, tmp_path, fields):
+    other = dataclasses.replace(settings(folder, workers=1), **fields)
     assert same(prepare(other, killed), prepare(other, tmp_path / "fresh"))
 
 
