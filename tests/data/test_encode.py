@@ -138,7 +138,7 @@ def test_after_kill_9_the_next_call_reads_nothing_again_and_keeps_the_parts(
 
 
 def test_text_that_changed_after_the_kill_is_read_and_tokenised_again(small_parts, killed, folder, tmp_path):
-    (folder / "1.txt").write_text("\n\n\n".join(f"new {i}" for i in range(100)))
+    (folder / "0.txt").write_text("\n\n\n".join(f"new {i}" for i in range(100)))
     made = prepare(settings(folder, workers=1), killed)
     assert same(made, prepare(settings(folder), tmp_path / "fresh"))
 
