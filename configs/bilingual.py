@@ -8,7 +8,8 @@ The model is the paper's proxy (width 256, 2 heads, depth as 16B): the mixture i
 
 Launch: flmjax prepare --config=configs/bilingual.py:FOLDER --inspect=3 --workdir=runs/bilingual
         flmjax train --config=configs/bilingual.py:FOLDER --workdir=runs/bilingual
-Needs flmjax[data]; one GPU of 24 GB trains it. With TFDS in place of files: --config.data.mixture=flm_c4 (C4 and mC4).
+Needs flmjax[data]; one GPU of 24 GB trains it. With TFDS in place of files: --config.data.mixture=flm_c4
+--config.data.weights=None (C4 and mC4).
 """
 
 from flmjax.config import DataConfig, ModelConfig, RunConfig, StageConfig, to_config_dict

@@ -126,7 +126,7 @@ class DataConfig:
     mixture: str | None = None  # a registered seqio Task or Mixture, in place of sources and teachers
     task_module: str | None = None  # Python module to import that registers it; flmjax.data.tasks is always there
     weights: tuple[float, ...] | None = None  # share of samples per source, then per teacher; None: the mixture's
-    # rates, or by number of tokens
+    # rates (its Tasks are in the order of their names), or by number of tokens
     vocabulary: str | None = None  # "sentencepiece" (trained here), "bytes", "cl100k" or the path of a SentencePiece
     # model; None: the mixture's own where it has one, else "sentencepiece"
     vocab_size: int = 4096  # pieces to train; read by "sentencepiece" alone
@@ -508,6 +508,11 @@ def _validate_data(d: DataConfig) -> None:
     _require(
         math.isfinite(d.teacher_weight) and d.teacher_weight > 0,
         f"data.teacher_weight={d.teacher_weight} must be positive",
+    )
+    _require(
+        d.teacher_weight == 1.0 or d.teacher_mixing == "mixed",
+        f"data.teacher_weight={d.teacher_weight} is not read with teacher_mixing='alternating': a batch of teachers "
+        "alone is divided by its weights",
     )
     _require(d.workers is None or d.workers > 0, f"data.workers={d.workers} must be positive")
     _require(bool(d.true_mark) and bool(d.false_mark), "data.true_mark and data.false_mark must not be empty")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError, DataConfig, nearest
 from flmjax.data.corpus import hsk, source_files, text_source
-from flmjax.data.corpus.text_files import json_lines, stamp
+from flmjax.data.corpus.text_files import json_lines, row_key, stamp
 from flmjax.data.documents import Document, Source, is_held_out
 from flmjax.data.tokenizers import Tokenizer
 
@@ -186,7 +186,7 @@ def _given(files: Any) -> Iterator[Document]:
         proposition, judgement = row.get("proposition"), row.get("judgement")
         if not isinstance(proposition, str) or not isinstance(judgement, bool):
             raise ConfigError(f'{where}: a teacher\'s line needs "proposition": a text, and "judgement": true or false')
-        yield Document(proposition, row.get("key"), judgement)
+        yield Document(proposition, row_key(row, where, None), judgement)
 
 
 def _labelled(files: Any, template: Template) -> Iterator[Document]:
@@ -202,7 +202,7 @@ def _two_texts(files: Any) -> Iterator[tuple[str, str, str]]:
         texts = [value for name, value in row.items() if isinstance(value, str) and name not in ("key", "id")]
         if len(texts) != 2:
             raise ConfigError(f"{where}: a pair needs two texts, not {len(texts)}")
-        yield str(row.get("key", "\n".join(texts))), texts[0], texts[1]
+        yield row_key(row, where, "\n".join(texts)) or "", texts[0], texts[1]
 
 
 def _same_text(source: Source) -> Iterator[tuple[str, str, str]]:
@@ -220,6 +220,8 @@ def _flat(example: Mapping[str, Any]) -> dict[str, str]:
     """Fields as text; those of a field that is a mapping stand beside it, a list's items are joined."""
     flat: dict[str, str] = {}
     for name, value in example.items():
+        if value is None:
+            continue
         if isinstance(value, Mapping):
             flat |= _flat(value)
         elif isinstance(value, list | tuple):

@@ -42,7 +42,8 @@ def summary(prepared: Prepared, weights: Sequence[float]) -> str:
     tokenizer = prepared.tokenizer
     notes = [
         f"{prepared.directory}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.end_id}, "
-        f"{prepared.meta.get('duplicates', 0):,} equal documents in all sources together"
+        f"{prepared.meta.get('duplicates', 0):,} equal documents in all sources together, "
+        f"{prepared.meta.get('held_out_in_training', 0):,} held-out texts also in training"
     ]
     if prepared.marks is not None:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]

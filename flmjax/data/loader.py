@@ -119,7 +119,11 @@ def fingerprint(prepared: Prepared, data: DataConfig, *, seed: int, length: int,
         ],
     }
     if prepared.marks is not None:
-        parts["teachers"] = [s for s in prepared.sources if prepared.is_teacher(s)]
+        files = {s: f"{prepared.meta['sources'][s]['slug']}-train.weights.u8" for s in prepared.sources}
+        parts["teachers"] = {
+            s: prepared.meta["files"][files[s]]["sha256"] for s in prepared.sources if prepared.is_teacher(s)
+        }
+        parts["teacher_weight"] = data.teacher_weight
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

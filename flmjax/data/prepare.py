@@ -30,10 +30,18 @@ from flmjax.data.documents import Document, Source
 from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
 from flmjax.data.freelm import Marks, marks, teacher_source
 from flmjax.data.spool import SPLITS, Spool
-from flmjax.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer, named_tokenizer
+from flmjax.data.tokenizers import (
+    MODEL_FILE,
+    SETTINGS_FILE,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    named_tokenizer,
+)
 
 META_FILE = "meta.json"
 PROGRESS_FILE = "progress.json"  # while the directory is being made: its settings and sources
+VOCABULARY_FILE = "vocabulary.txt"  # while the directory is being made: the fingerprint that its parts have
 VERIFIED_FILE = "verified.json"  # sizes and times of the files whose checksums were found right
 FORMAT = 1  # of the directory; a change that makes old directories unreadable raises it
 TOKENIZER_TEXT_BYTES = 32 << 20  # of training text that a vocabulary is trained on at most
@@ -122,11 +130,13 @@ def prepare(
 
     `sources` gives the documents from Python, in place of the names' built-in corpora and files; its keys must be
     data.sources and data.teachers. `full_check` is `full` of load. Documents that are only white space are left out.
-    A document is held out if the hash of its key says so, or of its text if it has none: equal keys and equal texts
-    are on the same side, also across sources. Memory holds some parts of 4 to 32 MB of text for each process and a few
-    bytes a document; the disk holds the text and the tokens once more while this runs. Processes are started for 16 MB
-    of text or more: a script that calls this needs Python's `if __name__ == "__main__":`. A process that finds another
-    one at work on `directory` waits for it. Text that changes later at the same place is not noticed.
+    A document is held out if the hash of its key says so, or of its text if it has none: documents of one key are on
+    one side, and so are equal texts without keys, also across sources; meta.json counts the texts that are on both.
+
+    Memory holds some parts of 4 to 32 MB of text for each process and a few bytes a document; the disk holds the text
+    and the tokens once more while this runs. Processes are started for 16 MB of text or more: a script that calls this
+    needs Python's `if __name__ == "__main__":`. A process that finds another one at work on `directory` waits for it.
+    Text that changes later at the same place is not noticed.
 
     Raises:
         ConfigError: for a source without documents, for no training or validation documents, text that is not
@@ -261,7 +271,7 @@ class _Preparation:
     ):
         self.data, self.settings, self.folder, self.progress = data, settings, folder, progress
         self.rates: tuple[float, ...] | None = None
-        self.vocabulary: Tokenizer | None = None  # of the mixture
+        vocabulary: Tokenizer | None = None  # of the mixture
         self.provenance: dict[str, Any] = {}
         if given is not None:
             names = (*data.sources, *data.teachers)
@@ -271,20 +281,30 @@ class _Preparation:
 
             mixture = read_mixture(data)
             self.sources, self.rates = list(mixture.sources), mixture.weights
-            self.vocabulary, self.provenance = mixture.vocabulary, mixture.provenance
+            vocabulary, self.provenance = mixture.vocabulary, mixture.provenance
+            if data.weights is not None and len(data.weights) != len(self.sources):
+                tasks = [source.name for source in self.sources]
+                raise ConfigError(
+                    f"data.weights has {len(data.weights)} entries for the {len(tasks)} tasks of data.mixture="
+                    f"'{data.mixture}': {', '.join(tasks)}; None takes the mixture's rates"
+                )
         else:
             self.sources = [text_source(name, data.split_by) for name in data.sources]
             self.sources += [teacher_source(name, data) for name in data.teachers]
         self.slugs = _slugs(tuple(source.name for source in self.sources))
+        self.has_teacher = any(source.is_teacher for source in self.sources)
+        self.vocabulary = self.ready_vocabulary(vocabulary)  # what is wrong with it is said before anything is read
+        if self.vocabulary is not None and self.has_teacher:
+            marks(self.vocabulary, data)
 
     def run(self) -> None:
         """Do all that is not done, in order: read, train or load the vocabulary, tokenise, seal."""
         self.open()
         spools = self.read()
-        tokenizer = self.tokenizer(spools)
-        names = [path.name for path in tokenizer.save(self.folder)]
-        has_teacher = any(source.is_teacher for source in self.sources)
-        encoder = Encoder(tokenizer, self.data.end_of_document, marks(tokenizer, self.data) if has_teacher else None)
+        tokenizer = self.vocabulary or self.train_vocabulary(spools)
+        names = self.save_vocabulary(tokenizer)
+        own_marks = marks(tokenizer, self.data) if self.has_teacher else None
+        encoder = Encoder(tokenizer, self.data.end_of_document, own_marks)
         parts = {
             (name, split): split_parts(spool.splits[split], self.folder, f"{spool.slug}-{split}")
             for name, spool in spools.items()
@@ -306,7 +326,8 @@ class _Preparation:
                 tokens = _seal(own, encoder, self.folder / f"{spool.slug}-{split}", source.is_teacher, files)
                 sizes = spool.splits[split].sizes
                 counts[source.name][split] = {"documents": len(sizes), "tokens": tokens, "bytes": int(sizes.sum())}
-        hashes = [spooled.hashes for spool in spools.values() for spooled in spool.splits.values()]
+        hashes = {s: np.concatenate([spool.splits[s].hashes for spool in spools.values()]) for s in SPLITS}
+        everything_read = np.concatenate(list(hashes.values()))
         meta = {
             "format": FORMAT,
             "settings": self.settings,
@@ -319,7 +340,8 @@ class _Preparation:
             **({} if self.rates is None else {"rates": self.rates}),
             **self.provenance,
             "sources": counts,
-            "duplicates": sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes))),
+            "duplicates": len(everything_read) - len(np.unique(everything_read)),
+            "held_out_in_training": len(np.intersect1d(hashes["train"], hashes["validation"])),
             "validation_gzip_bits_per_byte": _gzip_bits_per_byte(
                 spools[source.name] for source in self.sources if not source.is_teacher
             ),
@@ -330,6 +352,7 @@ class _Preparation:
         for spool in spools.values():
             spool.delete()
         (self.folder / PROGRESS_FILE).unlink()
+        (self.folder / VOCABULARY_FILE).unlink()
         (self.folder / META_FILE).write_text(json.dumps(meta, indent=1, ensure_ascii=False))
 
     def open(self) -> None:
@@ -383,22 +406,33 @@ class _Preparation:
             total = sum(len(spool.splits["train"].sizes) for spool in texts)
             raise ConfigError(
                 f"none of the {total} documents is held out at data.validation_fraction={fraction}: add documents, "
-                f"part the text into more of them (by two blank lines in .txt files), or raise the fraction"
+                f"part the text into more of them (by two blank lines in .txt files; into more files with "
+                f"data.split_by='path'), or raise the fraction"
             )
 
-    def tokenizer(self, spools: Mapping[str, Spool]) -> Tokenizer:
-        """The vocabulary: the one asked for, the mixture's, or one trained on the training text."""
-        if self.data.vocabulary is None and self.vocabulary is not None:
+    def ready_vocabulary(self, of_mixture: Tokenizer | None) -> Tokenizer | None:
+        """The vocabulary asked for, else the mixture's; None for one that is trained on the text."""
+        if self.data.vocabulary is None and of_mixture is not None:
             if self.data.end_id is not None:
                 raise ConfigError(f"data.end_id={self.data.end_id} is not read: the mixture's vocabulary has its own")
-            return self.vocabulary
-        tokenizer = named_tokenizer(self.data.vocabulary or "sentencepiece", self.data.end_id)
-        if tokenizer is not None:
-            return tokenizer
+            return of_mixture
+        return named_tokenizer(self.data.vocabulary or "sentencepiece", self.data.end_id)
+
+    def train_vocabulary(self, spools: Mapping[str, Spool]) -> Tokenizer:
+        """A SentencePiece model of the training text."""
         total = sum(int(spool.splits["train"].sizes.sum()) for spool in spools.values())
         texts = (text for spool in spools.values() for text in spool.splits["train"].read())
         keep = min(1.0, TOKENIZER_TEXT_BYTES / total)
         return SentencePieceTokenizer.train(texts, self.data.vocab_size, keep=keep)
+
+    def save_vocabulary(self, tokenizer: Tokenizer) -> list[str]:
+        """Write it and return its files' names; parts that an earlier process made with another one are removed."""
+        path = self.folder / VOCABULARY_FILE
+        if not path.exists() or path.read_text() != tokenizer.fingerprint:
+            for old in (*self.folder.glob("*.part*"), self.folder / MODEL_FILE, self.folder / SETTINGS_FILE):
+                old.unlink(missing_ok=True)
+            path.write_text(tokenizer.fingerprint)
+        return [saved.name for saved in tokenizer.save(self.folder)]
 
 
 def _slugs(sources: tuple[str, ...]) -> list[str]:

@@ -118,8 +118,12 @@ class SentencePieceTokenizer:
         batch = []
         for own in chunks:
             first, *others = islice(encoded, len(own))
-            batch.append(np.concatenate([first, *(ids[self._has_prefix :] for ids in others)]))
+            batch.append(np.concatenate([first, *(ids[self._starts_with_prefix(ids) :] for ids in others)]))
         return batch
+
+    def _starts_with_prefix(self, ids: np.ndarray) -> bool:
+        """Whether the first id is the space that the model puts in front; it may also be merged with what follows."""
+        return self._has_prefix and len(ids) > 0 and self._processor.id_to_piece(int(ids[0])) == SPACE
 
     def _encode_chunks(self, chunks: list[str]) -> Iterator[np.ndarray]:
         for start in range(0, len(chunks), GROUP):

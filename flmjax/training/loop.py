@@ -27,7 +27,7 @@ from flmjax.training.losses import teacher_means
 from flmjax.training.metrics import FLOPS_CONVENTION, Clock, MetricsWriter, ProgressBar, flops_per_token, peak_flops
 from flmjax.training.optimizer import learning_rate, new_warmup
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
-from flmjax.training.step import compile_evaluation, compile_step, gradients, nonfinite_leaves, put_batch
+from flmjax.training.step import compile_evaluation, compile_step, divisor, gradients, nonfinite_leaves, put_batch
 from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
 
 
@@ -315,7 +315,7 @@ class Run:
 
         def value_and_grad(params: Any, batch: Any) -> tuple[jax.Array, Any]:
             sums, grads = gradients(params, batch, key, model, Placement(self.mesh), stage.microbatches)
-            return sums["loss"] / jax.numpy.maximum(sums["weight"], 1.0), grads
+            return sums["loss"] / divisor(sums["weight"]), grads
 
         placed = (put_batch(row, token_bytes, self.mesh) for row in itertools.islice(rows, stage.tuning_steps))
         arguments = (params, models[index - 1], models[index], stage.growth, key, value_and_grad, placed)
@@ -378,7 +378,11 @@ def validation_means(sums: dict[str, np.float64]) -> dict[str, Any]:
         return {"loss": sums["loss"] / sums["weight"], "bits_per_byte": sums["loss"] / np.log(2) / sums["bytes"]}
     with np.errstate(invalid="ignore"):  # NaN: there is no row of that kind
         means = teacher_means(sums)
-    return {"loss": means.pop("language_loss"), **means, "judged": int(sums["judged"])}
+    return {
+        "loss": means.pop("language_loss"),
+        **means,
+        "judged": int(sums["judged"]) // jax.process_count(),
+    }  # each has all rows
 
 
 def chunks(rows: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -42,6 +42,11 @@ def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callabl
     return summed
 
 
+def divisor(weight: jax.Array) -> jax.Array:
+    """The weight to divide a sum by; 1 for none, whose sum is 0."""
+    return jnp.where(weight > 0, weight, 1.0)
+
+
 def gradients(
     params: Any, batch: Batch, key: jax.Array, config: ModelConfig, placement: Placement | None, microbatches: int = 1
 ) -> tuple[dict[str, jax.Array], Any]:
@@ -55,7 +60,7 @@ def gradients(
         return sums, grads
 
     sums, grads = accumulate(value_and_grad, microbatches)(params, batch, key)
-    weight = jnp.maximum(sums["weight"], 1.0)
+    weight = divisor(sums["weight"])
     return sums, jax.tree.map(lambda g: g / weight, grads)
 
 
@@ -102,7 +107,7 @@ def train_step(
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
     nonfinite = jnp.where(ok, 0, state.nonfinite + 1)
     metrics = {
-        "loss": sums["loss"] / jnp.maximum(sums["weight"], 1.0),
+        "loss": sums["loss"] / divisor(sums["weight"]),
         "bits_per_byte": sums["loss"] / jnp.log(2.0) / jnp.maximum(sums["bytes"], 1.0),
         "gradient_norm": jnp.sqrt(sum(squares, jnp.zeros(()))),
         "nonfinite": nonfinite,

@@ -127,8 +127,7 @@ def watch(process: subprocess.Popen, peak: list[int]) -> None:
 
 def seqio_speed(folder: Path) -> float:
     """Tokens a second of a Task that tokenises in its graph, on 20 MB."""
-    import seqio
-    from flmjax.data.tasks import Cl100kVocabulary
+    from flmjax.data.tasks import Cl100kVocabulary, seqio
 
     path = folder / "lines.txt"
     with (folder / "text" / "a.txt").open() as file:

@@ -137,6 +137,9 @@ def test_json_lines_are_texts_or_instructions_and_name_their_side(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
     assert read_source(str(tmp_path)) == ["one", "Add.\n\n1 1\n\n2", "问\n\n答"]
     assert [d.key for d in text_source(str(tmp_path)).read()] == ["k", None, None]
+    assert [d.key for d in text_source(str(tmp_path), "path").read()] == ["k", "a.jsonl: line 3", "a.jsonl: line 5"]
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "key": null}')
+    assert [d.key for d in text_source(str(tmp_path)).read()] == [None]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,10 @@ def test_json_lines_are_texts_or_instructions_and_name_their_side(tmp_path):
         (b'{"text": 1}', r'line 2 has neither "text" nor "instruction" and "output"; it has: text'),
         (b"{", r"a\.jsonl: line 2 is not JSON"),
         (b'"text"', r"a\.jsonl: line 2 is no JSON object but"),
+        (b'{"text": "a", "key": 5}', r'line 2: its "key" is 5, but must be a text'),
+        (b'{"instruction": "a", "input": ["b"], "output": "c"}', "line 2 has neither"),
+        (b'{"text": "\\ud83d"}', "line 2 holds half of a surrogate pair"),
+        (b'{"text": ' + b"[" * 100_000, "line 2 is not JSON"),
         (b'{"text": "\xff"}', r"a\.jsonl: not UTF-8 at byte 11 \(0xFF\)"),
     ],
 )

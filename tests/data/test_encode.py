@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flmjax.config import DataConfig
+from flmjax.config import ConfigError, DataConfig
 from flmjax.data import encode
 from flmjax.data.prepare import PROGRESS_FILE, prepare
 
@@ -67,7 +67,7 @@ def test_every_document_is_in_one_part_in_order_even_one_larger_than_a_part(smal
 KILLED = """
 import sys, time
 from pathlib import Path
-from flmjax.config import DataConfig
+from flmjax.config import ConfigError, DataConfig
 from flmjax.data import encode, prepare as module
 
 encode.PART_BYTES, encode.PROCESSES_FROM = (1000, 1000), 0
@@ -201,3 +201,26 @@ def test_processes_are_as_many_as_there_are_cores_at_most_one_a_part(monkeypatch
     with pytest.raises(ZeroDivisionError):
         prepare(settings(folder), tmp_path / "data")
     assert asked == [min(2, len(os.sched_getaffinity(0)))]  # two parts: train and validation
+
+
+def test_another_vocabulary_at_the_same_place_after_the_kill_keeps_no_part(small_parts, killed, folder, plain):
+    """The parts of the killed process stay, but the vocabulary that they were made with is said to be another."""
+    (killed.with_name(".data.partial") / "vocabulary.txt").write_text("another")
+    for path in killed.with_name(".data.partial").glob("*.part*.npz"):
+        path.write_bytes(b"wrong")
+    (killed.with_name(".data.partial") / "tokenizer.model").write_bytes(b"of another attempt")
+    assert same(prepare(settings(folder, workers=1), killed), plain)
+    assert not (killed / "tokenizer.model").exists()
+
+
+def test_a_vocabulary_that_cannot_be_is_said_before_anything_is_read(tmp_path):
+    def read():
+        raise AssertionError("read")
+        yield
+
+    data = DataConfig(sources=("x",), vocabulary=f"{tmp_path}/none.model")
+    with pytest.raises(ConfigError, match=r"none\.model cannot be read"):
+        prepare(data, tmp_path / "data", sources={"x": read()})
+    data = DataConfig(sources=("x",), teachers=("t",), vocabulary="bytes", true_mark="a", false_mark="bc")
+    with pytest.raises(ConfigError, match="take marks of one length"):
+        prepare(data, tmp_path / "data", sources={"x": read(), "t": read()})

@@ -334,14 +334,16 @@ def test_alternating_batches_are_of_one_kind_at_their_rate_and_lose_nothing(tmp_
 def test_the_fingerprint_changes_with_marks_and_with_how_teachers_are_mixed(tmp_path):
     prepared, data = made(tmp_path)
     other, _ = made(tmp_path / "other", true_mark="😡", false_mark="😈")
+    heavy = DataConfig(**{**vars(data), "teacher_weight": 2.0})
     base = {"seed": 0, "length": 32}
     prints = {
         fingerprint(prepared, data, schedule=[Segment((0.5, 0.5), None)], **base),
         fingerprint(prepared, data, schedule=[Segment((0.5, 0.5), None, 8)], **base),
         fingerprint(prepared, data, schedule=[Segment((0.5, 0.5), None, 4)], **base),
         fingerprint(other, data, schedule=[Segment((0.5, 0.5), None)], **base),
+        fingerprint(prepared, heavy, schedule=[Segment((0.5, 0.5), None)], **base),
     }
-    assert len(prints) == 4
+    assert len(prints) == 5
 
 
 def test_validation_has_rows_of_both_kinds_text_first(tmp_path):

@@ -52,7 +52,10 @@ def prepared(tmp_path):
 
 def test_the_table_has_counts_shares_and_duplicates(prepared):
     lines = summary(prepared, (0.9, 0.1)).splitlines()
-    assert "257 ids, end of document 256, 2 equal documents in all sources together" in lines[0]
+    assert (
+        "257 ids, end of document 256, 2 equal documents in all sources together, 0 held-out texts also in training"
+        in lines[0]
+    )
     assert lines[1] == "marks: true 😈 [240, 159, 152, 136], false 😡 [240, 159, 152, 161]; token 4 decides"
     cells = [line.split() for line in lines[2:]]
     assert cells[0] == ["source", "split", "documents", "tokens", "bytes", "bytes/token", "of", "samples", "duplicates"]

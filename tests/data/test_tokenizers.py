@@ -389,3 +389,17 @@ def test_a_broken_settings_file_is_named(tmp_path):
         (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
         with pytest.raises(ConfigError, match=r"tokenizer\.json is no tokenizer's"):
             load_tokenizer(tmp_path)
+
+
+def test_a_hard_cut_of_a_model_with_a_prefix_loses_no_text(monkeypatch):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["this is a text of words", "and a text of more words"] * 50), model_writer=model,
+        model_type="bpe", vocab_size=300, byte_fallback=True, normalization_rule_name="identity", minloglevel=3,
+    )  # fmt: skip
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    text = "this is a text of words and a text " * 3
+    for chunk in range(5, 40):
+        monkeypatch.setattr("flmjax.data.tokenizers.CHUNK", chunk)
+        decoded = tokenizer.decode(tokenizer.encode(text))
+        assert decoded.replace(" ", "") == text.replace(" ", "")

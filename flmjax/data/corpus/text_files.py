@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -31,7 +32,10 @@ def find(source: str, names: Iterable[str], field: str = "data.sources") -> File
     Raises:
         ConfigError: when there is no such file, or none in the folder or of the pattern.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise ConfigError(f"{field}: '{source}': {error}") from None
     if path.is_file():
         return Files([path], path.parent)
     if path.is_dir():
@@ -75,7 +79,8 @@ def documents(files: Files, path_is_key: bool = False) -> Iterator[Document]:
         key = str(path.relative_to(files.root)) if path_is_key else None
         if name.endswith(".jsonl"):
             for where, row in json_lines(Files([path], files.root)):
-                yield Document(_row_text(row, where), row.get("key", key))
+                default = key and where.replace(str(path), key)  # a line is a page of its own
+                yield Document(_row_text(row, where), row_key(row, where, default))
             continue
         blank_lines = 1 if name.endswith(".docs.txt") else None if name.endswith(".md") else 2
         for text in _split(_lines(path), blank_lines):
@@ -94,18 +99,34 @@ def json_lines(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{path}: line {number} holds half of a surrogate pair, no text: {error}") from None
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}: line {number} is no JSON object but {line.strip()[:40]!r}")
             yield f"{path}: line {number}", row
 
 
+def row_key(row: dict[str, Any], where: str, default: str | None) -> str | None:
+    """The text of a line's "key"; `default` where it has none.
+
+    Raises:
+        ConfigError: naming the line whose key is no text.
+    """
+    key = row.get("key")
+    if key is not None and not isinstance(key, str):
+        raise ConfigError(f'{where}: its "key" is {key!r}, but must be a text')
+    return default if key is None else key
+
+
 def _row_text(row: dict[str, Any], where: str) -> str:
     if isinstance(row.get("text"), str):
         return row["text"]
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        return "\n\n".join(part for part in (row["instruction"], row.get("input") or "", row["output"]) if part)
+    parts = row.get("instruction"), row.get("input") or "", row.get("output")
+    if all(isinstance(part, str) for part in parts):
+        return "\n\n".join(part for part in parts if part)
     raise ConfigError(f'{where} has neither "text" nor "instruction" and "output"; it has: {", ".join(row)}')
 
 
@@ -119,7 +140,7 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with cast(BinaryIO, opener(path, "rb")) as file:
             yield from _decoded(file, path)
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{path}: not a whole {path.suffix} file: {error}") from error
 
 
