@@ -53,20 +53,21 @@ class Encoder:
 
         A proposition's weights are 0 but for its mark: the judgement is all that is learnt.
         """
-        ends = np.array([self.tokenizer.end_id] if self.end_of_document else [], np.uint32)
-        tokens: list[np.ndarray] = []
+        end = np.array([self.tokenizer.end_id] if self.end_of_document else [], np.uint32)
+        tokens: list[np.ndarray] = []  # of each document two arrays: its text and what closes it
         weights: list[np.ndarray] = []
         for ids, judgement in zip(self.tokenizer.encode_batch(part.texts()), part.judgements, strict=True):
             if judgement == NO_JUDGEMENT:
-                tokens.append(np.concatenate([ids, ends]))
+                tokens += [ids, end]
                 continue
             assert self.marks is not None
             mark = np.array(self.marks.true if judgement else self.marks.false, np.uint32)
-            tokens.append(np.concatenate([ids, mark]))
-            weights.append(np.zeros(len(tokens[-1]), np.uint8))
+            tokens += [ids, mark]
+            weights.append(np.zeros(len(ids) + len(mark), np.uint8))
             weights[-1][len(ids) :] = COUNTS
             weights[-1][len(ids) + self.marks.differs] = DECISIVE
-        columns = {"tokens": np.concatenate(tokens), "lengths": np.array([len(t) for t in tokens], np.uint64)}
+        lengths = np.array([len(array) for array in tokens], np.uint64)
+        columns = {"tokens": np.concatenate(tokens), "lengths": lengths[::2] + lengths[1::2]}
         if weights:
             columns["weights"] = np.concatenate(weights)
         partial = part.path.with_suffix(".tmp.npz")

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +242,8 @@ class Cl100kTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 (n,), without an end token."""
-        parts = [np.array(self._encoding.encode_ordinary(chunk), np.uint32) for chunk in _chunks(text, CL100K_BORDER)]
-        ids = np.concatenate(parts)
+        parts = (self._encoding.encode_ordinary(chunk) for chunk in _chunks(text, CL100K_BORDER))
+        ids = np.array(list(chain.from_iterable(parts)), np.uint32)
         is_end = ids == self.end_id
         if is_end.any():
             ids = np.repeat(ids, np.where(is_end, len(self._end_bytes), 1))

@@ -217,7 +217,7 @@ def test_steps_that_draw_and_shuffle_give_the_same_documents_every_time():
 def test_an_error_in_a_task_is_told_in_one_line_that_names_it(tmp_path):
     tasks.add_text_task("lacking", given(train={"body": TEXTS}))
     assert refusal("lacking") == "data.mixture: task 'lacking': KeyError: 'text'"
-    (tmp_path / "a.txt").write_bytes(b"good\n\n\nbad \xff")
+    (tmp_path / "a.txt").write_bytes(b"good\n\n\n" * 10_000 + b"bad \xff")
     tasks.add_text_task("broken", tasks.local_files_source({"train": str(tmp_path)}))
     with pytest.raises(ConfigError, match=r"^task 'broken': .*a\.txt.*UTF-8") as error:
         documents("broken")

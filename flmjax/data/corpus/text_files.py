@@ -3,6 +3,7 @@
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import zlib
@@ -145,15 +146,23 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")  # other ends of a line are text like any other
+    try:
+        yield from lines
+    except UnicodeDecodeError:
+        file.seek(0)
+        raise ConfigError(f"{path}: not UTF-8 at {_first_bad_byte(file)}; convert the file") from None
+
+
+def _first_bad_byte(file: BinaryIO) -> str:
     offset = 0
     for raw in file:  # the byte 0x0A is never a part of another character in UTF-8
         try:
-            line = raw.decode("utf-8")
+            raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            at = offset + error.start
-            raise ConfigError(f"{path}: not UTF-8 at byte {at} (0x{raw[error.start]:02X}); convert the file") from None
-        yield line.removeprefix("\ufeff") if offset == 0 else line
+            return f"byte {offset + error.start} (0x{raw[error.start]:02X})"
         offset += len(raw)
+    raise AssertionError("all of the file is UTF-8")
 
 
 def _split(lines: Iterable[str], blank_lines: int | None) -> Iterator[str]:
