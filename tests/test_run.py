@@ -62,6 +62,19 @@ def get_config():
     return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
 """
 
+ALTERNATING = """
+from flmjax.config import *
+
+def get_config():
+    model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=64)
+    stage = StageConfig(name="judge", steps=8, batch_size=4, learning_rate=1e-3, schedule="constant")
+    data = DataConfig(
+        sources=(r"TEXT",), teachers=(r"PROPOSITIONS",), vocabulary="bytes", weights=(0.5, 0.5),
+        teacher_mixing="alternating",
+    )
+    return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
+"""
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -382,3 +395,24 @@ def test_growth_goes_to_another_mesh(lab):
     flags = [f"--source={lab / 'straight'}", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
     result = start(lab, "never", lab / "mesh4", *flags, command="grow", config="big.py", devices=4, expect=2)
     assert "straight: num_heads=2 does not divide over mesh axis tensor=4" in result.stderr
+
+
+def test_a_line_of_alternating_batches_has_the_newest_batch_of_either_kind(lab):
+    rows = [json.dumps({"proposition": f"{i} is {'even' if i % 3 else 'odd'}", "judgement": i % 2 == 0}) for i in range(300)]
+    (lab / "propositions.jsonl").write_text("\n".join(rows))
+    config = ALTERNATING.replace("TEXT", str(lab / "text")).replace("PROPOSITIONS", str(lab / "propositions.jsonl"))
+    (lab / "alternating.py").write_text(config)
+    every, third = lab / "alternating_1", lab / "alternating_3"
+    start(lab, "never", every, config="alternating.py")
+    start(lab, "never", third, "--config.log_every=3", config="alternating.py")
+    names = ("language_loss", "bits_per_byte", "teacher_loss", "judgement_accuracy")
+    own = {line["step"]: line for line in read_metrics(every) if line["kind"] == "train"}
+    assert [own[step]["teacher_loss"] is None for step in range(1, 9)] in ([True, False] * 4, [False, True] * 4)
+    for line in read_metrics(third):
+        if line["kind"] == "train":
+            step = line["step"]
+            assert line["loss"] == own[step]["loss"]
+            for name in names:
+                newest = own[step][name] if own[step][name] is not None else own[step - 1][name]
+                assert line[name] == newest, (step, name)
+            assert None not in [line[name] for name in names]

@@ -31,6 +31,11 @@ from flmjax.training.step import compile_evaluation, compile_step, divisor, grad
 from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
 
 
+# Means of the text's rows or of the teachers'; not a number for a batch without such rows. All but the first have no
+# place in metrics without teachers.
+KIND_METRICS = ("bits_per_byte", "language_loss", "teacher_loss", "judgement_accuracy")
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; says at which step and why. The last checkpoint is intact."""
 
@@ -107,6 +112,7 @@ class Run:
         if config.peak_flops is not None:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
         self.validation = validation_rows(data, config.data, length=self.length, rows=config.evaluation_rows)
+        self.newest: dict[str, float] = {}  # since the last line, of what only batches with rows of one kind have
 
     def run_schedule(self) -> None:
         """Train every stage that is not done, growing between them."""
@@ -221,13 +227,16 @@ class Run:
             self.bar.log(text)
             if skipped >= self.config.optimizer.max_nonfinite_updates:
                 raise TrainingError(f"{text}; stopped, parameters are those of step {step - skipped}")
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", *KIND_METRICS) if name in metrics}
+        self.newest |= {name: values[name] for name in KIND_METRICS if not np.isnan(values.get(name, np.nan))}
         stage = self.config.stages[index]
         if step % self.config.log_every and step != self.config.stage_starts()[index + 1] and not skipped:
             return
         tokens = stage.batch_size * self.length
         rate = clock.rate(tokens)
-        names = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
-        values = {name: float(metrics[name]) for name in names if name in metrics}  # the last three: with teachers
+        if not skipped:  # where batches alternate, a line has the newest batch of either kind
+            values |= self.newest
+        self.newest = {}
         flops = flops_per_token(spec.config, self.length)
         self.writer.write(
             "train",
