@@ -16,7 +16,7 @@ import pytest
 
 from flmjax.config import ConfigError, MeshConfig, from_config_dict
 from flmjax.data.loader import validation_rows
-from flmjax.data.prepare import load
+from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.growth.masks import masked
 from flmjax.sharding.mesh import make_mesh
@@ -398,7 +398,7 @@ def test_growth_goes_to_another_mesh(lab):
 
 
 def test_a_line_of_alternating_batches_has_the_newest_batch_of_either_kind(lab):
-    rows = [json.dumps({"proposition": f"{i} is {'even' if i % 3 else 'odd'}", "judgement": i % 2 == 0}) for i in range(300)]
+    rows = [json.dumps({"proposition": f"{i} is a number", "judgement": i % 2 == 0}) for i in range(300)]
     (lab / "propositions.jsonl").write_text("\n".join(rows))
     config = ALTERNATING.replace("TEXT", str(lab / "text")).replace("PROPOSITIONS", str(lab / "propositions.jsonl"))
     (lab / "alternating.py").write_text(config)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from flmjax.data.prepare import Prepared
+from flmjax.data.prepared import Prepared
 from flmjax.data.spool import SPLITS
 from flmjax.data.tokenizers import Tokenizer
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from flmjax.config import ConfigError, DataConfig, RunConfig
 from flmjax.data.packing import make_proposition_row, make_row, num_rows, proposition_rows
-from flmjax.data.prepare import Prepared
+from flmjax.data.prepared import Prepared
 
 STREAM_VERSION = 1  # of the rules below that decide sample n
 ENDLESS = 2**50  # samples; Grain divides lengths as floats, which hold this exactly and sys.maxsize not

@@ -1,14 +1,11 @@
 """Documents to token files, once: split by hash, train the tokenizer, encode, and seal the result with checksums.
 
-A prepared directory holds, per source and split, `<slug>-<split>.u32` (the tokens, little-endian),
-`<slug>-<split>.offsets.u64` (where each document starts, and the end) and, of teachers, `<slug>-<split>.weights.u8`
-(loss weight of each token as a target; all tokens of text count), the tokenizer, and meta.json. It is written under
-another name and renamed when it is whole, so a directory with a meta.json is never half of one. What a killed process
-had done by then is taken up by the next: sources that were read, parts that were tokenised.
+The directory (what it holds: flmjax.data.prepared) is written under another name and renamed when it is whole, so that
+none with a meta.json is half of one. What a killed process had done by then is taken up by the next: sources that were
+read, parts that were tokenised.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -28,94 +25,21 @@ from flmjax.config import ConfigError, DataConfig
 from flmjax.data.corpus import text_source
 from flmjax.data.documents import Document, Source
 from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
-from flmjax.data.freelm import Marks, marks, teacher_source
+from flmjax.data.freelm import marks, teacher_source
+from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta, sha256
 from flmjax.data.spool import SPLITS, Spool
 from flmjax.data.tokenizers import (
     MODEL_FILE,
     SETTINGS_FILE,
     SentencePieceTokenizer,
     Tokenizer,
-    load_tokenizer,
     named_tokenizer,
 )
 
-META_FILE = "meta.json"
 PROGRESS_FILE = "progress.json"  # while the directory is being made: its settings and sources
 VOCABULARY_FILE = "vocabulary.txt"  # while the directory is being made: the fingerprint that its parts have
-VERIFIED_FILE = "verified.json"  # sizes and times of the files whose checksums were found right
-FORMAT = 1  # of the directory; a change that makes old directories unreadable raises it
 TOKENIZER_TEXT_BYTES = 32 << 20  # of training text that a vocabulary is trained on at most
 GZIP_BYTES = 16 << 20  # of a source's held-out text that gzip is measured on at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A prepared directory, verified. `meta` is meta.json: settings, files, counts per source and split."""
-
-    directory: Path
-    meta: dict[str, Any]
-    tokenizer: Tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids of the tokenizer, the end token included."""
-        return self.tokenizer.vocab_size
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Names as in DataConfig.sources, in that order."""
-        return tuple(self.meta["sources"])
-
-    @property
-    def validation_gzip_bits_per_byte(self) -> float:
-        """What gzip -9 makes of the held-out text of all sources together: a line for a model to beat."""
-        return self.meta["validation_gzip_bits_per_byte"]
-
-    def tokens(self, source: str, split: str) -> np.ndarray:
-        """The token stream of a source, uint32 (T,), mapped from disk."""
-        return self._map(f"{self._slug(source)}-{split}.u32", "<u4")
-
-    def offsets(self, source: str, split: str) -> np.ndarray:
-        """Where each of the D documents starts in `tokens`, and the end: uint64 (D + 1,), mapped from disk."""
-        return self._map(f"{self._slug(source)}-{split}.offsets.u64", "<u8")
-
-    def num_tokens(self, source: str, split: str) -> int:
-        """Tokens of a source, end tokens included."""
-        return self.meta["sources"][source][split]["tokens"]
-
-    def weights(self, source: str, split: str) -> np.ndarray | None:
-        """Loss weight of each of a teacher's tokens as target, uint8 (T,): 0, 1, or 2 where the judgement is decided;
-        None for text: all count."""
-        return self._map(f"{self._slug(source)}-{split}.weights.u8", "u1") if self.is_teacher(source) else None
-
-    def is_teacher(self, source: str) -> bool:
-        """Whether a source gives propositions, not text."""
-        return self.meta["sources"][source].get("is_teacher", False)
-
-    @property
-    def marks(self) -> Marks | None:
-        """Ids of the marks that stand for true and false; None without teachers."""
-        stored = self.meta.get("marks")
-        return None if stored is None else Marks(tuple(stored["true"]), tuple(stored["false"]), stored["differs"])
-
-    @property
-    def rates(self) -> tuple[float, ...] | None:
-        """Shares of samples that a seqio mixture gives its sources; None without one."""
-        rates = self.meta.get("rates")
-        return None if rates is None else tuple(rates)
-
-    def checksums(self, source: str, split: str) -> tuple[str, str]:
-        """sha256 of the tokens and of the offsets."""
-        name = f"{self._slug(source)}-{split}"
-        files = self.meta["files"]
-        return files[f"{name}.u32"]["sha256"], files[f"{name}.offsets.u64"]["sha256"]
-
-    def _slug(self, source: str) -> str:
-        return self.meta["sources"][source]["slug"]
-
-    def _map(self, name: str, dtype: str) -> np.ndarray:
-        path = self.directory / name
-        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)  # mmap refuses 0 bytes
 
 
 def prepare(
@@ -166,35 +90,6 @@ def prepare(
     return load(directory)
 
 
-def load(directory: Path, full: bool = False) -> Prepared:
-    """Open a prepared directory after checking every file's length and sha256.
-
-    A file of the size and time at which its checksum was last found right is not read again, unless `full`: terabytes
-    take longer to read than a run should take to start.
-
-    Raises:
-        ConfigError: naming the directory, or the file that is missing, of another length or of other content.
-    """
-    directory = Path(directory).absolute()
-    meta = _read_meta(directory)
-    verified = {} if full else _read_verified(directory)
-    found: dict[str, list[int]] = {}
-    for name, expected in meta["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing; delete the folder and prepare again")
-        stat = path.stat()
-        if stat.st_size != expected["bytes"]:
-            raise ConfigError(f"{path} has {stat.st_size} bytes, not {expected['bytes']}; prepare again")
-        found[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        if verified.get(name) != found[name] and _sha256(path) != expected["sha256"]:
-            raise ConfigError(f"{path} has changed: its sha256 is not that of {META_FILE}; prepare again")
-    if verified != found:
-        with contextlib.suppress(OSError):  # the directory may lie where nobody can write
-            (directory / VERIFIED_FILE).write_text(json.dumps(found))
-    return Prepared(directory, meta, load_tokenizer(directory))
-
-
 def _settings(data: DataConfig) -> dict[str, Any]:
     """The settings that decide what is in the directory."""
     fields = ["vocabulary", "end_id", "validation_fraction", "split_by", "end_of_document"]
@@ -209,30 +104,9 @@ def _settings(data: DataConfig) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _read_verified(directory: Path) -> dict[str, list[int]]:
-    try:
-        return json.loads((directory / VERIFIED_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    path = directory / META_FILE
-    try:
-        meta = json.loads(path.read_text())
-        found = meta["format"]
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} holds no prepared data ({META_FILE} is missing)") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} cannot be read as the description of prepared data; prepare again") from None
-    if found != FORMAT:
-        raise ConfigError(f"{path} is of format {found}, this version reads {FORMAT}; prepare again")
-    return meta
-
-
 def _load_same(directory: Path, settings: dict[str, Any], full: bool) -> Prepared:
     default = _settings(DataConfig())
-    there = {**default, **_read_meta(directory)["settings"]}
+    there = {**default, **read_meta(directory)["settings"]}
     asked = {**default, **settings}
     names = [n for n in sorted(there.keys() | asked.keys()) if n != "vocab_size" or (_trains(there) and _trains(asked))]
     differing = [
@@ -385,8 +259,7 @@ class _Preparation:
                 try:
                     spool.fill(documents, source.name, self.data.validation_fraction, source.is_teacher)
                 except ConfigError as error:
-                    field = "data.teachers" if source.is_teacher else "data.sources"
-                    raise ConfigError(f"{field if self.data.mixture is None else 'data.mixture'}: {error}") from error
+                    raise ConfigError(f"{self.field(source)}: {error}") from error
         self.check(spools)
         return spools
 
@@ -395,12 +268,10 @@ class _Preparation:
         fraction = self.data.validation_fraction
         for source in self.sources:
             sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
-            field = "data.teachers" if source.is_teacher else "data.sources"
-            field = field if self.data.mixture is None else "data.mixture"
             if not any(sizes.values()):
-                raise ConfigError(f"{field}: '{source.name}' has no documents (no text at all)")
+                raise ConfigError(f"{self.field(source)}: '{source.name}' has no documents (no text at all)")
             if not sizes["train"]:
-                raise ConfigError(f"{field}: every document of '{source.name}' is held out; add documents")
+                raise ConfigError(f"{self.field(source)}: every document of '{source.name}' is held out; add documents")
         texts = [spools[source.name] for source in self.sources if not source.is_teacher]
         if texts and not any(len(spool.splits["validation"].sizes) for spool in texts):
             total = sum(len(spool.splits["train"].sizes) for spool in texts)
@@ -409,6 +280,12 @@ class _Preparation:
                 f"part the text into more of them (by two blank lines in .txt files; into more files with "
                 f"data.split_by='path'), or raise the fraction"
             )
+
+    def field(self, source: Source) -> str:
+        """The setting that names a source."""
+        if self.data.mixture is not None:
+            return "data.mixture"
+        return "data.teachers" if source.is_teacher else "data.sources"
 
     def ready_vocabulary(self, of_mixture: Tokenizer | None) -> Tokenizer | None:
         """The vocabulary asked for, else the mixture's; None for one that is trained on the text."""
@@ -493,9 +370,4 @@ def _gzip_bits_per_byte(spools: Iterable[Spool]) -> float | None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -22,7 +22,8 @@ from flmjax.config import (
     validate_mesh,
 )
 from flmjax.data.loader import fingerprint, mixture_schedule
-from flmjax.data.prepare import load, prepare
+from flmjax.data.prepare import prepare
+from flmjax.data.prepared import load
 from flmjax.data.tokenizers import Tokenizer
 from flmjax.growth.grow import check_growth, grow, plan_growth
 from flmjax.sharding.mesh import make_mesh

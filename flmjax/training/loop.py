@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from flmjax.config import ConfigError, ModelConfig, RunConfig, to_json, validate, validate_mesh
 from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixture_schedule, validation_rows
-from flmjax.data.prepare import Prepared, prepare
+from flmjax.data.prepare import prepare
+from flmjax.data.prepared import Prepared
 from flmjax.growth.certificate import Certificate, certify
 from flmjax.growth.grow import grow
 from flmjax.growth.learned import tune, tuning_flops
@@ -29,7 +30,6 @@ from flmjax.training.optimizer import learning_rate, new_warmup
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
 from flmjax.training.step import compile_evaluation, compile_step, divisor, gradients, nonfinite_leaves, put_batch
 from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
-
 
 # Means of the text's rows or of the teachers'; not a number for a batch without such rows. All but the first have no
 # place in metrics without teachers.

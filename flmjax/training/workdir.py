@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from flmjax.config import ConfigError, RunConfig, differences, to_json
-from flmjax.data.prepare import Prepared
+from flmjax.data.prepared import Prepared
 
 
 def data_directory(config: RunConfig, workdir: Path) -> Path:

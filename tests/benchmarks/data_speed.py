@@ -92,7 +92,7 @@ if __name__ == "__main__":
 
 def prepare_speed(folder: Path) -> tuple[int, float, int]:
     """(tokens, seconds, bytes of memory at most over all processes) of a process that prepares the text."""
-    from flmjax.data.prepare import load
+    from flmjax.data.prepared import load
 
     script = folder / "script.py"
     script.write_text(PREPARE)
@@ -151,7 +151,7 @@ def loader_speed(folder: Path, length: int, batch_size: int, tokens: int = 8_000
     """Tokens a second of batches of the prepared text."""
     from flmjax.config import DataConfig
     from flmjax.data.loader import Segment, batches, mixture
-    from flmjax.data.prepare import load
+    from flmjax.data.prepared import load
 
     prepared = load(folder / "data")
     schedule = [Segment((0.535, 0.465), None)]

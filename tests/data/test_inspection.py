@@ -8,9 +8,11 @@ import pytest
 
 from flmjax import cli
 from flmjax.config import ConfigError, DataConfig
+from flmjax.data import prepared as prepared_module
 from flmjax.data.documents import Document
 from flmjax.data.inspection import show_row, summary
-from flmjax.data.prepare import VERIFIED_FILE, load, prepare
+from flmjax.data.prepare import prepare
+from flmjax.data.prepared import VERIFIED_FILE, load
 from flmjax.data.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -99,8 +101,8 @@ def test_inspect_shows_nothing_more_by_default_and_refuses_less_than_nothing(con
 
 def test_a_checksum_is_computed_again_for_a_file_that_changed_and_on_demand(prepared, monkeypatch):
     read = []
-    real = __import__("flmjax.data.prepare", fromlist=["_sha256"])._sha256
-    monkeypatch.setattr("flmjax.data.prepare._sha256", lambda path: read.append(path.name) or real(path))
+    real = prepared_module.sha256
+    monkeypatch.setattr(prepared_module, "sha256", lambda path: read.append(path.name) or real(path))
     load(prepared.directory)
     assert read == []  # found right when it was made
     path = prepared.directory / "text-train.u32"

@@ -13,7 +13,8 @@ from flmjax.config import ConfigError, DataConfig
 from flmjax.data import loader
 from flmjax.data.documents import is_held_out
 from flmjax.data.loader import Segment, batches, check_size, default_weights, fingerprint, mixture, validation_rows
-from flmjax.data.prepare import load, prepare
+from flmjax.data.prepare import prepare
+from flmjax.data.prepared import load
 
 LENGTH = 8  # "0000123" and the end token: a row is a document, and its id can be read from it
 ONE = [Segment((1.0,), None)]
@@ -327,10 +328,10 @@ def test_the_interpreter_ends_with_an_iterator_still_open(one):
 import sys
 from pathlib import Path
 from flmjax.config import DataConfig
-from flmjax.data import loader, prepare
-prepared = prepare.load(Path(sys.argv[1]))
+from flmjax.data import loader, prepared
+opened = prepared.load(Path(sys.argv[1]))
 schedule = [loader.Segment((1.0,), None)]
-dataset = loader.mixture(prepared, DataConfig(sources=("x",)), seed=0, length=8, schedule=schedule)
+dataset = loader.mixture(opened, DataConfig(sources=("x",)), seed=0, length=8, schedule=schedule)
 iterator = loader.batches(dataset, start=0, batch_size=4, threads=3, prefetch=6)
 print(next(iterator)["tokens"].shape)
 """

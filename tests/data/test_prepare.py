@@ -16,7 +16,8 @@ import pytest
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import prepare as module
 from flmjax.data.documents import Document
-from flmjax.data.prepare import load, prepare
+from flmjax.data.prepare import prepare
+from flmjax.data.prepared import load
 
 BYTES = DataConfig(sources=("a", "b"), vocabulary="bytes", validation_fraction=0.2)
 DOCUMENTS = {
