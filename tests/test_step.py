@@ -485,12 +485,28 @@ def test_a_batch_of_one_kind_has_no_mean_of_the_other(teachers, missing, spec, s
     assert {name for name in names if lines[0][name] is None} == none
 
 
+def test_a_batch_without_any_target_changes_nothing_but_by_decay(spec, step, one_device_mesh):
+    batch = mixed_batch(rows=4, teachers=(1,))
+    batch["weights"][:] = 0
+    state, metrics = step(init_state(spec, 0), place(batch, one_device_mesh), np.float32(0))
+    assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0.0
+    assert int(metrics["nonfinite"]) == 0
+    chex.assert_trees_all_equal(state.params, init_state(spec, 0).params)
+
+
+def test_judged_targets_are_counted_once_although_every_process_has_all_rows(monkeypatch):
+    sums = {name: np.float64(8) for name in ("loss", "weight", "bytes", "judged", "correct")}
+    sums |= {f"{kind}_{name}": np.float64(4) for kind in ("language", "teacher") for name in ("loss", "weight")}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert loop.validation_means(sums)["judged"] == 4
+
+
 def log_train(workdir, spec, metrics):
     """The lines that the loop writes of one step."""
     config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10),), log_every=1)
     bar = SimpleNamespace(update=lambda *_: None)
     with MetricsWriter(workdir, 0) as writer:
-        run = SimpleNamespace(config=config, length=16, writer=writer, bar=bar, peak=1.0, mesh=spec.mesh)
+        run = SimpleNamespace(config=config, length=16, writer=writer, bar=bar, peak=1.0, mesh=spec.mesh, newest={})
         run.progress = lambda step, index: {"tokens": 0, "flops": 0.0}
         loop.Run.log(run, 1, metrics, 0, spec, SimpleNamespace(tick=lambda: None, rate=lambda tokens: 1.0))
     return read_metrics(workdir)

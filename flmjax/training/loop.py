@@ -31,9 +31,8 @@ from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
 from flmjax.training.step import compile_evaluation, compile_step, divisor, gradients, nonfinite_leaves, put_batch
 from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
 
-# Means of the text's rows or of the teachers'; not a number for a batch without such rows. All but the first have no
-# place in metrics without teachers.
-KIND_METRICS = ("bits_per_byte", "language_loss", "teacher_loss", "judgement_accuracy")
+METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
+OF_ALL_ROWS = ("loss", "gradient_norm")  # the others are of the text's rows or the teachers', NaN for a batch without
 
 
 class TrainingError(RuntimeError):
@@ -112,7 +111,7 @@ class Run:
         if config.peak_flops is not None:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
         self.validation = validation_rows(data, config.data, length=self.length, rows=config.evaluation_rows)
-        self.newest: dict[str, float] = {}  # since the last line, of what only batches with rows of one kind have
+        self.newest: dict[str, float] = {}  # since the last line, of each but OF_ALL_ROWS
 
     def run_schedule(self) -> None:
         """Train every stage that is not done, growing between them."""
@@ -227,8 +226,8 @@ class Run:
             self.bar.log(text)
             if skipped >= self.config.optimizer.max_nonfinite_updates:
                 raise TrainingError(f"{text}; stopped, parameters are those of step {step - skipped}")
-        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", *KIND_METRICS) if name in metrics}
-        self.newest |= {name: values[name] for name in KIND_METRICS if not np.isnan(values.get(name, np.nan))}
+        values = {name: float(metrics[name]) for name in METRICS if name in metrics}  # the last three: with teachers
+        self.newest |= {name: x for name, x in values.items() if name not in OF_ALL_ROWS and not np.isnan(x)}
         stage = self.config.stages[index]
         if step % self.config.log_every and step != self.config.stage_starts()[index + 1] and not skipped:
             return

@@ -206,8 +206,10 @@ def test_processes_are_as_many_as_there_are_cores_at_most_one_a_part(monkeypatch
 def test_another_vocabulary_at_the_same_place_after_the_kill_keeps_no_part(small_parts, killed, folder, plain):
     """The parts of the killed process stay, but the vocabulary that they were made with is said to be another."""
     (killed.with_name(".data.partial") / "vocabulary.txt").write_text("another")
-    for path in killed.with_name(".data.partial").glob("*.part*.npz"):
-        path.write_bytes(b"wrong")
+    for path in killed.with_name(".data.partial").glob("*.part??????.npz"):
+        with np.load(path) as stored:
+            columns = dict(stored)
+        np.savez(path, allow_pickle=False, **{**columns, "tokens": columns["tokens"] ^ 1})
     (killed.with_name(".data.partial") / "tokenizer.model").write_bytes(b"of another attempt")
     assert same(prepare(settings(folder, workers=1), killed), plain)
     assert not (killed / "tokenizer.model").exists()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flmjax.config import ConfigError, DataConfig
+from flmjax.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from flmjax.data.corpus import hsk
 from flmjax.data.documents import Document, is_held_out
 from flmjax.data.freelm import (
@@ -25,6 +25,7 @@ from flmjax.data.loader import Segment, fingerprint, mixture, validation_rows
 from flmjax.data.packing import make_proposition_row, proposition_rows
 from flmjax.data.prepare import prepare
 from flmjax.data.tokenizers import ByteTokenizer, Cl100kTokenizer, SentencePieceTokenizer
+from flmjax.training.workdir import with_vocabulary
 
 DATA = DataConfig(sources=("text",), teachers=("teacher",), vocabulary="bytes", validation_fraction=0.2)
 TRUE, FALSE = "😈".encode(), "😡".encode()
@@ -292,6 +293,13 @@ def test_teacher_weight_scales_the_marks_alone(tmp_path):
     prepared, data = made(tmp_path, teacher_weight=3.0)
     stream = mixture(prepared, data, seed=0, length=32, schedule=[Segment((0.5, 0.5), None)])
     assert {float(w) for n in range(20) for w in stream[n]["weights"]} == {0.0, 1.0, 3.0}
+
+
+def test_attention_that_cannot_keep_propositions_apart_is_refused_when_the_data_turns_out_to_have_some(tmp_path):
+    prepared, _ = made(tmp_path)
+    config = RunConfig(model=ModelConfig(attention="cudnn"))  # of a mixture nobody knows before it is read
+    with pytest.raises(ConfigError, match=r"model\.attention='cudnn' .* has teachers; take 'plain'"):
+        with_vocabulary(config, prepared)
 
 
 def test_without_teachers_rows_have_no_more_arrays_than_before(tmp_path):

@@ -406,6 +406,15 @@ def test_a_mixture_of_text_and_teachers_is_prepared_in_its_own_vocabulary_and_sp
         assert prepared.tokens("more", split).tolist() == ids
 
 
+def test_weights_that_are_not_one_for_each_task_are_refused_before_anything_is_read(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        tasks.add_text_task(name, given(train=TEXTS))
+    seqio.MixtureRegistry.add("both", [("one", 0.5), ("two", 0.5)])
+    monkeypatch.setattr("flmjax.data.spool.Spool.fill", None)  # would be called to read
+    with pytest.raises(ConfigError, match=r"data\.weights has 3 entries for the 2 tasks of .*'both': one, two; None "):
+        prepare(DataConfig(mixture="both", weights=(0.5, 0.25, 0.25)), tmp_path / "data")
+
+
 def test_tensorflow_takes_no_gpu_and_writes_nothing_to_standard_error():
     code = "import flmjax.data.tasks as t; print(t.tf.config.get_visible_devices('GPU'), 'GPU' in str(t.tf.zeros(1)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
