@@ -16,8 +16,10 @@ import pytest
 
 from flmjax.config import ConfigError, DataConfig, ModelConfig, RunConfig, StageConfig
 from flmjax.data.prepare import prepare
-from flmjax.evaluation.report import _figure, _page, _short, _smooth, write_report
-from flmjax.training.metrics import flops_per_token, read_run
+from flmjax.evaluation.page import short
+from flmjax.evaluation.report import _figure, _page, _smooth, write_report
+from flmjax.model.flops import flops_per_token
+from flmjax.training.metrics import read_run
 
 MODEL = ModelConfig(num_layers=1, embed_dim=4, num_heads=1, head_dim=2, mlp_dim=8, max_length=16, vocab_multiple=1)
 STAGES = (
@@ -459,7 +461,7 @@ def test_the_smoothed_curve_is_a_mean_that_skips_gaps():
     ],
 )
 def test_large_numbers_are_shortened(value, unit, text):
-    assert _short(value, unit) == text
+    assert short(value, unit) == text
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

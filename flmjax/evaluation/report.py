@@ -1,16 +1,14 @@
 """What a run did, on one page: `write_report` turns a workdir into loss.png and report.html."""
 
-import base64
-import html
-import io
 import json
 import math
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flmjax.training.metrics import FLOPS_CONVENTION, Record, Run, latest, read_run
+from flmjax.evaluation.page import duration, escaped, finite, number, page, picture, png, short, table, tiles
+from flmjax.model.flops import FLOPS_CONVENTION
+from flmjax.training.metrics import Record, Run, latest, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +24,11 @@ def write_report(workdir: Path) -> Path:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
     """
     run = read_run(workdir)
-    wide, narrow = _png(_figure(run, columns=2)), _png(_figure(run, columns=1))
+    wide, narrow = png(_figure(run, columns=2)), png(_figure(run, columns=1))
     (workdir / "loss.png").write_bytes(wide)
-    page = workdir / "report.html"
-    page.write_text(_page(run, workdir.resolve().name, wide, narrow), encoding="utf-8")
-    return page
+    path = workdir / "report.html"
+    path.write_text(_page(run, workdir.resolve().name, wide, narrow), encoding="utf-8")
+    return path
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------
@@ -74,7 +72,7 @@ def _figure(run: Run, columns: int) -> "Figure":
     sizes = [stage.parameters or math.nan for stage in run.stages]
     parameters.stairs(sizes, edges, baseline=None, color=TRAIN, linewidth=2)
     for start, size in zip(edges, sizes, strict=False):
-        parameters.annotate(_short(size), (start, size), (3, -10), textcoords="offset points", fontsize=8, color=INK)
+        parameters.annotate(short(size), (start, size), (3, -10), textcoords="offset points", fontsize=8, color=INK)
     for panel, name in ((rate, "learning_rate"), (speed, "tokens_per_second")):
         x, y = _series(run.train, "tokens", name)
         panel.plot(x, y, color=TRAIN, linewidth=1.4, marker="o" if len(x) == 1 else None, clip_on=False)
@@ -95,8 +93,8 @@ def _frame(panel: "Axes", run: Run, title: str, field: str, letters: float) -> N
     panel.grid(axis="y", color="white", linewidth=0.8)
     panel.set_axisbelow(True)
     unit = "FLOP" if field == "flops" else ""
-    panel.xaxis.set_major_formatter(lambda value, _: _short(value, unit).removesuffix(unit).strip())
-    panel.yaxis.set_major_formatter(lambda value, _: _short(value))
+    panel.xaxis.set_major_formatter(lambda value, _: short(value, unit).removesuffix(unit).strip())
+    panel.yaxis.set_major_formatter(lambda value, _: short(value))
     end = run.last[field] or 1
     panel.set_xlim(0, end)
     for i, stage in enumerate(run.stages):
@@ -139,7 +137,7 @@ def _draw_curve(panel: "Axes", run: Run, x_field: str, y_field: str) -> None:
 
 def _series(records: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:
     """Two columns; a missing value is NaN, a gap in the line."""
-    return [record[x] for record in records], [_finite(record.get(y)) for record in records]
+    return [record[x] for record in records], [finite(record.get(y)) for record in records]
 
 
 def _has_teachers(run: Run) -> bool:
@@ -166,93 +164,55 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
     return out
 
 
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 # ---- page -----------------------------------------------------------------------------------------------------------
-
-STYLE = """
-:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #22303c; background: #fff; }
-body { max-width: 1180px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; } figure { margin: 0 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; } img { width: 100%; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.75rem; margin: 1rem 0; }
-dl div, pre { background: #f3f6f9; border-radius: 8px; padding: 0.75rem 1rem; } dd { margin: 0; }
-dd b { font-size: 1.35rem; } dt, .small, figcaption { font-size: 0.85rem; color: #55636f; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
-th, td { padding: 0.35rem 0.55rem; border-bottom: 1px solid #e1e6ea; text-align: right; } th { color: #55636f; }
-th:first-child, td:first-child { text-align: left; } .good, .bad { color: #1b7a3d; font-weight: 600; }
-.bad { color: #b3261e; } pre { margin: 0.25rem 0; white-space: pre-wrap; unicode-bidi: isolate; font-size: 0.85rem; }
-"""
 
 
 def _page(run: Run, name: str, wide: bytes, narrow: bytes) -> str:
-    images = [base64.b64encode(png).decode() for png in (wide, narrow)]
     judgements = ", judgement accuracy" if _has_teachers(run) else ""
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(name)} - flmjax report</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{_text(name)}</h1>
+    words = f"Loss, bits per byte{judgements}, parameters, learning rate and throughput of the run"
+    body = f"""<h1>{escaped(name)}</h1>
 {_headline(run)}
-{"".join(f"<p><b>{_text(warning)}</b></p>" for warning in _warnings(run))}
-<picture>
-<source media="(max-width: 700px)" srcset="data:image/png;base64,{images[1]}">
-<img alt="Loss, bits per byte{judgements}, parameters, learning rate and throughput of the run"
- src="data:image/png;base64,{images[0]}">
-</picture>
+{"".join(f"<p><b>{escaped(warning)}</b></p>" for warning in _warnings(run))}
+{picture(wide, narrow, words)}
 <h2>Stages</h2>
 {_stage_table(run)}
 {_equal_tokens(run)}
-<p class="small">{_text(FLOPS_CONVENTION)}</p>
+<p class="small">{escaped(FLOPS_CONVENTION)}</p>
 {_certificate_table(run)}
 {_samples(run)}
 <h2>Configuration</h2>
-<details><summary>config.json</summary><pre>{_text(json.dumps(run.config_json, indent=2, ensure_ascii=False))}</pre>
-</details>
-</body>
-</html>
-"""
+<details><summary>config.json</summary><pre>{escaped(json.dumps(run.config_json, indent=2, ensure_ascii=False))}</pre>
+</details>"""
+    return page(f"{name} - flmjax report", body)
 
 
 def _headline(run: Run) -> str:
     step, total = run.last["step"], run.config.total_steps
-    bits = _finite(latest(run.validation).get("bits_per_byte"))
-    against_gzip = f"bits per byte; gzip -9 of the same text: {_number(run.gzip)}"
+    bits = finite(latest(run.validation).get("bits_per_byte"))
+    against_gzip = f"bits per byte; gzip -9 of the same text: {number(run.gzip)}"
     if run.gzip is not None and math.isfinite(bits):
         share = bits / run.gzip - 1
         relation = f"{abs(share):.1%} {'below' if share < 0 else 'above'}"
         against_gzip = f"bits per byte, {relation} gzip -9 of the same text ({run.gzip:.3f})"
     first, newest = run.stages[0], run.stages[-1]
-    sizes = [_short(stage.parameters or math.nan) for stage in (first, newest)]
+    sizes = [short(stage.parameters or math.nan) for stage in (first, newest)]
     growth = sum(record.get("seconds") or 0.0 for record in run.growth)
-    tiles = [
-        ("Final validation" if step >= total else "Latest validation", _number(bits), against_gzip),
-        ("Tokens", _short(run.last["tokens"]), f"step {step:,} of {total:,}"),
-        ("Model FLOPs", _short(run.last["flops"], "FLOP"), "forward and backward, all stages"),
+    boxes = [
+        ("Final validation" if step >= total else "Latest validation", number(bits), against_gzip),
+        ("Tokens", short(run.last["tokens"]), f"step {step:,} of {total:,}"),
+        ("Model FLOPs", short(run.last["flops"], "FLOP"), "forward and backward, all stages"),
         ("Parameters", " → ".join(dict.fromkeys(sizes)), " → ".join(stage.config.name for stage in run.stages)),
-        ("Training time", _duration(run.training_seconds), f"updates alone; growth: {_duration(growth)} more"),
+        ("Training time", duration(run.training_seconds), f"updates alone; growth: {duration(growth)} more"),
     ]
     if _has_teachers(run):
         accuracy, judged = _judgements(latest(run.validation))
-        tiles.insert(1, ("Judgement accuracy", accuracy, f"{judged} held-out judgements; chance: {CHANCE:.0%}"))
-    boxes = (
-        f'<div><dt>{_text(label)}</dt><dd><b>{_text(value)}</b></dd><dd class="small">{_text(note)}</dd></div>'
-        for label, value, note in tiles
-    )
-    return f"<dl>{''.join(boxes)}</dl>"
+        boxes.insert(1, ("Judgement accuracy", accuracy, f"{judged} held-out judgements; chance: {CHANCE:.0%}"))
+    return tiles(boxes)
 
 
 def _judgements(validation: Record) -> tuple[str, str]:
     """Share that is right and number of a line of validation."""
-    return _number(validation.get("judgement_accuracy"), ".1%"), _number(validation.get("judged"), ",")
+    return number(validation.get("judgement_accuracy"), ".1%"), number(validation.get("judged"), ",")
 
 
 def _warnings(run: Run) -> list[str]:
@@ -279,14 +239,17 @@ def _stage_table(run: Run) -> str:
         steps, tokens, flops = (stage.last[key] - stage.before[key] for key in ("step", "tokens", "flops"))
         row = [plan.name, *(str(size) for size in (model.num_layers, model.embed_dim, model.num_heads, model.mlp_dim))]
         row[3] += f" ({model.kv_heads} kv)" if model.kv_heads != model.num_heads else ""
-        row += [_number(stage.parameters, ","), f"{steps:,}" + (f" of {plan.steps:,}" if steps < plan.steps else "")]
-        row += [f"{plan.batch_size} x {model.max_length}", f"{tokens:,}", _short(flops, "FLOP")]
-        row += [_number(x) for x in (train.get("loss"), *map(stage.validation.get, ("loss", "bits_per_byte")))]
+        row += [
+            number(stage.parameters, ","),
+            f"{steps:,}" + (f" of {plan.steps:,}" if steps < plan.steps else ""),
+        ]
+        row += [f"{plan.batch_size} x {model.max_length}", f"{tokens:,}", short(flops, "FLOP")]
+        row += [number(x) for x in (train.get("loss"), *map(stage.validation.get, ("loss", "bits_per_byte")))]
         if _has_teachers(run):
             accuracy, judged = _judgements(stage.validation)
-            row += [_number(stage.validation.get("teacher_loss")), f"{accuracy} of {judged}"]
+            row += [number(stage.validation.get("teacher_loss")), f"{accuracy} of {judged}"]
         rows.append(row)
-    return _table(head.split(","), rows, TINTS)
+    return table(head.split(","), rows, TINTS)
 
 
 def _equal_tokens(run: Run) -> str:
@@ -296,8 +259,8 @@ def _equal_tokens(run: Run) -> str:
         return ""
     share = (1 - run.last["flops"] / whole) * 100
     return (
-        f"<p><b>Cost at equal tokens: {share:.1f}% fewer model FLOPs</b> ({_short(run.last['flops'], 'FLOP')} spent, "
-        f"{_short(whole, 'FLOP')} had the model of stage {_text(run.stages[-1].config.name)} been trained on all "
+        f"<p><b>Cost at equal tokens: {share:.1f}% fewer model FLOPs</b> ({short(run.last['flops'], 'FLOP')} spent, "
+        f"{short(whole, 'FLOP')} had the model of stage {escaped(run.stages[-1].config.name)} been trained on all "
         f"{run.last['tokens']:,} tokens). This is arithmetic on the schedule, not a saving at equal loss: a model of "
         "that size from the start may reach another loss on the same tokens.</p>"
     )
@@ -311,13 +274,16 @@ def _certificate_table(run: Run) -> str:
     for c in run.certificates:
         difference = c.get("max_difference") or {}
         row = [f"{c.get('from_stage')} → {c.get('to_stage')}", f"{c.get('step')}", _verdict(c)]
-        row += [_number(difference.get(dtype), ".1e") for dtype in ("float32", "float64")]
-        row += [f"{_number(difference.get('run'), '.1e')} ({c.get('run_dtype')})", _number(c.get("tolerance"), ".0e")]
-        row += [_number(c.get("max_logit"), ".2f")]
-        row += [f"{_number(c.get('loss_before'), '.4f')} → {_number(c.get('loss_after'), '.4f')}"]
+        row += [number(difference.get(dtype), ".1e") for dtype in ("float32", "float64")]
+        row += [
+            f"{number(difference.get('run'), '.1e')} ({c.get('run_dtype')})",
+            number(c.get("tolerance"), ".0e"),
+        ]
+        row += [number(c.get("max_logit"), ".2f")]
+        row += [f"{number(c.get('loss_before'), '.4f')} → {number(c.get('loss_after'), '.4f')}"]
         norms = c.get("gradient_norm") or (None, None)
-        row += [_number(c.get("kl"), ".1e"), " → ".join(_number(norm, ".3g") for norm in norms)]
-        row += [f"{c.get('rows')} rows, {_number(c.get('tokens'), ',')} tokens", f"{c.get('family')}"]
+        row += [number(c.get("kl"), ".1e"), " → ".join(number(norm, ".3g") for norm in norms)]
+        row += [f"{c.get('rows')} rows, {number(c.get('tokens'), ',')} tokens", f"{c.get('family')}"]
         rows.append([*row, ", ".join(f"{name} {a} → {b}" for name, (a, b) in (c.get("sizes") or {}).items())])
     certified = {c.get("step") for c in run.certificates}
     for record in run.growth:
@@ -325,7 +291,7 @@ def _certificate_table(run: Run) -> str:
             change = f"{record.get('from_stage')} → {record['stage']}"
             rows.append([change, f"{record['step']}", "✗ no certificate", *["-"] * 11])
     note = "float32, float64, run: largest |difference| of the logits before and after growth, on validation text."
-    return f'<h2>Certificates of growth</h2>{_table(head.split(","), rows)}<p class="small">{note}</p>'
+    return f'<h2>Certificates of growth</h2>{table(head.split(","), rows)}<p class="small">{note}</p>'
 
 
 def _verdict(certificate: Record) -> str:
@@ -334,7 +300,7 @@ def _verdict(certificate: Record) -> str:
     if not certificate.get("exact"):
         return f"{certificate.get('claim') or 'not exact'}, by design"
     difference, tolerance = (certificate.get("max_difference") or {}).get("float32"), certificate.get("tolerance")
-    return "✓ exact" if _finite(difference) <= _finite(tolerance) else "✗ not shown exact"  # NaN is not <= anything
+    return "✓ exact" if finite(difference) <= finite(tolerance) else "✗ not shown exact"  # NaN is not <= anything
 
 
 def _samples(run: Run) -> str:
@@ -343,48 +309,7 @@ def _samples(run: Run) -> str:
     out = ["<h2>Text samples</h2>"] if last else []
     for stage, record in last.items():
         prompt, text = record.get("prompt") or "", record.get("text") or ""
-        body = f"<b>{_text(prompt)}</b>{_text(text)}"
-        caption = f"{_text(stage)}, step {record['step']:,}; the prompt in bold"
+        body = f"<b>{escaped(prompt)}</b>{escaped(text)}"
+        caption = f"{escaped(stage)}, step {record['step']:,}; the prompt in bold"
         out.append(f"<figure><figcaption>{caption}</figcaption><pre>{body}</pre></figure>")
     return "".join(out)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], tints: Sequence[str] = ()) -> str:
-    """Escaped cells; ticks and crosses are coloured, and `tints` fill the first column."""
-    lines = ["".join(f'<th scope="col">{_text(cell)}</th>' for cell in head)]
-    for i, row in enumerate(rows):
-        tint = f' style="background: {tints[i % len(tints)]}"' if tints else ""
-        marks = [{"✓": ' class="good"', "✗": ' class="bad"'}.get(cell[:1], "") for cell in row[1:]]
-        lines.append("".join(f"<td{m}>{_text(cell)}</td>" for m, cell in zip([tint, *marks], row, strict=True)))
-    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def _text(text: str) -> str:
-    """Escaped for HTML; code points that no page may hold (a byte-level model writes them) are replaced."""
-    plain = (c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in str(text))
-    return html.escape("".join(plain))
-
-
-def _finite(value: Any) -> float:
-    """NaN for what is missing."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _number(value: Any, form: str = ".3f") -> str:
-    return format(value, form) if math.isfinite(_finite(value)) else "-"
-
-
-def _short(value: float, unit: str = "") -> str:
-    """1234567 -> 1.23 M. FLOP go on with G, T, P, E; counts with B, T."""
-    if not math.isfinite(value):
-        return "-"
-    prefixes = ["", *("kMGTPEZY" if unit else "kMBT")]
-    power = min(int(math.log10(max(abs(value), 1) * 1.00051) / 3), len(prefixes) - 1)  # 999,600 is 1 M, not 1e+03 k
-    return f"{value / 1000**power:.3g} {prefixes[power]}{unit}".strip()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -20,12 +20,13 @@ from flmjax.growth.grow import grow
 from flmjax.growth.learned import tune, tuning_flops
 from flmjax.growth.masks import Ramp
 from flmjax.model.decode import generate
+from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement
 from flmjax.training.checkpoint import Checkpoints
 from flmjax.training.losses import teacher_means
-from flmjax.training.metrics import FLOPS_CONVENTION, Clock, MetricsWriter, ProgressBar, flops_per_token, peak_flops
+from flmjax.training.metrics import Clock, MetricsWriter, ProgressBar, peak_flops
 from flmjax.training.optimizer import learning_rate, new_warmup
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
 from flmjax.training.step import compile_evaluation, compile_step, divisor, gradients, nonfinite_leaves, put_batch

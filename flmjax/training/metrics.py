@@ -15,79 +15,27 @@ import numpy as np
 from tqdm import tqdm
 
 from flmjax.config import ConfigError, ModelConfig, RunConfig, StageConfig, from_config_dict
+from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
+from flmjax.sharding.chips import chip_of
 
 Record = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
 SURROGATES = "backslashreplace"  # half a UTF-16 pair in a sample becomes a JSON escape instead of ending the run
 
-# ---- FLOPs ----------------------------------------------------------------------------------------------------------
-
-FLOPS_CONVENTION = (
-    "Model FLOPs, forward and backward: 6 per token and parameter in a matrix multiplication (output head once, true "
-    "vocabulary; no embedding lookup, no recomputation) + attention products QK^T and AV, half of the square (causal)."
-)
-
-
-def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that a token is multiplied with: projections, MLP and the output head once, tied or not.
-
-    Neither biases, norms, embedding lookup and positions nor the padded rows of the vocabulary are counted.
-
-    Raises:
-        ConfigError: without a vocabulary size.
-    """
-    if config.vocab_size is None:
-        raise ConfigError("model.vocab_size is None; FLOPs need the tokenizer's")
-    query_and_output = 2 * config.embed_dim * config.num_heads * config.head_dim
-    key_and_value = 2 * config.embed_dim * config.kv_heads * config.head_dim
-    mlp = (3 if config.activation == "swiglu" else 2) * config.embed_dim * config.mlp_dim
-    return config.num_layers * (query_and_output + key_and_value + mlp) + config.vocab_size * config.embed_dim
-
-
-def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Model FLOPs of one training token in rows of `length` tokens, by FLOPS_CONVENTION.
-
-    A multiplication with P parameters takes 2 P forward and twice that backward (for the input's gradient and for the
-    parameters'): 6 P. One query against s keys takes 2 s H K for QK^T and 2 s H K for AV. Over a causal row s is L / 2
-    in the mean (half of the L x L square), so N layers take N * 4 (L / 2) H K = 2 N H K L forward and 6 N H K L in all.
-
-    Raises:
-        ConfigError: without a vocabulary size.
-    """
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
-    return float(6 * matmul_parameters(config) + attention)
-
-
-# Dense peaks in FLOP/s from the vendors' data sheets: (bfloat16, float32). JAX multiplies float32 matrices in TF32 on
-# these GPUs and in one bfloat16 pass on TPUs unless told otherwise. The first key that the device's kind holds counts.
-PEAKS = {
-    "A100": (312e12, 156e12),
-    "A800": (312e12, 156e12),
-    "H100 PCIe": (756e12, 378e12),
-    "H100 NVL": (835e12, 418e12),
-    "H100": (989e12, 495e12),
-    "H200": (989e12, 495e12),
-    "TPU v4 lite": (138e12, 138e12),
-    "TPU v4": (275e12, 275e12),
-    "TPU v5 lite": (197e12, 197e12),
-    "TPU v5e": (197e12, 197e12),
-    "TPU v5": (459e12, 459e12),
-    "TPU v6": (918e12, 918e12),
-}
+# ---- FLOP/s of a device ---------------------------------------------------------------------------------------------
 
 
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
     """(FLOP/s that one device can reach in matrix multiplications of `dtype`, where the number comes from).
 
-    Devices and types outside PEAKS are measured, in float32. Fake host devices share one machine: measured alone, each
-    gets all of it.
+    Devices and types without a data sheet are measured, in float32. Fake host devices share one machine: measured
+    alone, each gets all of it.
     """
-    column = {"bfloat16": 0, "float32": 1}.get(jnp.dtype(dtype).name)
-    for kind, peaks in PEAKS.items():
-        if column is not None and kind in device.device_kind:
-            return peaks[column], f"data sheet of {kind}, {dtype}"
+    chip, dtype = chip_of(device.device_kind), jnp.dtype(dtype).name
+    if chip is not None and dtype in ("bfloat16", "float32"):
+        return getattr(chip, dtype), f"data sheet of {chip.kind}, {dtype}"
     return _measured_flops(device), f"measured: 1024 x 1024 float32 matrix multiplication on {device.device_kind}"
 
 

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from flmjax.model.flops import flops_per_token
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training.metrics import flops_per_token
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_step, put_batch
 
