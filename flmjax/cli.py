@@ -17,7 +17,7 @@ USAGE_GROW = "usage: flmjax grow --config=FILE --source=WORKDIR (--workdir=DIR [
 
 
 def train(config: RunConfig, workdir: Path) -> None:
-    """Train the schedule of stages, or go on with it; then write the report."""
+    """Train the schedule of stages, or go on with it."""
     from flmjax.evaluation.report import write_report
     from flmjax.training.loop import train as run
 
@@ -26,7 +26,7 @@ def train(config: RunConfig, workdir: Path) -> None:
 
 
 def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
-    """Turn text and teachers into token files, or check those that are there; --inspect=N shows N samples."""
+    """Turn text into token files, or check them; --inspect=N shows N samples."""
     from flmjax.data.inspection import show_samples, summary
     from flmjax.data.loader import mixture, mixture_schedule
     from flmjax.data.prepare import prepare as run
@@ -42,7 +42,7 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
 
 
 def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_only: bool) -> None:
-    """Grow the newest checkpoint of another run (--source) into the first stage's model; --dry-run says how."""
+    """Grow another run's newest checkpoint into the first stage's model."""
     from flmjax.training.grow_checkpoint import grow_checkpoint, plan_checkpoint
 
     if dry_run:
@@ -52,15 +52,39 @@ def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_o
     print(f"{workdir}: checkpoint at step 0; 'flmjax train' with this config and workdir goes on from it", flush=True)
 
 
+def plan(config: RunConfig, price: float | None, tflops: float | None, cost_only: bool, output: str | None) -> None:
+    """Compile a run for a machine that is not here: memory, time, price."""
+    from flmjax.scaling.plan import make_plan
+    from flmjax.scaling.tables import cost_table, peers_table, table
+
+    if cost_only:
+        print(f"{cost_table(config, tflops, price)}\n\n{peers_table()}", flush=True)
+        return
+    made = make_plan(config, price, lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True))
+    print(table(made), flush=True)
+    if output is not None:
+        from flmjax.scaling.plan_page import write_plan
+
+        print(f"plan: {write_plan(made, Path(output))}", flush=True)
+    if made.refusals:
+        raise RuntimeError(made.refusals[0])
+
+
 def report(workdir: Path) -> None:
-    """Write report.html and loss.png of a run, finished or not."""
+    """Write report.html of a run, finished or not."""
     from flmjax.evaluation.report import write_report
 
     print(f"report: {write_report(workdir)}", flush=True)
 
 
 # Imports live in the functions: a typo is answered before JAX is loaded.
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "prepare": prepare, "grow": grow, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "prepare": prepare,
+    "grow": grow,
+    "plan": plan,
+    "report": report,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -73,7 +97,8 @@ def main(argv: list[str]) -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     try:
-        COMMANDS[command](*([workdir] if config is None else [config, workdir]), **options)
+        positional = [x for x in (config, workdir) if x is not None]
+        COMMANDS[command](*positional, **options)
     except ConfigError as error:
         print(f"flmjax: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -88,8 +113,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path, dict[str, Any]]:
-    """(command, config or None where the command takes none, workdir, the command's own options).
+def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path | None, dict[str, Any]]:
+    """(command, config and workdir or None where the command takes none, the command's own options).
 
     Raises:
         ConfigError or absl.flags.Error: whatever is not understood, with the nearest names.
@@ -110,9 +135,9 @@ def parse(argv: list[str]) -> tuple[str, RunConfig | None, Path, dict[str, Any]]
     options = {name: flag.value for name, flag in own.items()}
     if command == "grow" and options["source"] is None:
         raise ConfigError(f"--source is missing: the workdir of the run to grow; {USAGE_GROW}")
-    if workdir.value is None and not options.get("dry_run"):
+    if workdir.value is None and not options.get("dry_run") and command != "plan":
         raise ConfigError(f"--workdir is missing; {USAGE}")
-    folder = Path(workdir.value or "")
+    folder = None if command == "plan" else Path(workdir.value or "")
     if config is None:
         return command, None, folder, options
     if config.value is None:
@@ -139,7 +164,18 @@ def _define_prepare(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
     return {"inspect": flags.DEFINE_integer("inspect", 0, text, lower_bound=0, flag_values=values)}
 
 
-OPTIONS = {"grow": _define_grow, "prepare": _define_prepare}
+def _define_plan(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
+    """The options of plan."""
+    speed = "with --cost-only: model TFLOP/s of a device"
+    return {
+        "price": flags.DEFINE_float("price", None, "dollars for a device-hour", 0.0, flag_values=values),
+        "tflops": flags.DEFINE_float("tflops", None, speed, 0.0, flag_values=values),
+        "cost_only": flags.DEFINE_boolean("cost-only", False, "compile nothing", flag_values=values),
+        "output": flags.DEFINE_string("output", None, "folder for plan.json and plan.html", flag_values=values),
+    }
+
+
+OPTIONS = {"grow": _define_grow, "plan": _define_plan, "prepare": _define_prepare}
 
 
 def _define_config(values: flags.FlagValues, arguments: list[str]) -> flags.FlagHolder:

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 POSITIONS = ("xpos", "rope", "learned")
-ATTENTIONS = ("plain", "cudnn", "splash")
+ATTENTIONS = ("plain", "fused", "cudnn", "splash")
 REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -32,6 +32,7 @@ SPLITS = ("unequal", "equal")
 MOMENTS = ("carry", "reset")
 SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
 RATE_POLICIES = ("continue", "rewarm", "rewind", "stage")
+MESH_AXES = ("replica", "fsdp", "tensor")
 STAGE_SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
 
@@ -79,7 +80,7 @@ class ModelConfig:
     init_std: float = 0.02
     base_embed_dim: int | None = None  # muP's base width (model/mup.py); None: standard parametrisation
     dtype: str = "float32"  # of the matrix multiplications; parameters are always float32
-    attention: str = "plain"
+    attention: str = "plain"  # "fused": by the platform, model/attention.py
     remat: str = "none"
     scan_unroll: int = 1  # layers unrolled per iteration of the scan over layers
 
@@ -155,6 +156,7 @@ class MeshConfig:
     replica: int = 1
     fsdp: int | None = None
     tensor: int = 1
+    topology: str | None = None  # the machine that `flmjax plan` compiles for: a800:24x8, v5p:4x8x8 ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -600,7 +602,7 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     Raises:
         ConfigError: naming the leaf's axis, the mesh axis and both numbers.
     """
-    sizes = {field.name: getattr(config.mesh, field.name) for field in dataclasses.fields(MeshConfig)}
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     free = [name for name, size in sizes.items() if size is None]
     _require(len(free) <= 1, f"mesh: only one of {', '.join(free)} can be None")
     fixed = math.prod(size for size in sizes.values() if size is not None)
@@ -609,16 +611,32 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
         _require(num_devices % fixed == 0, f"mesh: {fixed} (fixed axes) does not divide the {num_devices} devices")
         sizes[free[0]] = num_devices // fixed
     product = math.prod(sizes.values())
-    _require(product == num_devices, f"mesh: {sizes} has {product} places for {num_devices} devices")
-    mesh = MeshConfig(**sizes)
+    _require(
+        product == num_devices,
+        f"mesh: {sizes} has {product} places for {num_devices} devices; an axis that is None takes what is left",
+    )
+    mesh = dataclasses.replace(config.mesh, **sizes)
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
         rows, data_axes = stage.batch_size // stage.microbatches, sizes["replica"] * sizes["fsdp"]
         _require(
             rows % data_axes == 0,
-            f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={data_axes}",
+            f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={data_axes}; "
+            f"{_legal_batches(stage, data_axes)}",
         )
         check_mesh(model, mesh, f"stages[{i}]")
     return mesh
+
+
+def _legal_batches(stage: StageConfig, data_axes: int) -> str:
+    """What would divide instead: other numbers of microbatches, or the next batches."""
+    rows = stage.batch_size // data_axes
+    counts = [k for k in range(1, rows + 1) if rows % k == 0] if stage.batch_size % data_axes == 0 else []
+    if counts:
+        nearest_count = min(counts, key=lambda k: abs(k - stage.microbatches))
+        return f"microbatches={nearest_count} would"
+    unit = data_axes * stage.microbatches
+    below = stage.batch_size // unit * unit
+    return " or ".join(f"batch_size={size}" for size in (below, below + unit) if size) + " would"
 
 
 def check_mesh(model: ModelConfig, mesh: MeshConfig, path: str) -> None:
@@ -637,4 +655,8 @@ def check_mesh(model: ModelConfig, mesh: MeshConfig, path: str) -> None:
         ("max_length", model.max_length, "tensor"),
     ):
         parts = getattr(mesh, axis)
-        _require(size % parts == 0, f"{path}: {name}={size} does not divide over mesh axis {axis}={parts}")
+        legal = max(n for n in range(1, parts + 1) if size % n == 0)
+        _require(
+            size % parts == 0,
+            f"{path}: {name}={size} does not divide over mesh axis {axis}={parts}; {axis}={legal} would",
+        )

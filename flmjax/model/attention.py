@@ -30,7 +30,8 @@ def attend(
     Args:
         q_BLHK: queries, positions applied. k_BLGK, v_BLGK: keys and values.
         segment_ids_BL: documents of a packed row, or None.
-        implementation: "plain", "cudnn" (GPU) or "splash" (TPU; interpreted, slowly, elsewhere).
+        implementation: "plain", "cudnn" (GPU), "splash" (TPU; interpreted, slowly, elsewhere), or "fused": what
+            `choose` finds for the platform.
         placement: the activations' sharding (sharding.rules.Placement); splash runs under its shard_map.
 
     Returns:
@@ -39,9 +40,29 @@ def attend(
     Raises:
         ConfigError: for an unknown backend, or one that cannot honour segment ids.
     """
+    if implementation == "fused":
+        implementation = choose(_platform(placement), q_BLHK.dtype, segment_ids_BL is not None)
     if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(f"attention='{implementation}'{nearest(implementation, IMPLEMENTATIONS)}")
+        raise ConfigError(f"attention='{implementation}'{nearest(implementation, ('fused', *IMPLEMENTATIONS))}")
     return IMPLEMENTATIONS[implementation](q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, placement)
+
+
+def choose(platform: str, dtype: Any, segmented: bool) -> str:
+    """The backend that "fused" stands for.
+
+    Args:
+        platform: "tpu", "gpu" or "cpu". dtype: of the matrix multiplications. segmented: whether there are segment ids.
+    """
+    if platform == "tpu":
+        return "splash"
+    if platform == "gpu" and not segmented and jnp.dtype(dtype).itemsize == 2:  # cuDNN's kernels are for 16 bits
+        return "cudnn"
+    return "plain"
+
+
+def _platform(placement: Any) -> str:
+    """Of the devices that are computed for, which need not be here."""
+    return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
 
 
 def _plain(
@@ -91,7 +112,7 @@ def _cudnn(
 def _splash(
     q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, placement: Any
 ) -> jax.Array:
-    kernel = functools.partial(_splash_local, interpret=jax.default_backend() != "tpu")
+    kernel = functools.partial(_splash_local, interpret=_platform(placement) != "tpu")
     if placement is None:
         return kernel(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
     heads, kv_heads = placement.spec("batch", None, "heads", None), placement.spec("batch", None, "kv_heads", None)

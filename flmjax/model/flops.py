@@ -1,4 +1,4 @@
-"""Floating-point operations of a training token, from the configuration alone: no JAX."""
+"""Parameters, and floating-point operations of a training token, from the configuration alone: no JAX."""
 
 from flmjax.config import ConfigError, ModelConfig
 
@@ -8,8 +8,27 @@ FLOPS_CONVENTION = (
 )
 
 
+def block_matrices(config: ModelConfig) -> int:
+    """Parameters of one layer's matrices: projections and MLP; 12 embed_dim^2 in GPT's shape."""
+    query_and_output = 2 * config.embed_dim * config.num_heads * config.head_dim
+    key_and_value = 2 * config.embed_dim * config.kv_heads * config.head_dim
+    mlp = (3 if config.activation == "swiglu" else 2) * config.embed_dim * config.mlp_dim
+    return query_and_output + key_and_value + mlp
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """All parameters, padding of the vocabulary included; what count_parameters finds in the tree."""
+    norm = config.embed_dim * (2 if config.norm == "layernorm" and config.bias else 1)
+    biases = (config.num_heads + 2 * config.kv_heads) * config.head_dim + 2 * config.embed_dim
+    biases += (2 if config.activation == "swiglu" else 1) * config.mlp_dim
+    layer = block_matrices(config) + 2 * norm + (biases if config.bias else 0)
+    tables = config.padded_vocab_size * (1 if config.tied_embedding else 2)
+    tables += config.max_length if config.position == "learned" else 0
+    return config.num_layers * layer + norm + tables * config.embed_dim
+
+
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that a token is multiplied with: projections, MLP and the output head once, tied or not.
+    """Parameters that a token is multiplied with: matrices of the layers and the output head once, tied or not.
 
     Neither biases, norms, embedding lookup and positions nor the padded rows of the vocabulary are counted.
 
@@ -18,10 +37,7 @@ def matmul_parameters(config: ModelConfig) -> int:
     """
     if config.vocab_size is None:
         raise ConfigError("model.vocab_size is None; FLOPs need the tokenizer's")
-    query_and_output = 2 * config.embed_dim * config.num_heads * config.head_dim
-    key_and_value = 2 * config.embed_dim * config.kv_heads * config.head_dim
-    mlp = (3 if config.activation == "swiglu" else 2) * config.embed_dim * config.mlp_dim
-    return config.num_layers * (query_and_output + key_and_value + mlp) + config.vocab_size * config.embed_dim
+    return config.num_layers * block_matrices(config) + config.vocab_size * config.embed_dim
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -29,10 +29,11 @@ class Chip:
     watts: float | None = None
 
 
+A800 = Chip("A800", 312e12, 156e12, 80 * GiB, 2039e9, 200e9, 25e9, 400.0)
 # The first whose kind is in the device's name counts. An A800 is an A100 with 8 of 12 NVLinks.
 CHIPS = (
     Chip("A100", 312e12, 156e12, 80 * GiB, 2039e9, 300e9, 25e9, 400.0),
-    Chip("A800", 312e12, 156e12, 80 * GiB, 2039e9, 200e9, 25e9, 400.0),
+    A800,
     Chip("H100 PCIe", 756e12, 378e12),
     Chip("H100 NVL", 835e12, 418e12),
     Chip("H100", 989e12, 495e12),

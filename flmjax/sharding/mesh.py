@@ -3,9 +3,7 @@
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from flmjax.config import MeshConfig
-
-MESH_AXES = ("replica", "fsdp", "tensor")
+from flmjax.config import MESH_AXES, MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: list) -> Mesh:

@@ -25,11 +25,12 @@ from flmjax.data.loader import fingerprint, mixture_schedule
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import Tokenizer
-from flmjax.growth.grow import check_growth, grow, plan_growth
+from flmjax.growth.grow import check_growth, plan_growth
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.checkpoint import Checkpoints, latest_whole_step
 from flmjax.training.loop import prove_growth, stage_ramp
 from flmjax.training.state import init_state, state_spec
+from flmjax.training.step import compile_growth
 from flmjax.training.workdir import data_directory, with_vocabulary, write_config
 
 DURING_TRAINING = {
@@ -104,7 +105,7 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
             state = dataclasses.replace(init_state(before, config.seed), params=params)
         else:
             state = checkpoints.restore(found.step, before.abstract)
-    program = jax.jit(lambda state, key: grow(state, found.model, new, operator, key), out_shardings=after.shardings)
+    program = compile_growth(before, after, operator)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, nonfinite=zero)
     prove_growth(

@@ -16,7 +16,6 @@ from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixtur
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import Prepared
 from flmjax.growth.certificate import Certificate, certify
-from flmjax.growth.grow import grow
 from flmjax.growth.learned import tune, tuning_flops
 from flmjax.growth.masks import Ramp
 from flmjax.model.decode import generate
@@ -29,7 +28,15 @@ from flmjax.training.losses import teacher_means
 from flmjax.training.metrics import Clock, MetricsWriter, ProgressBar, peak_flops
 from flmjax.training.optimizer import learning_rate, new_warmup
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
-from flmjax.training.step import compile_evaluation, compile_step, divisor, gradients, nonfinite_leaves, put_batch
+from flmjax.training.step import (
+    compile_evaluation,
+    compile_growth,
+    compile_step,
+    divisor,
+    gradients,
+    nonfinite_leaves,
+    put_batch,
+)
 from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
@@ -286,11 +293,9 @@ class Run:
         old, new = self.config.stage_models[index - 1 : index + 1]
         spec = self.spec(index)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index + 1)
-        grown = jax.jit(lambda state, key: grow(state, old, new, stage.growth, key), out_shardings=spec.shardings)(
-            state, key
-        )
+        grown = compile_growth(self.spec(index - 1), spec, stage.growth)(state, key)
         if stage.tuning_steps:
-            grown = grown.replace(params=self.tune(state.params, spec, index, key))
+            grown = dataclasses.replace(grown, params=self.tune(state.params, spec, index, key))
         certificate = prove_growth(
             self.config,
             self.workdir,

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import ModelConfig
+from flmjax.config import GrowthConfig, ModelConfig
+from flmjax.growth.grow import grow
 from flmjax.growth.masks import Ramp
 from flmjax.model.axes import path_name
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
@@ -137,6 +138,17 @@ def compile_step(
     )
 
 
+def compile_growth(
+    old: StateSpec, new: StateSpec, operator: GrowthConfig
+) -> Callable[[TrainState, jax.Array], TrainState]:
+    """(state, key) -> the grown state, under jit; the old one stays, to be compared with."""
+    return jax.jit(
+        lambda state, key: grow(state, old.config, new.config, operator, key),
+        in_shardings=(old.shardings, replicated(old.mesh)),
+        out_shardings=new.shardings,
+    )
+
+
 def compile_evaluation(spec: StateSpec) -> Callable[[Any, Batch], dict[str, jax.Array]]:
     """(params, batch) -> sums as loss_sums gives them, dropout off."""
     placement = Placement(spec.mesh)
@@ -156,6 +168,18 @@ def put_batch(rows: dict[str, np.ndarray], token_bytes: np.ndarray, mesh: jax.sh
     rows = {**rows, "bytes": per_row}
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
+
+
+def abstract_batch(rows: int, length: int, mesh: jax.sharding.Mesh, *, segments: bool, teachers: bool) -> Any:
+    """Shapes of what put_batch makes of the loader's rows: with segment ids and positions, with teachers' marks."""
+    names = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    names |= {"segment_ids": jnp.int32, "positions": jnp.int32} if segments or teachers else {}
+    shapes: dict[str, Any] = {name: ((rows, length), dtype) for name, dtype in names.items()}
+    if teachers:
+        shapes |= {"marks": ((rows, 2), jnp.int32), "decisive": ((rows, length), jnp.float32)}
+    shapes["bytes"] = ((rows,), jnp.float32)
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(*of, sharding=sharding) for name, of in shapes.items()}
 
 
 def nonfinite_leaves(finite: np.ndarray, params: Any) -> list[str]:

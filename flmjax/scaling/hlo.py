@@ -1,0 +1,190 @@
+"""What a compiled program does, read from its text: bytes that collectives move and FLOPs of matrix multiplications.
+
+A loop's body is counted as often as it runs, which the compiler's own cost analysis does not do.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+BYTES |= {"s64": 8, "u64": 8, "f64": 8}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(
+    r"(body|calls|to_apply|true_computation|false_computation|branch_computations|async_computation|"
+    r"called_computations)=\{?([%\w.\-, ]+)"
+)
+
+Shape = tuple[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of a program that are alike.
+
+    Attributes:
+        kind: as XLA calls it. dtype: of what is moved.
+        group: devices that exchange. in_node: those of a group that are in one node.
+        count: executions a step. bytes: that a device sends in a step, on a ring: (n - 1) / n of a gathered or
+            scattered array, twice that for a reduced one, all of a permuted one.
+    """
+
+    kind: str
+    dtype: str
+    group: int
+    in_node: int
+    count: int
+    bytes: float
+
+
+def collectives(text: str, node: int) -> list[Collective]:
+    """Those of a program, given its text after compilation; nodes hold `node` consecutive devices."""
+    found: dict[tuple[str, str, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for computation, times, line in _executed(text):
+        match = _COLLECTIVE.search(line)
+        if match is None:
+            continue
+        kind, shapes = match[2], _shapes(match[1])
+        if not shapes:
+            continue
+        if match[3] and kind != "all-reduce":  # (operands, results, contexts)
+            shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
+            shapes = shapes[len(shapes) // 2 :] if len(shapes) > 1 else shapes
+        group = _first_group(line)
+        size, n = sum(map(_num_bytes, shapes)), max(len(group), 2)
+        if kind == "all-reduce" and "reduce-scatter" in computation:  # how TPU programs write it
+            kind, sent = "reduce-scatter", size * (n - 1) / n
+        else:
+            share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
+            sent = size * share.get(kind, (n - 1) / n)
+        in_node = max(1, sum(device // node == group[0] // node for device in group))
+        entry = found[kind, shapes[0][0], len(group), in_node]
+        entry[0] += times
+        entry[1] += times * sent
+    return [Collective(*key, int(count), sent) for key, (count, sent) in sorted(found.items())]
+
+
+def matmul_flops(text: str) -> float:
+    """2 M N K of every matrix multiplication that a device executes; kernels of other languages are not looked into.
+
+    Raises:
+        ValueError: for one whose contracted sizes cannot be read.
+    """
+    total = 0.0
+    shape_of: dict[str, dict[str, Shape]] = {}
+    for computation, times, line in _executed(text):
+        if computation not in shape_of:
+            shape_of[computation] = {}
+        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)", line)
+        if match is None:
+            continue
+        shapes = _shapes(match[2].split(")")[0] if match[2].startswith("(") else match[2].split("(")[0])
+        if shapes:
+            shape_of[computation][match[1]] = shapes[0]
+        if re.search(r" (dot|convolution)\(|custom_call_target=\"__cublas", line):
+            total += times * 2 * math.prod(shapes[0][1]) * _contracted(line, shape_of[computation])
+    return total
+
+
+def _contracted(line: str, shape_of: dict[str, Shape]) -> int:
+    """K of a matrix multiplication."""
+    operands = [shape_of.get(name) for name in re.findall(r"%([\w.\-]+)", line.split("(", 1)[1])[:2]]
+    if labels := re.search(r"dim_labels=\w+_(\w+)->", line):  # a TPU's: all of the kernel but its output features
+        kernel = operands[1]
+        if kernel is not None and len(labels[1]) == len(kernel[1]):
+            return math.prod(size for name, size in zip(labels[1], kernel[1], strict=True) if name != "o")
+    dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
+    dims = dims or re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', line)
+    if dims is None or operands[0] is None:
+        raise ValueError(f"no contracted sizes in {line.strip()[:200]}")
+    return math.prod(operands[0][1][int(i)] for i in re.findall(r"\d+", dims[1]))
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _shapes(text: str) -> list[Shape]:
+    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
+    return [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in found if dtype in BYTES]
+
+
+def _num_bytes(shape: Shape) -> int:
+    return BYTES[shape[0]] * math.prod(shape[1])
+
+
+def _executed(text: str) -> Iterator[tuple[str, float, str]]:
+    """(computation, how often it runs, line) for every line that runs at all."""
+    computations, entry = _computations(text)
+    times: dict[str, float] = collections.defaultdict(float)
+
+    def visit(name: str, count: float) -> None:
+        times[name] += count
+        for line in computations[name]:
+            trips = _trips(line, computations) if " while(" in line else 1
+            for key, called in _CALLED.findall(line):
+                if key == "to_apply" and not re.search(r" (call|fusion|custom-call)\(", line):
+                    continue  # the sum of a reduction
+                for other in (word.strip().lstrip("%") for word in called.split(",")):
+                    if other in computations:
+                        visit(other, count * (trips if key == "body" else 1))
+
+    visit(entry, 1.0)
+    for name, count in times.items():
+        for line in computations[name]:
+            yield name, count, line
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """(lines of every computation, the name of the first to run)."""
+    found: dict[str, list[str]] = {}
+    current, entry = None, ""
+    for line in text.splitlines():
+        if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            current = match[2]
+            found[current] = []
+            entry = current if match[1] else entry
+        elif line.rstrip() == "}":  # "}}," ends a kernel's attributes, not a computation
+            current = None
+        elif current is not None:
+            found[current].append(line)
+    return found, entry
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs: as its line says, or (TPU) the constant that its condition compares with."""
+    if known := re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    return max((int(n) for other in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", other)), default=1)
+
+
+def _first_group(line: str) -> list[int]:
+    """Devices of the first group that exchange; there are three spellings, and a fourth for pairs."""
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        return _iota(match[2], match[3]).reshape(_numbers(match[1]))[0].tolist()
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    if match := re.search(mesh, line):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        devices = _iota(match[2] or ",".join(map(str, axes.values())), match[3]).reshape(list(axes.values()))
+        used = [i for i, name in enumerate(axes) if f"'{name}'" in match[4]]
+        moved = np.moveaxis(devices, used, range(-len(used), 0))
+        return moved.reshape(-1, math.prod(devices.shape[i] for i in used))[0].tolist()
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+        return _numbers(match[1])
+    return []
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    shape = _numbers(sizes)
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose(_numbers(order)) if order else devices
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]

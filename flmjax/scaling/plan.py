@@ -1,0 +1,213 @@
+"""A run, priced before anybody books a machine: what every stage and every growth takes there.
+
+This file needs no JAX; what compiles is imported where it is called.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flmjax.config import ConfigError, MeshConfig, RunConfig
+from flmjax.model.flops import flops_per_token
+from flmjax.scaling import cost
+from flmjax.scaling.cost import Bill, Published, StageCost
+from flmjax.scaling.roofline import StepTime, fused_attention_flops, step_time
+from flmjax.scaling.stderr import captured_stderr
+from flmjax.sharding.chips import Chip, GiB
+
+if TYPE_CHECKING:
+    from flmjax.scaling.compile import Program
+
+# Of a device's memory, what a program can have: the rest is for the driver, communication buffers and, on GPUs, the
+# workspace of cuDNN, which is in no compiler's count.
+USABLE = {"cuda": 0.92, "tpu": 0.97}
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One stage on the machine; FLOPs, bytes and times are of a step, those of `program` of one device.
+
+    Attributes:
+        cost: of the whole stage. attention: the backend. attention_flops: of its kernels, which no program shows.
+        model_flops: of all devices, by FLOPS_CONVENTION. bill: of the whole stage at the estimated step time.
+    """
+
+    cost: StageCost
+    batch_size: int
+    microbatches: int
+    attention: str
+    program: "Program"
+    attention_flops: float
+    model_flops: float
+    step: StepTime
+    bill: Bill
+    published: Published | None
+
+    @property
+    def executed_flops(self) -> float:
+        """Of one device, recomputed layers included."""
+        return self.program.matmul_flops + self.attention_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthPlan:
+    """The growth from one stage to the next; old and new state are in memory at once."""
+
+    from_stage: str
+    to_stage: str
+    program: "Program"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A whole run on a machine.
+
+    Attributes:
+        is_exact: False where fake CPU devices stood in for the machine: only whether programs partition is known.
+        usable: bytes of a device that a program can have.
+        saved: share of FLOPs that the schedule saves at equal tokens. saved_days: of days at equal tokens and speed.
+    """
+
+    topology: str
+    chip: Chip
+    devices: int
+    mesh: MeshConfig
+    is_exact: bool
+    usable: float
+    stages: tuple[StagePlan, ...]
+    growths: tuple[GrowthPlan, ...]
+    total: Bill
+    saved: float
+    saved_days: float
+    refusals: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain nested dictionary, what is derived included."""
+        tree = dataclasses.asdict(self)
+        for stage, own in zip(self.stages, tree["stages"], strict=True):
+            own["step"]["seconds"] = stage.step.seconds
+            own["executed_flops"] = stage.executed_flops
+            own["tflops"] = tflops(stage, self.devices)
+        return tree
+
+
+def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None] = lambda _: None) -> Plan:
+    """Compile every step and every growth of a run for its mesh.topology.
+
+    Args:
+        price: dollars for a device-hour; None: the paper's for A800s, else unknown.
+        log: told of each program.
+
+    Raises:
+        ConfigError: for a machine, a mesh or a size that does not fit, and without cuDNN where the config asks for it.
+    """
+    if config.mesh.topology is None:
+        raise ConfigError("mesh.topology is None; name the machine: --config.mesh.topology=a800:24x8")
+    with captured_stderr():  # the CUDA plugin says that no GPU is here
+        from flmjax.scaling.compile import Compiler
+        from flmjax.scaling.topology import parse_topology
+    costs = cost.stage_costs(config)
+    topology = parse_topology(config.mesh.topology)
+    compiler = Compiler(config, topology)
+    machine = machine_of(topology.chip, topology.num_devices, price)
+    stages, growths = [], []
+    for index, (own, published) in enumerate(zip(costs, cost.published(costs), strict=True)):
+        if index:
+            log(f"growth into {own.name}")
+            growths.append(GrowthPlan(costs[index - 1].name, own.name, compiler.growth(index)))
+        log(f"step of {own.name}")
+        stages.append(_stage_plan(compiler, index, own, machine, published))
+    usable = USABLE[topology.platform] * topology.chip.memory
+    last = stages[-1]
+    scratch = cost.cost_from_scratch(config)
+    days_from_scratch = last.bill.days * scratch / last.cost.flops
+    plan = Plan(
+        topology=topology.name,
+        chip=topology.chip,
+        devices=topology.num_devices,
+        mesh=compiler.mesh_config,
+        is_exact=compiler.is_exact,
+        usable=usable,
+        stages=tuple(stages),
+        growths=tuple(growths),
+        total=cost.bill(machine, sum(stage.bill.days for stage in stages)),
+        saved=cost.saved_at_equal_tokens([own.flops for own in costs], scratch),
+        saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
+        refusals=(),
+    )
+    return dataclasses.replace(plan, refusals=tuple(_refusals(plan, config)))
+
+
+def machine_of(chip: Chip, devices: int, price: float | None) -> cost.Machine:
+    """`devices` of a kind; a price of None is the paper's for A800s."""
+    if price is None and chip.kind == "A800":
+        price = cost.DOLLARS_PER_HOUR
+    return cost.Machine(devices, price, chip.watts)
+
+
+def _stage_plan(
+    compiler: Any, index: int, own: StageCost, machine: cost.Machine, published: Published | None
+) -> StagePlan:
+    stage, model = compiler.config.stages[index], compiler.config.stage_models[index]
+    program, attention = compiler.step(index), compiler.attention(index)
+    tokens = stage.batch_size * model.max_length
+    fused = 0.0 if attention == "plain" else fused_attention_flops(model, tokens / machine.devices)
+    step = step_time(
+        model,
+        compiler.topology.chip,
+        compiler.mesh_config,
+        tokens=tokens / machine.devices,
+        matmul_flops=program.matmul_flops,
+        attention_flops=fused,
+        state_bytes=program.aliased,
+        collectives=program.collectives,
+    )
+    return StagePlan(
+        cost=own,
+        batch_size=stage.batch_size,
+        microbatches=stage.microbatches,
+        attention=attention,
+        program=program,
+        attention_flops=fused,
+        model_flops=tokens * flops_per_token(model, model.max_length),
+        step=step,
+        bill=cost.bill(machine, stage.steps * step.seconds / 86_400),
+        published=published,
+    )
+
+
+def tflops(stage: StagePlan, devices: int) -> float:
+    """Model TFLOP/s of one device as the paper counts them: attention in full, nothing twice."""
+    return stage.cost.flops / stage.cost.steps / stage.step.seconds / devices / 1e12
+
+
+def _refusals(plan: Plan, config: RunConfig) -> list[str]:
+    """One line for every program that does not fit, with what to change."""
+    if not plan.is_exact:
+        return []
+    lines = []
+    limit = f"a {plan.chip.kind} has {plan.chip.memory / GiB:.0f} ({plan.usable / GiB:.1f} for programs)"
+    for index, stage in enumerate(plan.stages):
+        if stage.program.peak > plan.usable:
+            lines.append(
+                f"stages[{index}] ({stage.cost.name}) needs {stage.program.peak / GiB:.1f} GiB a device, {limit}: "
+                f"{_advice(config, index, plan.mesh)}"
+            )
+    for growth in plan.growths:
+        if growth.program.peak > plan.usable:
+            lines.append(
+                f"growth {growth.from_stage} -> {growth.to_stage} needs {growth.program.peak / GiB:.1f} GiB a device, "
+                f"{limit}: take more devices along fsdp or tensor"
+            )
+    return lines
+
+
+def _advice(config: RunConfig, index: int, mesh: MeshConfig) -> str:
+    """What takes less memory: a cheap change first."""
+    if config.model.remat != "full":
+        return "take model.remat='full'"
+    stage = config.stages[index]
+    assert mesh.fsdp is not None
+    rows = stage.batch_size // (mesh.replica * mesh.fsdp)
+    more = [k for k in range(stage.microbatches + 1, rows + 1) if rows % k == 0]
+    return f"take stages[{index}].microbatches={more[0]}" if more else "take more devices along fsdp or tensor"
