@@ -60,13 +60,13 @@ class Compiler:
         self.config = config
         self.topology = topology
         self.mesh_config: MeshConfig = validate_mesh(config, topology.num_devices)
-        with captured_stderr():  # what says that no GPU is here
+        with captured_stderr():  # backends say which devices are not here
             devices = devices_of(topology)
-        self.is_exact = devices is not None
-        if devices is None:
-            jax.config.update("jax_num_cpu_devices", topology.num_devices)
-            devices = jax.devices()
-        self.mesh = make_mesh(self.mesh_config, devices)
+            self.is_exact = devices is not None
+            if devices is None:
+                jax.config.update("jax_num_cpu_devices", topology.num_devices)
+            here = jax.devices()
+        self.mesh = make_mesh(self.mesh_config, here if devices is None else devices)
 
     def spec(self, index: int) -> StateSpec:
         """The state of a stage."""

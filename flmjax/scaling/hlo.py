@@ -31,7 +31,7 @@ class Collective:
         kind: as XLA calls it. dtype: of what is moved.
         group: devices that exchange. in_node: those of a group that are in one node.
         count: executions a step. bytes: that a device sends in a step, on a ring: (n - 1) / n of a gathered or
-            scattered array, twice that for a reduced one, all of a permuted one.
+            scattered array, twice that for a reduced one, all of a permuted one. largest: bytes of the largest result.
     """
 
     kind: str
@@ -40,11 +40,12 @@ class Collective:
     in_node: int
     count: int
     bytes: float
+    largest: int
 
 
 def collectives(text: str, node: int) -> list[Collective]:
     """Those of a program, given its text after compilation; nodes hold `node` consecutive devices."""
-    found: dict[tuple[str, str, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    found: dict[tuple[str, str, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
     for computation, times, line in _executed(text):
         match = _COLLECTIVE.search(line)
         if match is None:
@@ -66,7 +67,8 @@ def collectives(text: str, node: int) -> list[Collective]:
         entry = found[kind, shapes[0][0], len(group), in_node]
         entry[0] += times
         entry[1] += times * sent
-    return [Collective(*key, int(count), sent) for key, (count, sent) in sorted(found.items())]
+        entry[2] = max(entry[2], size)
+    return [Collective(*key, int(count), sent, int(largest)) for key, (count, sent, largest) in sorted(found.items())]
 
 
 def matmul_flops(text: str) -> float:
@@ -87,22 +89,26 @@ def matmul_flops(text: str) -> float:
         if shapes:
             shape_of[computation][match[1]] = shapes[0]
         if re.search(r" (dot|convolution)\(|custom_call_target=\"__cublas", line):
-            total += times * 2 * math.prod(shapes[0][1]) * _contracted(line, shape_of[computation])
+            total += times * 2 * _products(line, shapes[0][1], shape_of[computation])
     return total
 
 
-def _contracted(line: str, shape_of: dict[str, Shape]) -> int:
-    """K of a matrix multiplication."""
-    operands = [shape_of.get(name) for name in re.findall(r"%([\w.\-]+)", line.split("(", 1)[1])[:2]]
-    if labels := re.search(r"dim_labels=\w+_(\w+)->", line):  # a TPU's: all of the kernel but its output features
-        kernel = operands[1]
-        if kernel is not None and len(labels[1]) == len(kernel[1]):
-            return math.prod(size for name, size in zip(labels[1], kernel[1], strict=True) if name != "o")
-    dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
-    dims = dims or re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', line)
-    if dims is None or operands[0] is None:
+def _products(line: str, result: tuple[int, ...], shape_of: dict[str, Shape]) -> int:
+    """Scalar products of a matrix multiplication, M N K."""
+    names = re.findall(r"%([\w.\-]+)", line.split("(", 1)[1])[:2]
+    left, right = (shape_of[name][1] if name in shape_of else None for name in (*names, "", "")[:2])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line)
+    if labels and left is not None and right is not None:
+        # A TPU's, written as a convolution. A spatial axis is contracted (the result's size is 1), one of the batch or
+        # one that only one factor has: in each case as many products as the largest of the three sizes.
+        sizes = [dict(zip(*pair, strict=True)) for pair in zip(labels.groups(), (left, right, result), strict=True)]
+        spatial = [max(own.get(name, 1) for own in sizes) for name in labels[1] if name.isdigit()]
+        return sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"] * math.prod(spatial)
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
+    contracted = contracted or re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', line)
+    if contracted is None or left is None:
         raise ValueError(f"no contracted sizes in {line.strip()[:200]}")
-    return math.prod(operands[0][1][int(i)] for i in re.findall(r"\d+", dims[1]))
+    return math.prod(result) * math.prod(left[int(i)] for i in re.findall(r"\d+", contracted[1]))
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""Reading compiled programs: matrix products and collectives counted by hand, loops included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from flmjax.scaling.hlo import _first_group, collectives, matmul_flops
+from flmjax.sharding.mesh import make_mesh
+from flmjax.training.state import state_spec
+from flmjax.training.step import abstract_batch, compile_step
+
+
+@pytest.mark.parametrize(
+    ("words", "group"),
+    [
+        ("replica_groups={{0,4,8},{1,5,9}}, x", [0, 4, 8]),
+        ("replica_groups=[2,4]<=[8], x", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [0, 4]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", [0, 1, 4, 5]),
+        ("source_target_pairs={{3,7},{7,3}}, x", [3, 7]),
+        ("no groups", []),
+    ],
+)
+def test_groups_in_every_spelling(words, group):
+    assert _first_group(words) == group
+
+
+PROGRAM = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %g = f32[32,4] all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %r = bf16[8,4] all-reduce(%y), replica_groups={{0,4},{1,5}}, to_apply=%add
+}
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %c = s32[]{:T(128)} constant(5)
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %w = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %v = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body
+  %q = f32[2,4] reduce-scatter(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %s = (f32[2,4], f32[8,4], u32[]) all-gather-start(%x), replica_groups={{0,1,2,3}}
+  %p = s32[6] collective-permute(%x), source_target_pairs={{0,4},{4,0}}
+}
+"""
+
+
+def test_collectives_of_a_text_by_hand():
+    found = {(c.kind, c.dtype, c.group, c.in_node): (c.count, c.bytes, c.largest) for c in collectives(PROGRAM, node=4)}
+    gathered = 8 * 32 * 4 * 4 * 3 / 4  # three and five rounds (the second loop says so in its condition)
+    assert found == {
+        ("all-gather", "f32", 4, 4): (9, gathered + 8 * 4 * 4 * 3 / 4, 512),
+        ("all-reduce", "bf16", 2, 1): (8, 8 * 2 * (8 * 4 * 2) / 2, 64),
+        ("reduce-scatter", "f32", 4, 4): (1, 2 * 4 * 4 * 3, 32),
+        ("collective-permute", "s32", 2, 1): (1, 24.0, 24),
+    }
+
+
+def test_matrix_products_in_loops_are_counted_as_often_as_they_run():
+    def program(x, w):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    x, w = jnp.zeros((6, 10)), jnp.zeros((7, 10, 10))
+    text = jax.jit(program).lower(x, w).compile().as_text()
+    assert matmul_flops(text) == 7 * 2 * 6 * 10 * 10
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "result", "labels", "products"),
+    [
+        ("6,10", "10,7", "6,7", "bf_io->bf", 6 * 7 * 10),
+        ("6,4,5", "4,5,7", "6,7,1", "b0f_0io->bf0", 6 * 7 * 4 * 5),  # two axes contracted
+        ("3,6,10", "3,10,7", "3,6,7", "0bf_0io->0bf", 3 * 6 * 7 * 10),  # a batch
+        ("1,6,10", "5,10,7", "5,6,7", "0bf_0io->0bf", 5 * 6 * 7 * 10),  # two axes of the right factor
+    ],
+)
+def test_products_that_tpus_write_as_convolutions(left, right, result, labels, products):
+    lines = [f"%a = bf16[{left}] parameter(0)", f"%b = bf16[{right}] parameter(1)"]
+    lines.append(f"%d = f32[{result}] convolution(%a, %b), dim_labels={labels}")
+    text = "\n".join(["ENTRY %main (x: f32[8,4]) -> f32[8,4] {", *(f"  {line}" for line in lines), "}", ""])
+    assert matmul_flops(text) == 2 * products
+
+
+def test_a_product_whose_sizes_cannot_be_read_is_an_error():
+    text = "ENTRY %main (x: f32[8,4]) -> f32[8,4] {\n  %d = f32[8,4] dot(%unknown, %w), lhs_contracting_dims={1}\n}\n"
+    with pytest.raises(ValueError, match="no contracted sizes"):
+        matmul_flops(text)
+
+
+def test_gathers_of_a_real_program_are_those_of_its_shardings():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    split, whole = NamedSharding(mesh, P("b")), NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=split)
+    text = jax.jit(lambda x: x * 2, out_shardings=whole).lower(x).compile().as_text()
+    (found,) = collectives(text, node=4)
+    assert (found.kind, found.group, found.in_node, found.count) == ("all-gather", 4, 4, 1)
+    assert found.bytes == 16 * 3 * 4 * 3 / 4
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("none", 3), ("full", 4)])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_flops_of_a_two_layer_step_by_hand(remat, passes, microbatches):
+    sizes = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "head_dim": 12, "mlp_dim": 40, "vocab_size": 64}
+    model = ModelConfig(**sizes, max_length=16, remat=remat)
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    spec = state_spec(model, OptimizerConfig(), mesh)
+    batch = abstract_batch(8, 16, mesh, segments=False, teachers=False)
+    text = compile_step(spec, microbatches).lower(spec.abstract, batch, np.float32(0)).compile().as_text()
+    tokens = 8 * 16
+    layer = 2 * tokens * (4 * 24 * 24 + 2 * 24 * 40) + 2 * 2 * tokens * 16 * 24  # matrices; QK^T and AV, whole square
+    spared = 2 * tokens * 24 * 40 if remat == "full" else 0  # nothing needs the MLP's second product once more
+    head = 3 * 2 * tokens * 24 * 64  # never computed twice
+    assert matmul_flops(text) == (2 * (passes * layer - spared) + head) / 4
