@@ -38,6 +38,29 @@ def one_device_mesh():
     return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
+@pytest.fixture(scope="session")
+def own_environment() -> dict[str, str]:
+    """For a process in a platform's own settings, without this one's eight devices."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    kept = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="session")
+def compilers(own_environment) -> dict[str, str]:
+    """For a process that has the compilers for GPUs and TPUs, and cuDNN: `pip install --no-deps --target DIR libtpu
+    jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12`, in the versions of launch/constraints.txt, and
+    FLMJAX_COMPILERS=DIR.
+
+    They are not in the environment itself, where JAX would look for their devices. In CI they must be there.
+    """
+    folder = os.environ.get("FLMJAX_COMPILERS")
+    if folder is None:
+        assert os.environ.get("CI") != "true", "CI has no compilers: FLMJAX_COMPILERS is not set"
+        pytest.skip("FLMJAX_COMPILERS is not set: tests/conftest.py says what it is")
+    return {**own_environment, "PYTHONPATH": os.pathsep.join([own_environment["PYTHONPATH"], folder])}
+
+
 def random_params(config: ModelConfig, seed: int = 0, spread: float = 0.15):
     """Parameters with nothing trivial in them: no bias is 0, no gain is 1."""
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))

@@ -1,13 +1,7 @@
-"""Plans: the program that is planned is the one that trains; full-size programs fit; what does not is refused.
-
-Those that compile for A800s need XLA's compiler for them and cuDNN: `pip install --no-deps --target DIR
-jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12` in the versions of launch/constraints.txt, and
-FLMJAX_COMPILERS=DIR. In CI they must be there.
-"""
+"""Plans: the program that is planned is the one that trains; full-size programs fit; what does not is refused."""
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -275,27 +269,16 @@ def test_machines_have_data_sheets(name):
 # ---- full size, compiled ---------------------------------------------------------------------------------------------
 
 
-def environment(compilers: bool = True) -> dict[str, str]:
-    """For a process with (or without) the compilers, in the platform's own settings."""
-    found = os.environ.get("FLMJAX_COMPILERS")
-    if compilers and found is None:
-        assert os.environ.get("CI") != "true", "CI has no compilers: FLMJAX_COMPILERS is not set"
-        pytest.skip(__doc__)
-    paths = [str(ROOT), *([found] if compilers and found else []), *filter(None, [os.environ.get("PYTHONPATH")])]
-    dropped = ("XLA_FLAGS", "JAX_PLATFORMS")
-    return {**{k: v for k, v in os.environ.items() if k not in dropped}, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def plan_process(*flags: str, compilers: bool = True, config: str = "flm_101b.py") -> subprocess.CompletedProcess:
+def plan_process(environment: dict[str, str], *flags: str, config: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "flmjax", "plan", f"--config={ROOT}/configs/{config}", *flags]
-    return subprocess.run(command, env=environment(compilers), capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
-def flm_101b(tmp_path_factory):
+def flm_101b(tmp_path_factory, compilers):
     """plan.json of the three stages and both growths on 192 A800s."""
     folder = tmp_path_factory.mktemp("plan")
-    done = plan_process(f"--output={folder}")
+    done = plan_process(compilers, f"--output={folder}", config="flm_101b.py")
     assert done.returncode == 0, done.stderr
     assert not re.search("^(WARNING|I0000|E0000)", done.stderr, re.MULTILINE), done.stderr
     return json.loads((folder / "plan.json").read_text())
@@ -337,9 +320,9 @@ def test_flm_101b_is_priced_near_the_paper(flm_101b):
 
 
 @pytest.mark.timeout(400)
-def test_a_step_too_large_for_the_card_is_refused_although_its_compiler_takes_it(tmp_path):
+def test_a_step_too_large_for_the_card_is_refused_although_its_compiler_takes_it(compilers):
     flags = ("--config.stages[0].microbatches=1", "--config.stages[0].batch_size=9216")
-    done = plan_process(*flags, config="flm_16b.py")
+    done = plan_process(compilers, *flags, config="flm_16b.py")
     assert done.returncode == 1, done.stderr
     assert re.search(
         r"needs \d+\.\d GiB a device, a A800 has 80 .*: take stages\[0\]\.microbatches=2$", done.stderr.strip()
@@ -347,10 +330,10 @@ def test_a_step_too_large_for_the_card_is_refused_although_its_compiler_takes_it
 
 
 @pytest.mark.timeout(400)
-def test_without_the_machines_compiler_cpu_devices_stand_in_and_it_is_said():
+def test_without_the_machines_compiler_cpu_devices_stand_in_and_it_is_said(own_environment):
     flags = ["--config.mesh.topology=a800:1x8", "--config.mesh.replica=1", "--config.mesh.fsdp=4"]
     flags += ["--config.mesh.tensor=2", "--config.model.attention=plain", "--config.stages[0].batch_size=48"]
-    done = plan_process(*flags, compilers=False, config="flm_proxy.py")
+    done = plan_process(own_environment, *flags, config="flm_proxy.py")
     assert done.returncode == 0, done.stderr
     assert "not to be trusted" in done.stdout
     assert re.search(r"rematerialisations +0$", done.stdout, re.MULTILINE)

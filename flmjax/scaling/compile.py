@@ -55,7 +55,8 @@ class Compiler:
 
     def __init__(self, config: RunConfig, topology: Topology):
         """Raises ConfigError for a mesh that does not fit the machine or the config."""
-        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask the cloud where it is
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask the cloud where it is,
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # and let one process of a machine in: for its chips, not ours
         jax.config.update("jax_platforms", "cpu")
         self.config = config
         self.topology = topology
