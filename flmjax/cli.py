@@ -52,7 +52,9 @@ def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_o
     print(f"{workdir}: checkpoint at step 0; 'flmjax train' with this config and workdir goes on from it", flush=True)
 
 
-def plan(config: RunConfig, price: float | None, tflops: float | None, cost_only: bool, output: str | None) -> None:
+def plan(
+    config: RunConfig, price: float | None, tflops: float | None, cost_only: bool, tune: bool, output: str | None
+) -> None:
     """Compile a run for a machine that is not here: memory, time, price."""
     from flmjax.scaling.plan import make_plan
     from flmjax.scaling.tables import cost_table, peers_table, table
@@ -60,7 +62,13 @@ def plan(config: RunConfig, price: float | None, tflops: float | None, cost_only
     if cost_only:
         print(f"{cost_table(config, tflops, price)}\n\n{peers_table()}", flush=True)
         return
-    made = make_plan(config, price, lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True))
+    log = lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True)
+    if tune:
+        from flmjax.scaling import tune as search
+
+        print(search.table(search.tune(config, price, log)), flush=True)
+        return
+    made = make_plan(config, price, log)
     print(table(made), flush=True)
     if output is not None:
         from flmjax.scaling.plan_page import write_plan
@@ -171,6 +179,7 @@ def _define_plan(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
         "price": flags.DEFINE_float("price", None, "dollars for a device-hour", 0.0, flag_values=values),
         "tflops": flags.DEFINE_float("tflops", None, speed, 0.0, flag_values=values),
         "cost_only": flags.DEFINE_boolean("cost-only", False, "compile nothing", flag_values=values),
+        "tune": flags.DEFINE_boolean("tune", False, "search mesh, microbatches and remat", flag_values=values),
         "output": flags.DEFINE_string("output", None, "folder for plan.json and plan.html", flag_values=values),
     }
 

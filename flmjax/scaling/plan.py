@@ -116,7 +116,7 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
             log(f"growth into {own.name}")
             growths.append(GrowthPlan(costs[index - 1].name, own.name, compiler.growth(index)))
         log(f"step of {own.name}")
-        stages.append(_stage_plan(compiler, index, own, machine, published))
+        stages.append(stage_plan(compiler, index, own, machine, published))
     usable = USABLE[topology.platform] * topology.chip.memory
     last = stages[-1]
     scratch = cost.cost_from_scratch(config)
@@ -145,9 +145,10 @@ def machine_of(chip: Chip, devices: int, price: float | None) -> cost.Machine:
     return cost.Machine(devices, price, chip.watts)
 
 
-def _stage_plan(
+def stage_plan(
     compiler: Any, index: int, own: StageCost, machine: cost.Machine, published: Published | None
 ) -> StagePlan:
+    """One stage, its step compiled."""
     stage, model = compiler.config.stages[index], compiler.config.stage_models[index]
     program, attention = compiler.step(index), compiler.attention(index)
     tokens = stage.batch_size * model.max_length

@@ -1,0 +1,130 @@
+"""The search: what is legal, what should fit, and that the cheapest that does fit is found."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from flmjax import cli
+from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.scaling import tune
+from flmjax.scaling.compile import Program
+from flmjax.scaling.tune import Setting, estimates, fit, legal_microbatches, meshes, table
+from flmjax.sharding.chips import A800, GiB
+
+MODEL = ModelConfig(
+    num_layers=4, embed_dim=1024, num_heads=8, head_dim=128, mlp_dim=4096, vocab_size=50_304, max_length=2048,
+    dtype="bfloat16", attention="fused",
+)  # fmt: skip
+CONFIG = RunConfig(
+    model=MODEL,
+    stages=(
+        StageConfig("small", steps=100, batch_size=96),
+        StageConfig("large", steps=50, batch_size=192, growth=GrowthConfig("zero"), num_layers=8),
+    ),
+)
+
+
+def test_meshes_are_all_those_that_divide_and_no_other():
+    found = {(mesh.replica, mesh.fsdp, mesh.tensor) for mesh in meshes(CONFIG, 96)}
+    by_hand = {
+        (r, f, t)
+        for r, f, t in itertools.product(range(1, 97), range(1, 65), range(1, 9))
+        # batches of 96 and 192 over replica x fsdp; width 1024; 8 heads, mlp 4096 and length 2048
+        if r * f * t == 96 and 96 % (r * f) == 0 and 1024 % f == 0 and 8 % t == 0
+    }
+    assert found == by_hand
+    assert len(found) > 10
+
+
+def test_microbatches_divide_the_rows_of_a_data_shard():
+    stage = StageConfig(batch_size=96)
+    assert legal_microbatches(stage, MeshConfig(2, 4, 1)) == [1, 2, 3, 4, 6, 12]
+    assert legal_microbatches(stage, MeshConfig(5, 1, 1)) == []
+
+
+def test_more_microbatches_rematerialisation_and_shards_take_less_memory():
+    mesh = MeshConfig(1, 8, 2)
+    full, dots = (dataclasses.replace(MODEL, remat=remat) for remat in ("full", "dots"))
+    assert tune.memory(full, mesh, 24, 4) < tune.memory(full, mesh, 48, 2) < tune.memory(full, mesh, 96, 1)
+    assert tune.memory(full, mesh, 48, 2) < tune.memory(dots, mesh, 48, 2)
+    assert tune.memory(full, MeshConfig(1, 8, 4), 48, 2) < tune.memory(full, mesh, 48, 2)
+
+
+def test_more_microbatches_and_rematerialisation_take_more_time():
+    mesh, stage = MeshConfig(1, 16, 1), CONFIG.stages[0]
+    full, dots = (dataclasses.replace(MODEL, remat=remat) for remat in ("full", "dots"))
+    slow = dataclasses.replace(A800, far=1e9)  # a network that nothing can hide
+
+    def seconds(model, microbatches):
+        return tune.seconds(stage, model, mesh, microbatches, slow, 16, 8)
+
+    assert seconds(dots, 1) < seconds(full, 1) < seconds(full, 3)
+    # Weights go out twice and gradients come back once for each microbatch: two more cost twice the first one's.
+    moved = 3 * 2 * 4 * 12 * 1024**2 * 15 / 16 / (8e9 * 0.75)
+    assert seconds(full, 3) - seconds(full, 2) == pytest.approx(moved, rel=1e-6)
+
+
+def test_estimates_are_sorted_and_fit_by_their_own_account():
+    usable = 20.0 * GiB
+    found = estimates(CONFIG, A800, 16, 8, usable)
+    assert [s.days for s in found] == sorted(s.days for s in found)
+    assert {s.remat for s in found} == {"dots", "full"}
+    for setting in found:
+        chosen = setting.apply(CONFIG)
+        assert chosen.mesh == setting.mesh
+        for stage, model in zip(chosen.stages, chosen.stage_models, strict=True):
+            rows = stage.batch_size // stage.microbatches
+            assert tune.memory(model, setting.mesh, rows, stage.microbatches) < usable
+    with pytest.raises(ConfigError, match="no mesh of 16 devices"):
+        estimates(CONFIG, A800, 16, 8, 0.1 * GiB)
+    with pytest.raises(ConfigError, match="no mesh of 7 devices"):
+        estimates(CONFIG, A800, 7, 8, usable)
+
+
+class FakeCompiler:
+    """Programs whose peak is 60 GiB over the number of microbatches, twice that for the second stage."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, config):
+        self.config, self.mesh_config = config, config.mesh
+        self.topology = SimpleNamespace(chip=A800, num_devices=16)
+
+    def attention(self, _):
+        return "cudnn"
+
+    def step(self, index):
+        count = self.config.stages[index].microbatches
+        self.made.append((index, count))
+        if count == 1 and index == 1:
+            raise ConfigError("v6e: too large, says its compiler: 44G")
+        peak = int(60 * GiB * (index + 1) / count)
+        return Program(0, 0, 0, 0, peak, 1e12, (), 0, 0.0)
+
+
+def test_microbatches_go_up_until_the_compiled_program_fits_the_last_stage_first(monkeypatch):
+    monkeypatch.setattr(FakeCompiler, "made", [])
+    setting = Setting(MeshConfig(1, 8, 2), "full", (1, 1), days=9.0)
+    lines = []
+    found = fit(setting, CONFIG, 35.0 * GiB, FakeCompiler, lines.append, None)
+    assert found.microbatches == (2, 4)
+    assert found.peak == 30 * GiB
+    assert found.days != 9.0
+    assert FakeCompiler.made == [(1, 1), (1, 2), (1, 3), (1, 4), (0, 1), (0, 2)]
+    assert lines[0] == "  large in 2 microbatches: 60.0 GiB"
+    assert fit(setting, CONFIG, 1.0 * GiB, FakeCompiler, lines.append, None) is None
+
+
+def test_the_flags_of_a_setting_make_the_config_that_it_is():
+    setting = Setting(MeshConfig(3, 16, 4), "dots", (2, 3, 5), 10.0, int(50 * GiB))
+    text = table([setting, dataclasses.replace(setting, days=12.0)])
+    assert text.splitlines()[0].endswith("microbatches 2 / 3 / 5: 10.0 days, 50.0 GiB")
+    flags = [flag.strip("'") for flag in setting.flags().split()]
+    _, config, _, _ = cli.parse(["plan", "--config=configs/flm_101b.py", *flags])
+    applied = setting.apply(config)
+    assert (config.mesh.replica, config.mesh.fsdp, config.mesh.tensor) == (3, 16, 4)
+    assert config.model.remat == "dots"
+    assert [s.microbatches for s in config.stages] == [2, 3, 5] == [s.microbatches for s in applied.stages]
