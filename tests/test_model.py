@@ -1,6 +1,7 @@
 """The JAX model against the float64 NumPy model, and what no comparison of outputs shows."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import reference
 from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import ConfigError
-from flmjax.model.attention import IMPLEMENTATIONS, attend
+from flmjax.model.attention import IMPLEMENTATIONS, attend, choose
 from flmjax.model.axes import LeafAxes
 from flmjax.model.decode import generate
 from flmjax.model.layers import Norm
@@ -134,6 +135,29 @@ def test_attention_refuses_what_it_cannot_honour():
     with pytest.raises(ConfigError, match="did you mean plain"):
         attend(x, x, x, None, implementation="plian")
     assert set(IMPLEMENTATIONS) == {"plain", "cudnn", "splash"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "segmented", "backend"),
+    [
+        ("tpu", "bfloat16", False, "splash"),
+        ("tpu", "float32", True, "splash"),
+        ("gpu", "bfloat16", False, "cudnn"),
+        ("gpu", "bfloat16", True, "plain"),  # cuDNN's cannot keep documents apart
+        ("gpu", "float32", False, "plain"),  # its kernels are for 16 bits
+        ("cpu", "bfloat16", False, "plain"),
+    ],
+)
+def test_fused_attention_is_what_the_platform_has(platform, dtype, segmented, backend, monkeypatch):
+    assert choose(platform, dtype, segmented) == backend
+    asked = []
+    for name in IMPLEMENTATIONS:
+        monkeypatch.setitem(IMPLEMENTATIONS, name, lambda *_, name=name: asked.append(name))
+    devices = np.array([SimpleNamespace(platform=platform)])
+    placement = SimpleNamespace(mesh=SimpleNamespace(devices=devices))  # of devices that need not be here
+    x = jnp.zeros((1, 4, 2, 8), dtype)
+    attend(x, x, x, jnp.ones((1, 4)) if segmented else None, implementation="fused", placement=placement)
+    assert asked == [backend]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -94,7 +94,7 @@ def _draw_memory(panel: "Axes", plan: Plan) -> None:
     panel.set_xlim(0, max(plan.chip.memory / GiB, *(program.peak / GiB for _, program in bars)) * 1.05)
     panel.invert_yaxis()
     panel.set_title("Memory of a device (GiB)", loc="left", fontsize=11, fontweight="bold", color=INK)
-    panel.legend(loc="lower right", fontsize=7, labelcolor=INK, framealpha=0.9, edgecolor="none")
+    panel.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2, fontsize=7, labelcolor=INK, edgecolor="none")
 
 
 def _draw_timeline(panel: "Axes", plan: Plan) -> None:
@@ -108,8 +108,13 @@ def _draw_timeline(panel: "Axes", plan: Plan) -> None:
     panel.stairs(sizes, edges, baseline=None, color=STATE, linewidth=2)
     panel.plot([0, edges[-1]], [sizes[-1]] * 2, color=INK, linestyle=":", linewidth=1, label="no growth")
     for start, own in zip(edges, costs, strict=False):
-        text = f"{own.name}\n{short(own.parameters)}"
-        panel.annotate(text, (start, own.parameters), (2, 3), textcoords="offset points", fontsize=8, color=INK)
+        place = (
+            {"ha": "right", "va": "top", "xytext": (-4, -4)}
+            if start > edges[-1] / 2
+            else {"ha": "left", "xytext": (2, 3)}
+        )
+        text = f"{own.name}, {short(own.parameters)}"
+        panel.annotate(text, (start, own.parameters), textcoords="offset points", fontsize=8, color=INK, **place)
     panel.set_ylim(0, sizes[-1] * 1.25)
     panel.set_xlim(0, edges[-1])
     panel.xaxis.set_major_formatter(lambda value, _: short(value))
