@@ -101,6 +101,10 @@ def closing(plan: Plan) -> list[str]:
         lines.append(PAPER)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
+    if plan.mesh.fsdp is not None and plan.mesh.fsdp > 64:
+        lines.append(
+            f"fsdp {plan.mesh.fsdp} is more than 64: shards may be no whole tiles, and a TPU sums them instead"
+        )
     if not plan.is_exact:
         lines.append(
             f"the compiler of {plan.topology} is missing: programs were partitioned for as many CPU devices; bytes, "
