@@ -68,6 +68,11 @@ def test_collectives_of_a_text_by_hand():
     }
 
 
+def test_a_group_in_the_second_node_is_within_it():
+    text = "ENTRY %m (x: f32[8]) -> f32[8] {\n  %g = f32[16] all-gather(%x), replica_groups={{6,7},{4,5}}\n}\n"
+    assert [(c.group, c.in_node) for c in collectives(text, node=4)] == [(2, 2)]
+
+
 def test_matrix_products_in_loops_are_counted_as_often_as_they_run():
     def program(x, w):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]

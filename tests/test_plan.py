@@ -129,6 +129,23 @@ def test_a_step_takes_what_its_parts_take_by_hand():
     assert found.seconds == pytest.approx(2 + 4 + between + 1 + 0 + 1)
 
 
+def test_weights_that_move_on_a_torus_are_hidden_and_tensor_traffic_is_not():
+    chip = parse_topology("v5p:4x8x8").chip
+    near = [Collective("all-gather", "bf16", group, group, 1, chip.near, 1) for group in (64, 4)]
+    found = step_time(
+        dataclasses.replace(TINY, dtype="bfloat16"),
+        chip,
+        MeshConfig(1, 64, 4),
+        tokens=0.0,
+        matmul_flops=chip.bfloat16 * 100,
+        attention_flops=0.0,
+        state_bytes=0.0,
+        collectives=near,
+    )
+    second = pytest.approx(1 / Assumptions().link)
+    assert (found.data, found.hidden, found.tensor) == (second, second, second)
+
+
 def test_flops_of_fused_attention_by_hand():
     assert fused_attention_flops(dataclasses.replace(TINY, remat="none"), 10) == (2 + 5) * 2 * 32 * 32 * 10
     assert fused_attention_flops(dataclasses.replace(TINY, remat="full"), 10) == (2 * 2 + 5) * 2 * 32 * 32 * 10
@@ -251,7 +268,7 @@ def test_errors_of_compilers_are_explained():
     error = RuntimeError(
         "RESOURCE_EXHAUSTED: bla: HLO temporaries (44.71G) exceeds available HBM (31.25G) by 13G\nmore"
     )
-    assert "(44.71G) exceeds available HBM (31.25G)" in str(_explained(error, v6e))
+    assert "too large, says its compiler: (44.71G) exceeds available HBM (31.25G); more" in str(_explained(error, v6e))
     text = str(_explained(RuntimeError("INTERNAL: line\nline two"), v6e))
     assert text == "v6e:16x16: its compiler failed: INTERNAL: line line two"
 

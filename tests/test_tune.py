@@ -9,6 +9,7 @@ import pytest
 
 from flmjax import cli
 from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.model.flops import num_parameters
 from flmjax.scaling import tune
 from flmjax.scaling.compile import Program
 from flmjax.scaling.tune import Setting, estimates, fit, legal_microbatches, meshes, table
@@ -51,6 +52,25 @@ def test_more_microbatches_rematerialisation_and_shards_take_less_memory():
     assert tune.memory(full, mesh, 24, 4) < tune.memory(full, mesh, 48, 2) < tune.memory(full, mesh, 96, 1)
     assert tune.memory(full, mesh, 48, 2) < tune.memory(dots, mesh, 48, 2)
     assert tune.memory(full, MeshConfig(1, 8, 4), 48, 2) < tune.memory(full, mesh, 48, 2)
+
+
+def test_state_and_gradients_are_cut_over_all_shards_by_hand():
+    parameters = num_parameters(MODEL)
+    # Parameters, two moments and gradients in float32; with microbatches their sum, too.
+    assert tune.memory(MODEL, MeshConfig(2, 8, 2), 0, 1) == pytest.approx(16 * parameters / 16)
+    assert tune.memory(MODEL, MeshConfig(2, 8, 2), 0, 3) == pytest.approx(20 * parameters / 16)
+
+
+def test_a_second_forward_pass_takes_what_it_computes_by_hand():
+    fast = dataclasses.replace(A800, far=1e18, near=1e18)
+    full, dots = (
+        tune.seconds(CONFIG.stages[0], dataclasses.replace(MODEL, remat=remat), MeshConfig(1, 16, 1), 1, fast, 16, 8)
+        for remat in ("full", "dots")
+    )
+    tokens = 96 * 2048 / 16
+    products = 2 * 4 * 12 * 1024**2 * tokens / (312e12 * 0.75)
+    between = 40 * 1024 * 4 * tokens / (2039e9 * 0.8)
+    assert full - dots == pytest.approx(products + between, rel=1e-6)
 
 
 def test_more_microbatches_and_rematerialisation_take_more_time():
@@ -115,6 +135,10 @@ def test_microbatches_go_up_until_the_compiled_program_fits_the_last_stage_first
     assert found.days != 9.0
     assert FakeCompiler.made == [(1, 1), (1, 2), (1, 3), (1, 4), (0, 1), (0, 2)]
     assert lines[0] == "  large in 2 microbatches: 60.0 GiB"
+    monkeypatch.setattr(FakeCompiler, "made", [])
+    more = dataclasses.replace(setting, microbatches=(3, 6))
+    assert fit(more, CONFIG, 35.0 * GiB, FakeCompiler, lines.append, None).microbatches == (3, 6)
+    assert FakeCompiler.made == [(1, 6), (0, 3)]  # never fewer than it says
     assert fit(setting, CONFIG, 1.0 * GiB, FakeCompiler, lines.append, None) is None
 
 

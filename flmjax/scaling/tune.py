@@ -137,8 +137,6 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """Meshes of all `devices` that every stage's sizes and batch divide over."""
     for tensor in range(1, LARGEST_TENSOR + 1):
         for fsdp in range(1, LARGEST_FSDP + 1):
-            if devices % (tensor * fsdp):
-                continue
             mesh = dataclasses.replace(config.mesh, replica=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
             stages = [dataclasses.replace(stage, microbatches=1) for stage in config.stages]
             try:

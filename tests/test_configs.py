@@ -1,0 +1,210 @@
+"""The shipped configurations: each is legal on its machine, and its numbers are those of the papers."""
+
+import dataclasses
+import importlib.util
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from flmjax.config import SIZES, ConfigError, RunConfig, from_config_dict, validate, validate_mesh
+from flmjax.data.tokenizers import named_tokenizer
+from flmjax.model.flops import num_parameters
+from flmjax.scaling.cost import cost_from_scratch, saved_at_equal_tokens, stage_costs
+from flmjax.scaling.topology import parse_topology
+from flmjax.training.optimizer import learning_rate
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MACHINES = ("a800", "tpu_v5p", "tpu_v4", "tpu_v6e")
+STRATEGIES = ("none", "linear", "moderate", "aggressive")
+ARGUMENTS = {
+    "bilingual": ("", "my/folder"),  # of any name: it has no unknown argument
+    "eflm_16b": ("", "cpu"),
+    "flm_101b": MACHINES,
+    "flm_16b": MACHINES,
+    "flm_51b": MACHINES,
+    "flm_proxy": ("",),
+    "growth_strategies": STRATEGIES,
+    "quickstart": ("", "bilingual"),
+    "tele_flm_52b": ("", "52b"),
+}
+DEVICES = {"a800": 192, "tpu_v5p": 256, "tpu_v4": 256, "tpu_v6e": 256}
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", CONFIGS / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def load(name: str, argument: str | None = None) -> RunConfig:
+    """None: without an argument, as `--config=configs/NAME.py` does."""
+    get_config = module(name).get_config
+    return validate(from_config_dict(get_config() if argument is None else get_config(argument)))
+
+
+def saved(config: RunConfig) -> float:
+    return saved_at_equal_tokens([stage.flops for stage in stage_costs(config)], cost_from_scratch(config))
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def test_every_file_is_known_here():
+    assert sorted(ARGUMENTS) == sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+@pytest.mark.parametrize(("name", "argument"), [(n, a) for n, all_of in ARGUMENTS.items() for a in (None, *all_of)])
+def test_every_argument_gives_a_legal_run_whose_mesh_fits_its_machine(name, argument):
+    config = load(name, argument)
+    if config.mesh.topology is not None:
+        mesh = validate_mesh(config, parse_topology(config.mesh.topology).num_devices)
+        assert mesh == config.mesh  # nothing is left to be filled in
+    elif name == "eflm_16b" and argument != "cpu":
+        validate_mesh(config, 192)
+
+
+@pytest.mark.parametrize("name", sorted(ARGUMENTS.keys() - {"bilingual"}))
+def test_an_unknown_argument_is_refused_and_the_choices_are_named(name):
+    with pytest.raises(ConfigError) as refusal:
+        module(name).get_config("zzz")
+    message = str(refusal.value).removeprefix(f"{name}.py")
+    assert "zzz" in message
+    for choice in filter(None, ARGUMENTS[name]):
+        assert choice in message
+
+
+@pytest.mark.parametrize("name", sorted(ARGUMENTS))
+def test_the_launch_command_stands_at_the_top_of_every_file(name):
+    assert f"--config=configs/{name}.py" in module(name).__doc__
+
+
+# ---- FLM-101B --------------------------------------------------------------------------------------------------------
+
+
+def test_the_stages_of_flm_101b_are_those_of_the_papers_table():
+    config = load("flm_101b", "a800")
+    found = [(s.name, s.steps, s.batch_size, s.learning_rate, s.final_learning_rate) for s in config.stages]
+    assert found == [
+        ("16B", 52_000, 2304, 4e-4, 6e-6),
+        ("51B", 8_400, 2304, 3.4e-4, 6e-6),
+        ("101B", 6_000, 2160, 2e-4, 6e-6),
+    ]
+    assert {s.schedule for s in config.stages} == {"cosine"}
+    # The table counts the warm-up in samples: 4,608,000, 230,400 and 230,400, the last one no whole number of steps.
+    assert [s.warmup_steps for s in config.stages] == [4_608_000 // 2304, 230_400 // 2304, -(-230_400 // 2160)]
+    assert config.model.max_length == 2048
+    assert [round(cost.tokens / 1e9, 2) for cost in stage_costs(config)] == [245.37, 39.64, 26.54]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_flm_101b_sees_the_papers_tokens_on_every_machine(machine):
+    config = load("flm_101b", machine)
+    assert sum(cost.tokens for cost in stage_costs(config)) == pytest.approx(311.55e9, rel=1e-3)
+    # The last stage's peak, end and warm-up hold there too, whatever its batch.
+    last = config.stages[-1]
+    assert last.warmup_steps * last.batch_size == pytest.approx(230_400, abs=last.batch_size)
+    assert (last.learning_rate, last.final_learning_rate) == (2e-4, 6e-6)
+    assert parse_topology(config.mesh.topology).num_devices == DEVICES[machine]
+
+
+def test_flm_101b_has_the_published_sizes():
+    config = load("flm_101b")
+    last = config.stage_models[-1]
+    assert (last.num_layers, last.embed_dim, last.num_heads, last.head_dim) == (80, 10_240, 80, 128)
+    # N layers of 12 D^2 weights and 13 D biases and norms, a final norm of 2 D, the table once.
+    by_hand = [
+        layers * (12 * d * d + 13 * d) + 2 * d + 100_256 * d for layers, d in ((40, 5632), (40, 10_240), (80, 10_240))
+    ]
+    assert [num_parameters(model) for model in config.stage_models] == by_hand
+    assert by_hand[-1] == pytest.approx(101.7e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("name", "index"), [("flm_16b", 0), ("flm_51b", 1)])
+def test_a_run_of_one_size_is_that_stage_of_flm_101b(name, index, machine):
+    alone, all_of_it = load(name, machine), load("flm_101b", machine)
+    assert alone.stage_models == (all_of_it.stage_models[index],)
+    sizes = dict.fromkeys(("num_layers", "embed_dim", "mlp_dim", "num_heads"))
+    stage = dataclasses.replace(all_of_it.stages[index], growth=alone.stages[0].growth, **sizes)
+    assert alone.stages == (stage,)
+    for field in ("optimizer", "data", "mesh", "checkpoint", "seed"):
+        assert getattr(alone, field) == getattr(all_of_it, field)
+
+
+def test_the_proxy_is_the_16b_at_width_256_with_less_than_100m_parameters():
+    proxy, large = load("flm_proxy"), load("flm_16b")
+    sizes = {"embed_dim": 256, "num_heads": 2, "mlp_dim": 1024}
+    (model,) = proxy.stage_models
+    assert dataclasses.replace(large.model, **sizes, vocab_multiple=model.vocab_multiple) == model
+    assert (model.width_multiplier, large.model.width_multiplier) == (1, 22)
+    assert num_parameters(model) == 40 * (12 * 256**2 + 13 * 256) + 2 * 256 + 100_256 * 256 < 100e6
+    assert parse_topology(proxy.mesh.topology).num_devices == 6 * 8
+    assert proxy.data == large.data
+    how = {"name": "16B", "microbatches": large.stages[0].microbatches}
+    assert dataclasses.replace(proxy.stages[0], **how) == large.stages[0]
+
+
+# ---- Tele-FLM --------------------------------------------------------------------------------------------------------
+
+
+def test_tele_flm_has_the_published_sizes_batch_and_rates():
+    config = load("tele_flm_52b")
+    small, large = config.stage_models
+    # Per layer four projections, three matrices of the MLP and two gains; a final gain; the table and the head.
+    by_hand = 64 * (4 * 8192**2 + 3 * 8192 * 21_824 + 2 * 8192) + 8192 + 2 * 80_000 * 8192
+    assert num_parameters(small) == by_hand == 52_817_829_888
+    assert num_parameters(large) == pytest.approx(102e9, rel=0.005)
+    stage = config.stages[0]
+    assert stage.batch_size * small.max_length == 5_505_024
+    assert (stage.learning_rate, stage.final_learning_rate, stage.warmup_steps) == (1.5e-4, 1.5e-5, 2000)
+    assert [cost.tokens for cost in stage_costs(config)] == pytest.approx([2.0e12, 0.3e12], rel=1e-3)
+    assert (small.norm, small.activation, small.position, small.rope_theta) == ("rmsnorm", "swiglu", "rope", 10_000)
+    assert (small.bias, small.tied_embedding, config.optimizer.weight_decay) == (False, False, 0.0)
+    applied = small.output_multiplier / (small.softmax_temperature * small.width_multiplier)
+    assert (small.embedding_multiplier, applied) == (1.0, 3.125e-2)
+
+
+def test_tele_flm_52b_alone_is_the_first_stage_of_both():
+    alone, both = load("tele_flm_52b", "52b"), load("tele_flm_52b")
+    assert alone == dataclasses.replace(both, stages=both.stages[:1])
+    assert [stage.name for stage in both.stages] == ["52B", "102B"]
+
+
+# ---- strategies of growth --------------------------------------------------------------------------------------------
+
+
+def test_the_strategies_save_nothing_half_less_and_more():
+    none, linear, moderate, aggressive = (saved(load("growth_strategies", name)) for name in STRATEGIES)
+    assert none == 0.0
+    assert 0.45 <= linear <= 0.55
+    assert 0.1 < moderate < 0.45
+    assert 0.55 < aggressive < 0.95
+
+
+def test_the_strategies_docstring_says_what_they_save():
+    text = module("growth_strategies").__doc__
+    said = {name: float(re.search(rf"^ +{name} .* (\d+\.\d) %$", text, re.MULTILINE)[1]) for name in STRATEGIES}
+    assert said == {name: round(100 * saved(load("growth_strategies", name)), 1) for name in STRATEGIES}
+
+
+def test_the_strategies_end_at_one_model_after_equal_tokens_with_equal_rates():
+    runs = [load("growth_strategies", name) for name in STRATEGIES]
+    ends = {tuple(getattr(run.stage_models[-1], size) for size in SIZES) for run in runs}
+    assert len(ends) == 1
+    assert {sum(cost.tokens for cost in stage_costs(run)) for run in runs} == {983_040}
+    for step in range(480):
+        assert len({learning_rate(run.stages, step) for run in runs}) == 1
+    for run in runs:
+        assert all(stage.growth.family == "zero" for stage in run.stages)  # exact
+        assert len({model.head_dim for model in run.stage_models}) == 1
+        assert run.model.vocab_size == named_tokenizer(run.data.vocabulary, run.data.end_id).vocab_size
+
+
+def test_the_linear_strategy_grows_in_equal_steps_over_equal_tokens():
+    costs = stage_costs(load("growth_strategies", "linear"))
+    assert len({cost.tokens for cost in costs}) == 1
+    steps = [new.parameters - old.parameters for old, new in itertools.pairwise(costs)]
+    assert steps == pytest.approx([sum(steps) / len(steps)] * len(steps), rel=0.05)
