@@ -66,7 +66,7 @@ def plan(
     if tune:
         from flmjax.scaling import tune as search
 
-        print(search.table(search.tune(config, price, log)), flush=True)
+        print(search.table(search.tune(config, log)), flush=True)
         return
     made = make_plan(config, price, log)
     print(table(made), flush=True)

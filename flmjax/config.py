@@ -627,11 +627,15 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     return mesh
 
 
+def legal_microbatches(stage: StageConfig, data_axes: int) -> list[int]:
+    """Numbers of parts of a stage's batch whose rows divide over the data axes, few first."""
+    rows, rest = divmod(stage.batch_size, data_axes)
+    return [] if rest else [n for n in range(1, rows + 1) if rows % n == 0]
+
+
 def _legal_batches(stage: StageConfig, data_axes: int) -> str:
     """What would divide instead: other numbers of microbatches, or the next batches."""
-    rows = stage.batch_size // data_axes
-    counts = [k for k in range(1, rows + 1) if rows % k == 0] if stage.batch_size % data_axes == 0 else []
-    if counts:
+    if counts := legal_microbatches(stage, data_axes):
         nearest_count = min(counts, key=lambda k: abs(k - stage.microbatches))
         return f"microbatches={nearest_count} would"
     unit = data_axes * stage.microbatches

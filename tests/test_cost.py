@@ -134,6 +134,8 @@ def test_the_table_has_the_papers_numbers_or_ones_own():
     text = cost_table(flm(), None, None)
     for words in ("53.64 zettaFLOPs", "52.76 zettaFLOPs", "21.5 days", "72.2% of days", "equal loss: not measured"):
         assert words in text
+    first = dataclasses.replace(flm(), stages=flm().stages[:1])
+    assert "52.76" not in cost_table(first, None, None)  # that is of three stages
     own = cost_table(flm(), 330.0, 2.0)
     assert "the paper: days" in own
     assert "330" in own

@@ -182,7 +182,14 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> tuple[Pl
         for i, (s, peak) in enumerate(zip(stages, peaks, strict=True))
     ]
     growths = tuple(GrowthPlan(f"s{i}", f"s{i + 1}", program(growth)) for i in range(len(peaks) - 1))
-    fields = {"topology": "a800:1x8", "chip": A800, "devices": 8, "mesh": config.mesh, "is_exact": exact}
+    fields = {
+        "topology": "a800:1x8",
+        "platform": "cuda",
+        "chip": A800,
+        "devices": 8,
+        "mesh": config.mesh,
+        "is_exact": exact,
+    }
     fields |= {"usable": 70.0 * GiB, "total": bill, "saved": 0.5, "saved_days": 0.4, "refusals": ()}
     plan = Plan(**fields, stages=tuple(made), growths=growths)
     return dataclasses.replace(plan, refusals=tuple(_refusals(plan, config))), config
@@ -212,6 +219,7 @@ def test_the_table_says_what_is_known_and_what_is_not():
     assert "saved at equal loss: not measured" in text
     unknown = table(plan_of(50.0, exact=False)[0])
     assert "not to be trusted" in unknown
+    assert "pip install 'flmjax[plan-gpu]'" in unknown
     assert "unknown" in unknown
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 import pytest
 
 from flmjax import cli
-from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig, legal_microbatches
 from flmjax.model.flops import num_parameters
 from flmjax.scaling import tune
 from flmjax.scaling.compile import Program
-from flmjax.scaling.tune import Setting, estimates, fit, legal_microbatches, meshes, table
+from flmjax.scaling.tune import Setting, estimates, fit, meshes, table
 from flmjax.sharding.chips import A800, GiB
 
 MODEL = ModelConfig(
@@ -42,8 +42,8 @@ def test_meshes_are_all_those_that_divide_and_no_other():
 
 def test_microbatches_divide_the_rows_of_a_data_shard():
     stage = StageConfig(batch_size=96)
-    assert legal_microbatches(stage, MeshConfig(2, 4, 1)) == [1, 2, 3, 4, 6, 12]
-    assert legal_microbatches(stage, MeshConfig(5, 1, 1)) == []
+    assert legal_microbatches(stage, 8) == [1, 2, 3, 4, 6, 12]
+    assert legal_microbatches(stage, 5) == []
 
 
 def test_more_microbatches_rematerialisation_and_shards_take_less_memory():
@@ -111,7 +111,8 @@ class FakeCompiler:
 
     def __init__(self, config):
         self.config, self.mesh_config = config, config.mesh
-        self.topology = SimpleNamespace(chip=A800, num_devices=16)
+        self.topology = SimpleNamespace(name="a800:2x8", platform="cuda", chip=A800, num_devices=16)
+        self.is_exact = True
 
     def attention(self, _):
         return "cudnn"
@@ -129,7 +130,7 @@ def test_microbatches_go_up_until_the_compiled_program_fits_the_last_stage_first
     monkeypatch.setattr(FakeCompiler, "made", [])
     setting = Setting(MeshConfig(1, 8, 2), "full", (1, 1), days=9.0)
     lines = []
-    found = fit(setting, CONFIG, 35.0 * GiB, FakeCompiler, lines.append, None)
+    found = fit(setting, CONFIG, 35.0 * GiB, FakeCompiler, lines.append)
     assert found.microbatches == (2, 4)
     assert found.peak == 30 * GiB
     assert found.days != 9.0
@@ -137,9 +138,20 @@ def test_microbatches_go_up_until_the_compiled_program_fits_the_last_stage_first
     assert lines[0] == "  large in 2 microbatches: 60.0 GiB"
     monkeypatch.setattr(FakeCompiler, "made", [])
     more = dataclasses.replace(setting, microbatches=(3, 6))
-    assert fit(more, CONFIG, 35.0 * GiB, FakeCompiler, lines.append, None).microbatches == (3, 6)
+    assert fit(more, CONFIG, 35.0 * GiB, FakeCompiler, lines.append).microbatches == (3, 6)
     assert FakeCompiler.made == [(1, 6), (0, 3)]  # never fewer than it says
-    assert fit(setting, CONFIG, 1.0 * GiB, FakeCompiler, lines.append, None) is None
+    assert fit(setting, CONFIG, 1.0 * GiB, FakeCompiler, lines.append) is None
+
+
+def test_without_the_machines_compiler_nothing_is_said_to_fit():
+    def stand_in(config):
+        compiler = FakeCompiler(config)
+        compiler.is_exact = False
+        return compiler
+
+    setting = Setting(MeshConfig(1, 8, 2), "full", (1, 1), days=9.0)
+    with pytest.raises(ConfigError, match=r"compiler of a800:2x8 is missing.*pip install 'flmjax\[plan-gpu\]'"):
+        fit(setting, CONFIG, 35.0 * GiB, stand_in, print)
 
 
 def test_the_flags_of_a_setting_make_the_config_that_it_is():

@@ -12,8 +12,9 @@ import numpy as np
 from flmjax.config import ConfigError, MeshConfig, RunConfig, validate_mesh
 from flmjax.model.attention import choose
 from flmjax.scaling.hlo import Collective, collectives, matmul_flops
+from flmjax.scaling.plan import PACKAGES
 from flmjax.scaling.stderr import captured_stderr
-from flmjax.scaling.topology import PACKAGES, Topology, devices_of
+from flmjax.scaling.topology import Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.loop import stage_ramp
 from flmjax.training.optimizer import new_warmup

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flmjax.config import ConfigError, MeshConfig, RunConfig
+from flmjax.config import ConfigError, MeshConfig, RunConfig, legal_microbatches
 from flmjax.model.flops import flops_per_token
 from flmjax.scaling import cost
 from flmjax.scaling.cost import Bill, Published, StageCost
@@ -16,11 +16,14 @@ from flmjax.scaling.stderr import captured_stderr
 from flmjax.sharding.chips import Chip, GiB
 
 if TYPE_CHECKING:
-    from flmjax.scaling.compile import Program
+    from flmjax.scaling.compile import Compiler, Program
+    from flmjax.scaling.topology import Topology
 
 # Of a device's memory, what a program can have: the rest is for the driver, communication buffers and, on GPUs, the
 # workspace of cuDNN, which is in no compiler's count.
 USABLE = {"cuda": 0.92, "tpu": 0.97}
+PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
+LARGEST_FSDP = 64  # more cuts matrices into shards that are no whole tiles: a TPU then sums what it should gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Plan:
     """
 
     topology: str
+    platform: str
     chip: Chip
     devices: int
     mesh: MeshConfig
@@ -101,14 +105,9 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
     Raises:
         ConfigError: for a machine, a mesh or a size that does not fit, and without cuDNN where the config asks for it.
     """
-    if config.mesh.topology is None:
-        raise ConfigError("mesh.topology is None; name the machine: --config.mesh.topology=a800:24x8")
-    with captured_stderr():  # the CUDA plugin says that no GPU is here
-        from flmjax.scaling.compile import Compiler
-        from flmjax.scaling.topology import parse_topology
     costs = cost.stage_costs(config)
-    topology = parse_topology(config.mesh.topology)
-    compiler = Compiler(config, topology)
+    compiler_of, topology = compiler_for(config)
+    compiler = compiler_of(config)
     machine = machine_of(topology.chip, topology.num_devices, price)
     stages, growths = [], []
     for index, (own, published) in enumerate(zip(costs, cost.published(costs), strict=True)):
@@ -123,6 +122,7 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
     days_from_scratch = last.bill.days * scratch / last.cost.flops
     plan = Plan(
         topology=topology.name,
+        platform=topology.platform,
         chip=topology.chip,
         devices=topology.num_devices,
         mesh=compiler.mesh_config,
@@ -136,6 +136,21 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
         refusals=(),
     )
     return dataclasses.replace(plan, refusals=tuple(_refusals(plan, config)))
+
+
+def compiler_for(config: RunConfig) -> "tuple[Callable[[RunConfig], Compiler], Topology]":
+    """What compiles a run for its mesh.topology, and that topology.
+
+    Raises:
+        ConfigError: for a topology that is None or no machine.
+    """
+    if config.mesh.topology is None:
+        raise ConfigError("mesh.topology is None; name the machine: --config.mesh.topology=a800:24x8")
+    with captured_stderr():  # the CUDA plugin says that no GPU is here
+        from flmjax.scaling.compile import Compiler
+        from flmjax.scaling.topology import parse_topology
+    topology = parse_topology(config.mesh.topology)
+    return lambda chosen: Compiler(chosen, topology), topology
 
 
 def machine_of(chip: Chip, devices: int, price: float | None) -> cost.Machine:
@@ -209,6 +224,5 @@ def _advice(config: RunConfig, index: int, mesh: MeshConfig) -> str:
         return "take model.remat='full'"
     stage = config.stages[index]
     assert mesh.fsdp is not None
-    rows = stage.batch_size // (mesh.replica * mesh.fsdp)
-    more = [k for k in range(stage.microbatches + 1, rows + 1) if rows % k == 0]
+    more = [n for n in legal_microbatches(stage, mesh.replica * mesh.fsdp) if n > stage.microbatches]
     return f"take stages[{index}].microbatches={more[0]}" if more else "take more devices along fsdp or tensor"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flmjax.config import ConfigError, RunConfig
 from flmjax.evaluation.page import short
 from flmjax.scaling import cost
-from flmjax.scaling.plan import Plan, StagePlan, machine_of, tflops
+from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, Plan, StagePlan, machine_of, tflops
 from flmjax.scaling.roofline import Assumptions
 from flmjax.sharding.chips import A800, GiB
 
@@ -97,18 +97,18 @@ def closing(plan: Plan) -> list[str]:
     """Totals, what they rest on, and what does not fit."""
     costs = [stage.cost for stage in plan.stages]
     lines = [totals(costs, plan.total)]
-    if all(stage.published for stage in plan.stages):
+    if [stage.cost.name for stage in plan.stages if stage.published] == list(cost.STAGES):
         lines.append(PAPER)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
-    if plan.mesh.fsdp is not None and plan.mesh.fsdp > 64:
+    if plan.mesh.fsdp is not None and plan.mesh.fsdp > LARGEST_FSDP:
         lines.append(
-            f"fsdp {plan.mesh.fsdp} is more than 64: shards may be no whole tiles, and a TPU sums them instead"
+            f"fsdp {plan.mesh.fsdp} is more than {LARGEST_FSDP}: shards may be no whole tiles, which a TPU sums"
         )
     if not plan.is_exact:
         lines.append(
-            f"the compiler of {plan.topology} is missing: programs were partitioned for as many CPU devices; bytes, "
-            "memory and times are not to be trusted"
+            f"the compiler of {plan.topology} is missing (pip install '{PACKAGES[plan.platform]}'): programs were "
+            "partitioned for as many CPU devices; bytes, memory and times are not to be trusted"
         )
     return [*lines, *plan.refusals]
 
@@ -220,7 +220,7 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
     scratch = cost.cost_from_scratch(config)
     days_from_scratch = cost.days(scratch, machine, rates[-1] * 1e12, availability)
     lines = [_aligned(rows), "", totals(costs, cost.bill(machine, sum(days)))]
-    if all(found):
+    if [c.name for c, p in zip(costs, found, strict=True) if p] == list(cost.STAGES):
         lines.append(PAPER)
     if len(costs) > 1:
         flops = cost.saved_at_equal_tokens([c.flops for c in costs], scratch)

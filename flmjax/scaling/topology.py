@@ -21,7 +21,6 @@ _TPUS: dict[str, tuple[str, dict[str, Any], int, str]] = {
 }
 _GPUS = {"a100": "NVIDIA A100-SXM4-80GB", "a800": "NVIDIA A800-SXM4-80GB"}
 CHOICES = tuple(f"{name}:NODESx{NODE}" for name in _GPUS) + tuple(f"{n}:{t[3]}" for n, t in _TPUS.items())
-PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}
 
 # An A100 for XLA's GPU compiler, which is given no device to ask.
 _AMPERE = """

@@ -7,15 +7,22 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig, validate_mesh
+from flmjax.config import (
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    legal_microbatches,
+    validate_mesh,
+)
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.scaling import cost
 from flmjax.scaling.hlo import Collective
-from flmjax.scaling.plan import USABLE, machine_of, stage_plan
+from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, USABLE, compiler_for, machine_of, stage_plan
 from flmjax.scaling.roofline import fused_attention_flops, step_time
 from flmjax.sharding.chips import Chip, GiB
 
-LARGEST_FSDP = 64  # more cuts matrices into shards that are no whole tiles: a TPU then sums what it should gather
 LARGEST_TENSOR = 8  # it stays inside a node
 REMATS = ("dots", "full")  # the cheaper in time first
 
@@ -47,28 +54,20 @@ class Setting:
         return dataclasses.replace(config, model=model, mesh=self.mesh, stages=stages)
 
 
-def tune(
-    config: RunConfig, price: float | None, log: Callable[[str], None] = lambda _: None, tries: int = 3
-) -> list[Setting]:
+def tune(config: RunConfig, log: Callable[[str], None] = lambda _: None, tries: int = 3) -> list[Setting]:
     """The `tries` best settings by estimate, compiled; those that fit, cheapest first.
 
     Raises:
-        ConfigError: when nothing is legal or nothing of them fits.
+        ConfigError: when nothing is legal or nothing of them fits, and without the machine's own compiler: what fits
+            cannot be known.
     """
-    from flmjax.scaling.stderr import captured_stderr
-
-    if config.mesh.topology is None:
-        raise ConfigError("mesh.topology is None; name the machine: --config.mesh.topology=a800:24x8")
-    with captured_stderr():  # the CUDA plugin says that no GPU is here
-        from flmjax.scaling.compile import Compiler
-        from flmjax.scaling.topology import parse_topology
-    topology = parse_topology(config.mesh.topology)
+    compiler_of, topology = compiler_for(config)
     usable = USABLE[topology.platform] * topology.chip.memory
     found = estimates(config, topology.chip, topology.num_devices, topology.node, usable)
     fitting = []
     for setting in found[:tries]:
         log(f"{_words(setting)}, estimated {setting.days:.1f} days")
-        compiled = fit(setting, config, usable, lambda c: Compiler(c, topology), log, price)
+        compiled = fit(setting, config, usable, compiler_of, log)
         if compiled is not None:
             fitting.append(compiled)
     if not fitting:
@@ -82,16 +81,20 @@ def fit(
     usable: float,
     compiler_of: Callable[[RunConfig], Any],
     log: Callable[[str], None],
-    price: float | None,
 ) -> Setting | None:
     """The setting with as many microbatches as its compiled stages need to fit; None if no number will do."""
     counts, peak, days = list(setting.microbatches), 0, 0.0
     for index in reversed(range(len(config.stages))):  # the last is the largest: what cannot fit is found out first
-        for count in [n for n in legal_microbatches(config.stages[index], setting.mesh) if n >= counts[index]]:
+        for count in [n for n in _legal(config.stages[index], setting.mesh) if n >= counts[index]]:
             counts[index] = count
             chosen = dataclasses.replace(setting, microbatches=tuple(counts)).apply(config)
             compiler = compiler_of(chosen)
-            machine = machine_of(compiler.topology.chip, compiler.topology.num_devices, price)
+            if not compiler.is_exact:
+                raise ConfigError(
+                    f"the compiler of {compiler.topology.name} is missing, so what fits cannot be known; pip install "
+                    f"'{PACKAGES[compiler.topology.platform]}'"
+                )
+            machine = machine_of(compiler.topology.chip, compiler.topology.num_devices, None)
             own = cost.stage_costs(chosen)[index]
             try:
                 planned = stage_plan(compiler, index, own, machine, None)
@@ -126,11 +129,9 @@ def _words(setting: Setting) -> str:
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
 
-def legal_microbatches(stage: StageConfig, mesh: MeshConfig) -> list[int]:
-    """Numbers of parts of a stage's batch whose rows divide over the data axes, few first."""
+def _legal(stage: StageConfig, mesh: MeshConfig) -> list[int]:
     assert mesh.fsdp is not None
-    rows, rest = divmod(stage.batch_size, mesh.replica * mesh.fsdp)
-    return [] if rest else [n for n in range(1, rows + 1) if rows % n == 0]
+    return legal_microbatches(stage, mesh.replica * mesh.fsdp)
 
 
 def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
@@ -158,9 +159,7 @@ def estimates(config: RunConfig, chip: Chip, devices: int, node: int, usable: fl
             models = [dataclasses.replace(model, remat=remat) for model in config.stage_models]
             counts, days = [], 0.0
             for stage, model in zip(config.stages, models, strict=True):
-                fitting = [
-                    n for n in legal_microbatches(stage, mesh) if memory(model, mesh, stage.batch_size // n, n) < usable
-                ]
+                fitting = [n for n in _legal(stage, mesh) if memory(model, mesh, stage.batch_size // n, n) < usable]
                 if not fitting:
                     break
                 counts.append(fitting[0])

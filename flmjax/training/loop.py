@@ -234,13 +234,15 @@ class Run:
             self.bar.log(text)
             if skipped >= self.config.optimizer.max_nonfinite_updates:
                 raise TrainingError(f"{text}; stopped, parameters are those of step {step - skipped}")
-        values = {name: float(metrics[name]) for name in METRICS if name in metrics}  # the last three: with teachers
-        self.newest |= {name: x for name, x in values.items() if name not in OF_ALL_ROWS and not np.isnan(x)}
+        if "teacher_loss" in metrics:
+            of_kinds = {name: float(metrics[name]) for name in METRICS if name not in OF_ALL_ROWS}
+            self.newest |= {name: x for name, x in of_kinds.items() if not np.isnan(x)}
         stage = self.config.stages[index]
         if step % self.config.log_every and step != self.config.stage_starts()[index + 1] and not skipped:
             return
         tokens = stage.batch_size * self.length
         rate = clock.rate(tokens)
+        values = {name: float(metrics[name]) for name in METRICS if name in metrics}  # the last three: with teachers
         if not skipped:  # where batches alternate, a line has the newest batch of either kind
             values |= self.newest
         self.newest = {}
@@ -395,8 +397,8 @@ def validation_means(sums: dict[str, np.float64]) -> dict[str, Any]:
     return {
         "loss": means.pop("language_loss"),
         **means,
-        "judged": int(sums["judged"]) // jax.process_count(),
-    }  # each has all rows
+        "judged": int(sums["judged"]) // jax.process_count(),  # every process has all rows
+    }
 
 
 def chunks(rows: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
