@@ -19,8 +19,8 @@ from flmjax.config import (
     from_config_dict,
     to_config_dict,
     to_json,
-    validate,
 )
+from flmjax.validation import validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"

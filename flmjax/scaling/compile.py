@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flmjax.config import ConfigError, MeshConfig, RunConfig, validate_mesh
+from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.model.attention import choose
 from flmjax.scaling.hlo import Collective, collectives, matmul_flops
 from flmjax.scaling.plan import PACKAGES
@@ -20,6 +20,7 @@ from flmjax.training.loop import stage_ramp
 from flmjax.training.optimizer import new_warmup
 from flmjax.training.state import StateSpec, state_spec
 from flmjax.training.step import abstract_batch, compile_growth, compile_step
+from flmjax.validation import validate_mesh
 
 
 @dataclasses.dataclass(frozen=True)

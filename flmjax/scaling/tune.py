@@ -7,21 +7,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flmjax.config import (
-    ConfigError,
-    MeshConfig,
-    ModelConfig,
-    RunConfig,
-    StageConfig,
-    legal_microbatches,
-    validate_mesh,
-)
+from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.scaling import cost
 from flmjax.scaling.hlo import Collective
 from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, USABLE, compiler_for, machine_of, stage_plan
 from flmjax.scaling.roofline import fused_attention_flops, step_time
 from flmjax.sharding.chips import Chip, GiB
+from flmjax.validation import legal_microbatches, validate_mesh
 
 LARGEST_TENSOR = 8  # it stays inside a node
 REMATS = ("dots", "full")  # the cheaper in time first

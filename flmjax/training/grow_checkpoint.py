@@ -9,18 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import (
-    SIZES,
-    ConfigError,
-    ModelConfig,
-    RunConfig,
-    check_mesh,
-    from_config_dict,
-    resize,
-    to_json,
-    validate,
-    validate_mesh,
-)
+from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, from_config_dict, resize, to_json
 from flmjax.data.loader import fingerprint, mixture_schedule
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
@@ -32,6 +21,7 @@ from flmjax.training.loop import prove_growth, stage_ramp
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_growth
 from flmjax.training.workdir import data_directory, with_vocabulary, write_config
+from flmjax.validation import check_mesh, validate, validate_mesh
 
 DURING_TRAINING = {
     "mask": "its mask opens while the model trains",

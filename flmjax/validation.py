@@ -1,0 +1,324 @@
+"""Every rule that settings must keep, each checked once: of a run alone, and of a run on a mesh."""
+
+import dataclasses
+import math
+
+from flmjax.config import (
+    GROWTH_FAMILIES,
+    MESH_AXES,
+    STAGE_SIZES,
+    ConfigError,
+    DataConfig,
+    GrowthConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    nearest,
+    split_factor,
+)
+
+NORMS = ("layernorm", "rmsnorm")
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+POSITIONS = ("xpos", "rope", "learned")
+ATTENTIONS = ("plain", "fused", "cudnn", "splash")
+REMATS = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16", "float64")
+SCHEDULES = ("constant", "cosine", "wsd")
+VOCABULARIES = ("sentencepiece", "bytes", "cl100k")
+SPLIT_KEYS = ("text", "path")
+TEACHER_MIXING = ("mixed", "alternating")
+FAMILY_FIELDS = {
+    "duplicate": ("split",),
+    "mask": ("ramp_steps", "ramp"),
+    "perturb": ("shrink",),
+    "learned": ("tuning_steps", "tuning_learning_rate"),
+}
+RAMPS = ("linear", "cosine")
+SPLITS = ("unequal", "equal")
+MOMENTS = ("carry", "reset")
+SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
+RATE_POLICIES = ("continue", "rewarm", "rewind", "stage")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Check every rule that one field or several must keep; returns the config.
+
+    Raises:
+        ConfigError: one line that names the field, its value and what would do.
+    """
+    _validate_model(config.model)
+    _validate_optimizer(config.optimizer)
+    _validate_data(config.data)
+    apart = "data.document_attention" if config.data.document_attention else "data.teachers"
+    _require(
+        config.model.attention != "cudnn" or not (config.data.document_attention or config.data.teachers),
+        f"model.attention='cudnn' cannot keep a row's documents apart, which {apart} asks for; take 'plain'",
+    )
+    _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
+    for i, stage in enumerate(config.stages):
+        _validate_stage(stage, f"stages[{i}]", config.data.num_sources)
+    _validate_schedule(config.stages)
+    names = [stage.name for stage in config.stages]
+    _require(len(set(names)) == len(names), f"stages have the same name: {', '.join(names)}")
+    for i, (old, new) in enumerate(zip(config.stage_models, config.stage_models[1:], strict=False), start=1):
+        _validate_growth(old, new, f"stages[{i}]")
+    for i, model in enumerate(config.stage_models):
+        _validate_model(model, f"stages[{i}]")
+    for field in ("log_every", "evaluate_every", "evaluation_rows", "certificate_rows"):
+        _require(getattr(config, field) > 0, f"{field}={getattr(config, field)} must be positive")
+    _require(config.checkpoint.every > 0, f"checkpoint.every={config.checkpoint.every} must be positive")
+    _require(config.checkpoint.keep > 0, f"checkpoint.keep={config.checkpoint.keep} must be positive")
+    _require(
+        math.isfinite(config.certificate_tolerance) and config.certificate_tolerance > 0,
+        f"certificate_tolerance={config.certificate_tolerance} must be positive",
+    )
+    _require(config.sample_tokens >= 0, f"sample_tokens={config.sample_tokens} must not be negative")
+    return config
+
+
+def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{path}='{value}'{nearest(value, choices)}; choices: {', '.join(choices)}")
+
+
+def _validate_model(m: ModelConfig, path: str = "model") -> None:
+    for field, choices in (
+        ("norm", NORMS),
+        ("activation", ACTIVATIONS),
+        ("position", POSITIONS),
+        ("attention", ATTENTIONS),
+        ("remat", REMATS),
+        ("dtype", DTYPES),
+    ):
+        _choice(f"{path}.{field}", getattr(m, field), choices)
+    for field in ("num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "max_length", "vocab_multiple"):
+        _require(getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive")
+    for field in ("rotary_dim", "base_embed_dim"):
+        _require(
+            getattr(m, field) is None or getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive"
+        )
+    for field in ("norm_eps", "softmax_temperature", "rope_theta", "xpos_scale_base", "init_std"):
+        value = getattr(m, field)
+        _require(math.isfinite(value) and value > 0, f"{path}.{field}={value} must be positive")
+    _require(m.vocab_size is None or m.vocab_size > 1, f"{path}.vocab_size={m.vocab_size} must be at least 2")
+    _require(0.0 <= m.dropout < 1.0, f"{path}.dropout={m.dropout} must lie in [0, 1)")
+    _require(
+        m.kv_heads > 0 and m.num_heads % m.kv_heads == 0,
+        f"{path}.num_heads={m.num_heads} is not a multiple of num_kv_heads={m.kv_heads}",
+    )
+    if m.position != "learned":
+        _require(m.head_dim % 2 == 0, f"{path}.head_dim={m.head_dim} must be even for position='{m.position}'")
+        _require(
+            m.rotated_dims % 2 == 0 and m.rotated_dims <= m.head_dim,
+            f"{path}.rotary_dim={m.rotary_dim} must be even and at most head_dim={m.head_dim}",
+        )
+    _require(m.scan_unroll > 0, f"{path}.scan_unroll={m.scan_unroll} must be positive")
+
+
+def _validate_optimizer(o: OptimizerConfig) -> None:
+    for field in ("b1", "b2"):
+        _require(0.0 <= getattr(o, field) < 1.0, f"optimizer.{field}={getattr(o, field)} must lie in [0, 1)")
+    _require(o.eps > 0, f"optimizer.eps={o.eps} must be positive")
+    _require(o.weight_decay >= 0, f"optimizer.weight_decay={o.weight_decay} must not be negative")
+    _require(
+        o.clip_norm is None or (math.isfinite(o.clip_norm) and o.clip_norm > 0),
+        f"optimizer.clip_norm={o.clip_norm} must be positive, or None for no clipping",
+    )
+    _require(o.max_nonfinite_updates > 0, "optimizer.max_nonfinite_updates must be positive")
+
+
+def _validate_weights(path: str, weights: tuple[float, ...] | None, num_sources: int | None) -> None:
+    if weights is None:
+        return
+    _require(
+        num_sources in (None, len(weights)), f"{path} has {len(weights)} entries for {num_sources} sources and teachers"
+    )
+    for weight in weights:
+        _require(math.isfinite(weight) and weight > 0, f"{path}: {weight} must be positive")
+
+
+def _validate_data(d: DataConfig) -> None:
+    _require(len(d.sources) > 0, "data.sources is empty; name a built-in source, a file, a folder or a glob")
+    names = (*d.sources, *d.teachers)
+    _require(len(set(names)) == len(names), f"data.sources or data.teachers names one twice: {', '.join(names)}")
+    _require(
+        d.mixture is None or not d.teachers,
+        f"data.teachers={d.teachers} is not read: data.mixture='{d.mixture}' says what the teachers are",
+    )
+    _require(
+        d.task_module is None or d.mixture is not None,
+        f"data.task_module='{d.task_module}' is not read without data.mixture: name the Task or Mixture it registers",
+    )
+    _validate_weights("data.weights", d.weights, d.num_sources)
+    if d.vocabulary is not None and not d.vocabulary.endswith(".model"):
+        _choice("data.vocabulary", d.vocabulary, VOCABULARIES)
+    _require(d.vocab_size >= 300, f"data.vocab_size={d.vocab_size} must be at least 300 (256 bytes and a few pieces)")
+    _require(d.end_id is None or d.end_id >= 0, f"data.end_id={d.end_id} must not be negative")
+    _require(
+        0.0 < d.validation_fraction < 0.5, f"data.validation_fraction={d.validation_fraction} must lie in (0, 0.5)"
+    )
+    _choice("data.split_by", d.split_by, SPLIT_KEYS)
+    _choice("data.teacher_mixing", d.teacher_mixing, TEACHER_MIXING)
+    _require(
+        math.isfinite(d.teacher_weight) and d.teacher_weight > 0,
+        f"data.teacher_weight={d.teacher_weight} must be positive",
+    )
+    _require(
+        d.teacher_weight == 1.0 or d.teacher_mixing == "mixed",
+        f"data.teacher_weight={d.teacher_weight} is not read with teacher_mixing='alternating': a batch of teachers "
+        "alone is divided by its weights",
+    )
+    _require(d.workers is None or d.workers > 0, f"data.workers={d.workers} must be positive")
+    _require(bool(d.true_mark) and bool(d.false_mark), "data.true_mark and data.false_mark must not be empty")
+    _require(d.true_mark != d.false_mark, f"data.true_mark and data.false_mark are both '{d.true_mark}'")
+
+
+def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
+    for field in ("steps", "batch_size", "microbatches"):
+        _require(getattr(s, field) > 0, f"{path}.{field}={getattr(s, field)} must be positive")
+    _require(
+        s.batch_size % s.microbatches == 0,
+        f"{path}.batch_size={s.batch_size} is not a multiple of microbatches={s.microbatches}",
+    )
+    _require(0 <= s.warmup_steps < s.steps, f"{path}.warmup_steps={s.warmup_steps} must be less than steps={s.steps}")
+    _require(
+        math.isfinite(s.learning_rate) and s.learning_rate >= s.final_learning_rate >= 0,
+        f"{path}: learning_rate={s.learning_rate} must be at least final_learning_rate={s.final_learning_rate} >= 0",
+    )
+    _require(0 < s.decay_fraction <= 1, f"{path}.decay_fraction={s.decay_fraction} must lie in (0, 1]")
+    _choice(f"{path}.schedule", s.schedule, SCHEDULES)
+    _validate_operator(s, f"{path}.growth")
+    _validate_weights(f"{path}.weights", s.weights, num_sources)
+
+
+def _validate_operator(s: StageConfig, path: str) -> None:
+    g = s.growth
+    for field, choices in (
+        ("family", GROWTH_FAMILIES),
+        ("split", SPLITS),
+        ("moments", MOMENTS),
+        ("ramp", RAMPS),
+        ("learning_rate", RATE_POLICIES),
+    ):
+        _choice(f"{path}.{field}", getattr(g, field), choices)
+    for field in ("shrink", "rewarm_fraction", "new_warmup_fraction"):
+        _require(0.0 <= getattr(g, field) <= 1.0, f"{path}.{field}={getattr(g, field)} must lie in [0, 1]")
+    _require(g.tuning_steps >= 0, f"{path}.tuning_steps={g.tuning_steps} must not be negative")
+    _require(
+        math.isfinite(g.tuning_learning_rate) and g.tuning_learning_rate > 0,
+        f"{path}.tuning_learning_rate={g.tuning_learning_rate} must be positive",
+    )
+    _require(
+        g.family != "mask" or 0 < g.ramp_steps <= s.steps,
+        f"{path}.ramp_steps={g.ramp_steps} must be 1 to the stage's steps={s.steps} for family 'mask'",
+    )
+    for family, fields in FAMILY_FIELDS.items():
+        for field in fields if family != g.family else ():
+            _require(
+                getattr(g, field) == getattr(GrowthConfig(), field),
+                f"{path}.{field}={getattr(g, field)} is not read by family '{g.family}', only by '{family}'",
+            )
+
+
+def _validate_schedule(stages: tuple[StageConfig, ...]) -> None:
+    """A stage that continues a schedule may not bring one: it would be ignored."""
+    default = StageConfig()
+    _require(
+        stages[0].growth.learning_rate == default.growth.learning_rate,
+        f"stages[0].growth.learning_rate='{stages[0].growth.learning_rate}' is not read: the first stage has its own",
+    )
+    for i, stage in enumerate(stages[1:], start=1):
+        for field in SCHEDULE_FIELDS if stage.growth.learning_rate != "stage" else ():
+            _require(
+                getattr(stage, field) == getattr(default, field),
+                f"stages[{i}].{field}={getattr(stage, field)} is not read: stages[{i}].growth.learning_rate="
+                f"'{stage.growth.learning_rate}' goes on with the schedule before it; 'stage' starts this one",
+            )
+
+
+def _validate_growth(old: ModelConfig, new: ModelConfig, path: str) -> None:
+    for field in STAGE_SIZES:
+        before, after = getattr(old, field), getattr(new, field)
+        if field == "num_kv_heads":
+            before, after = old.kv_heads, new.kv_heads
+        _require(after >= before, f"{path}.{field}={after} is smaller than {before} of the stage before; stages grow")
+    try:
+        split_factor(old, new)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
+    """Resolve and check the mesh for `num_devices`: every size divides, the product is the device count.
+
+    Raises:
+        ConfigError: naming the leaf's axis, the mesh axis and both numbers.
+    """
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    free = [name for name, size in sizes.items() if size is None]
+    _require(len(free) <= 1, f"mesh: only one of {', '.join(free)} can be None")
+    fixed = math.prod(size for size in sizes.values() if size is not None)
+    _require(fixed > 0, f"mesh: sizes must be positive: {sizes}")
+    if free:
+        _require(num_devices % fixed == 0, f"mesh: {fixed} (fixed axes) does not divide the {num_devices} devices")
+        sizes[free[0]] = num_devices // fixed
+    product = math.prod(sizes.values())
+    _require(
+        product == num_devices,
+        f"mesh: {sizes} has {product} places for {num_devices} devices; an axis that is None takes what is left",
+    )
+    mesh = dataclasses.replace(config.mesh, **sizes)
+    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
+        rows, data_axes = stage.batch_size // stage.microbatches, sizes["replica"] * sizes["fsdp"]
+        _require(
+            rows % data_axes == 0,
+            f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={data_axes}; "
+            f"{_legal_batches(stage, data_axes)}",
+        )
+        check_mesh(model, mesh, f"stages[{i}]")
+    return mesh
+
+
+def legal_microbatches(stage: StageConfig, data_axes: int) -> list[int]:
+    """Numbers of parts of a stage's batch whose rows divide over the data axes, few first."""
+    rows, rest = divmod(stage.batch_size, data_axes)
+    return [] if rest else [n for n in range(1, rows + 1) if rows % n == 0]
+
+
+def _legal_batches(stage: StageConfig, data_axes: int) -> str:
+    """What would divide instead: other numbers of microbatches, or the next batches."""
+    if counts := legal_microbatches(stage, data_axes):
+        nearest_count = min(counts, key=lambda k: abs(k - stage.microbatches))
+        return f"microbatches={nearest_count} would"
+    unit = data_axes * stage.microbatches
+    below = stage.batch_size // unit * unit
+    return " or ".join(f"batch_size={size}" for size in (below, below + unit) if size) + " would"
+
+
+def check_mesh(model: ModelConfig, mesh: MeshConfig, path: str) -> None:
+    """Whether every size of a model divides over `mesh`, whose sizes are known.
+
+    Raises:
+        ConfigError: naming the size, the mesh axis and both numbers.
+    """
+    vocabulary = 0 if model.vocab_size is None else model.padded_vocab_size
+    for name, size, axis in (
+        ("padded vocab_size", vocabulary, "tensor"),
+        ("embed_dim", model.embed_dim, "fsdp"),
+        ("mlp_dim", model.mlp_dim, "tensor"),
+        ("num_heads", model.num_heads, "tensor"),
+        ("num_kv_heads", model.kv_heads, "tensor"),
+        ("max_length", model.max_length, "tensor"),
+    ):
+        parts = getattr(mesh, axis)
+        legal = max(n for n in range(1, parts + 1) if size % n == 0)
+        _require(
+            size % parts == 0,
+            f"{path}: {name}={size} does not divide over mesh axis {axis}={parts}; {axis}={legal} would",
+        )
