@@ -258,7 +258,7 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--config.stages[2].microbatches=4"], "540 does not divide .*=48; microbatches=3 would"),
         (["--config.mesh.tensor=8", "--config.mesh.fsdp=8"], "num_heads=44 .* tensor=8; tensor=4 would"),
         (["--price=-1"], "price"),
-        (["--cost-only", "--config.mesh.fsdp=None"], "an axis that is None"),
+        (["--cost-only", "--config.mesh.fsdp=None"], "mesh.fsdp is None"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(flags, words, capsys):

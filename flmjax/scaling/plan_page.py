@@ -37,7 +37,7 @@ def _page(plan: Plan) -> str:
         ),
         ("Days", f"{total.days:.1f}", "at the estimated step times, no pauses"),
         ("Device-hours", f"{total.device_hours:,.0f}", price),
-        ("Tokens", short(sum(own.tokens for own in costs)), f"{sum(own.flops for own in costs) / 1e21:.2f} zettaFLOPs"),
+        ("Tokens", short(sum(own.tokens for own in costs)), f"{sum(own.flops for own in costs) / 1e21:.4g} zettaFLOPs"),
         ("Saved at equal tokens", f"{plan.saved:.0%}", "of FLOPs, against the last model from scratch"),
     ]
     names = [own.name for own in costs]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from flmjax.config import ConfigError, RunConfig
+from flmjax.config import MESH_AXES, ConfigError, RunConfig
 from flmjax.evaluation.page import short
 from flmjax.scaling import cost
 from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, Plan, StagePlan, machine_of, tflops
@@ -55,7 +55,7 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("  data traffic, shown", lambda s: f"{s.step.data - s.step.hidden:.1f} of {s.step.data:.1f} s"),
         row("TFLOP/s a device", lambda s: f"{tflops(s, plan.devices):.0f}"),
         row("tokens", lambda s: short(s.cost.tokens)),
-        row("zettaFLOPs", lambda s: f"{s.cost.flops / 1e21:.2f}"),
+        row("zettaFLOPs", lambda s: f"{s.cost.flops / 1e21:.4g}"),
         row("days", lambda s: f"{s.bill.days:.2f}"),
         *bill_rows([s.bill for s in stages]),
     ]
@@ -117,7 +117,7 @@ def totals(costs: Sequence[cost.StageCost], total: cost.Bill) -> str:
     """One line on the whole run."""
     parts = [
         f"{short(sum(c.tokens for c in costs))} tokens",
-        f"{sum(c.flops for c in costs) / 1e21:.2f} zettaFLOPs",
+        f"{sum(c.flops for c in costs) / 1e21:.4g} zettaFLOPs",
         f"{total.days:.1f} days",
         f"{total.device_hours:,.0f} device-hours",
         f"{_or_dash(total.dollars, ',.0f')} dollars",
@@ -198,7 +198,8 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
         raise ConfigError(f"no speed is known for stage {', '.join(missing)}; --tflops=N gives model TFLOP/s a device")
     mesh = config.mesh
     if mesh.fsdp is None or None in (mesh.replica, mesh.tensor):
-        raise ConfigError("mesh has an axis that is None; the cost needs the number of devices")
+        axis = next(axis for axis in MESH_AXES if getattr(mesh, axis) is None)
+        raise ConfigError(f"mesh.{axis} is None; a cost needs the number of devices, as in --config.mesh.{axis}=1")
     devices = mesh.replica * mesh.fsdp * mesh.tensor
     machine = machine_of(A800, devices, price) if speed is None else cost.Machine(devices, price)
     rates = [float(s) for s in speeds if s is not None]
@@ -210,8 +211,8 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
         ("parameters", [short(c.parameters) for c in costs]),
         ("steps", [f"{c.steps:,}" for c in costs]),
         ("tokens", [short(c.tokens) for c in costs]),
-        ("zettaFLOPs", [f"{c.flops / 1e21:.2f}" for c in costs]),
-        ("TFLOP/s a device", [f"{rate:.0f}" for rate in rates]),
+        ("zettaFLOPs", [f"{c.flops / 1e21:.4g}" for c in costs]),
+        ("TFLOP/s a device", [f"{rate:g}" for rate in rates]),
         ("days", [f"{d:.2f}" for d in days]),
         *bill_rows(bills),
     ]
