@@ -4,8 +4,7 @@ What it reproduces: the stage 16B of the paper's table 2, with the numbers of co
 what configs/eflm_16b.py goes on from, and `flmjax grow` makes a larger model of it. Of each number the comment says
 whether the paper states it, it is derived from what the paper states, or it is our choice.
 
-Machines, 2048 tokens a row; memory and days by `flmjax plan --config=configs/flm_16b.py:MACHINE`, at most (days
-of tpu_v6e scaled from tpu_v4's by data sheet):
+Machines, 2048 tokens a row; memory and days by `flmjax plan --config=configs/flm_16b.py:MACHINE`, at most:
         a800     192 A800 80 GB (24 nodes of 8)    14 GiB a device    10 days (the paper: 9.63)
         tpu_v5p  256 chips, 4x8x8                   8 GiB              6 days
         tpu_v4   256 chips, 4x8x8                   4 GiB             10 days

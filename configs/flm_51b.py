@@ -5,8 +5,7 @@ and rates of that stage (table 2 of arXiv 2309.03852) and random weights instead
 hands on through the growth is the distance between the two losses. 39.64B tokens are few for 51B. Of each number the
 comment says whether the paper states it, it is derived from what the paper states, or it is our choice.
 
-Machines, 2048 tokens a row; memory and days by `flmjax plan --config=configs/flm_51b.py:MACHINE`, at most (days
-of tpu_v6e scaled from tpu_v4's by data sheet):
+Machines, 2048 tokens a row; memory and days by `flmjax plan --config=configs/flm_51b.py:MACHINE`, at most:
         a800     192 A800 80 GB (24 nodes of 8)    30 GiB a device     5 days (the paper's stage: 5.37)
         tpu_v5p  256 chips, 4x8x8                  14 GiB              3 days
         tpu_v4   256 chips, 4x8x8                   9 GiB              5 days

@@ -223,6 +223,13 @@ def test_the_table_says_what_is_known_and_what_is_not():
     assert "unknown" in unknown
 
 
+def test_temporaries_over_the_peak_are_explained():
+    plan = plan_of(50.0, 60.0)[0]
+    assert "not all alive at once" not in table(plan)
+    more = dataclasses.replace(plan.growths[0], program=program(20.0, temporaries=int(21 * GiB)))
+    assert "not all alive at once" in table(dataclasses.replace(plan, growths=(more,)))
+
+
 def test_json_and_page_hold_the_same_numbers(tmp_path):
     plan, _ = plan_of(50.0, 75.0)
     path = write_plan(plan, tmp_path / "new")
