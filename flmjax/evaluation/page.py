@@ -26,7 +26,7 @@ h1 { font-size: 1.5rem; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2re
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 0.75rem; margin: 1rem 0; }
 dl div, pre { background: #f3f6f9; border-radius: 8px; padding: 0.75rem 1rem; } dd { margin: 0; }
 dd b { font-size: 1.35rem; } dt, .small, figcaption { font-size: 0.85rem; color: #55636f; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; white-space: pre; }
 th, td { padding: 0.35rem 0.55rem; border-bottom: 1px solid #e1e6ea; text-align: right; } th { color: #55636f; }
 th:first-child, td:first-child { text-align: left; } .good, .bad { color: #1b7a3d; font-weight: 600; }
 .bad { color: #b3261e; } pre { margin: 0.25rem 0; white-space: pre-wrap; unicode-bidi: isolate; font-size: 0.85rem; }
