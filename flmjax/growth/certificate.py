@@ -133,14 +133,8 @@ def certify(
     limit, removed = tolerance * max(1.0, single.max_logit), single.mask_removed
     if count_parameters(new_params) <= float64_below:
         with jax.enable_x64(True):
-            to_double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))
-            double = to_double(old_params)
-            if family.claim == TUNED:
-                grown = to_double(new_params)
-            else:
-                grown = jax.jit(lambda p, k: grow_params(p, old, new, operator, k))(double, key)
-            exact = compare((double, grown), dtype="float64")
-            differences["float64"], removed = exact.difference, exact.mask_removed
+            exact = compare(_in_float64(pair, old, new, operator, key), dtype="float64")
+        differences["float64"], removed = exact.difference, exact.mask_removed
     sizes = {name: (getattr(old, name), getattr(new, name)) for name in SIZES}
     claim = family.claim
     if family.is_exact and old.vocab_size != new.vocab_size:
@@ -168,6 +162,17 @@ def certify(
         failure=failure,
         **labels,
     )
+
+
+def _in_float64(
+    pair: tuple[Any, Any], old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array
+) -> tuple[Any, Any]:
+    """Both trees in float64: the new one grown again from the old one, or, tuned, taken as it is."""
+    to_double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))
+    before = to_double(pair[0])
+    if family_of(operator).claim == TUNED:
+        return before, to_double(pair[1])
+    return before, jax.jit(lambda p, k: grow_params(p, old, new, operator, k))(before, key)
 
 
 class Comparison(NamedTuple):

@@ -101,7 +101,8 @@ def closing(plan: Plan) -> list[str]:
         lines.append(PAPER)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
-    if any(item.program.temporaries > item.program.peak for item in (*plan.stages, *plan.growths)):
+    programs = [stage.program for stage in plan.stages] + [growth.program for growth in plan.growths]
+    if any(program.temporaries > program.peak for program in programs):
         lines.append("temporaries are not all alive at once: the peak is what a device must hold")
     if plan.mesh.fsdp is not None and plan.mesh.fsdp > LARGEST_FSDP:
         lines.append(

@@ -18,7 +18,7 @@ from flmjax.growth.grow import check_growth, plan_growth
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.checkpoint import Checkpoints, latest_whole_step
 from flmjax.training.loop import prove_growth, stage_ramp
-from flmjax.training.state import init_state, state_spec
+from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
 from flmjax.training.step import compile_growth
 from flmjax.training.workdir import data_directory, with_vocabulary, write_config
 from flmjax.validation import check_mesh, validate, validate_mesh
@@ -89,12 +89,7 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     mesh = make_mesh(mesh_config, jax.devices())
     before, after = (state_spec(model, config.optimizer, mesh) for model in (found.model, new))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    with Checkpoints(source / "checkpoints", keep=None) as checkpoints:
-        if weights_only:
-            params = checkpoints.restore_params(found.step, before.abstract.params)
-            state = dataclasses.replace(init_state(before, config.seed), params=params)
-        else:
-            state = checkpoints.restore(found.step, before.abstract)
+    state = _restore(source / "checkpoints", found.step, before, config.seed, weights_only)
     program = compile_growth(before, after, operator)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, nonfinite=zero)
@@ -123,6 +118,15 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         checkpoints.save(0, grown, meta)
         checkpoints.wait()
     write_config(asked, workdir)
+
+
+def _restore(directory: Path, step: int, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:
+    """The state at `step`; of the weights alone, they in a new state."""
+    with Checkpoints(directory, keep=None) as checkpoints:
+        if not weights_only:
+            return checkpoints.restore(step, spec.abstract)
+        params = checkpoints.restore_params(step, spec.abstract.params)
+    return dataclasses.replace(init_state(spec, seed), params=params)
 
 
 def check_vocabulary(directory: Path, new: Tokenizer, workdir: Path) -> None:
