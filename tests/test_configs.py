@@ -187,7 +187,7 @@ def test_the_strategies_save_nothing_half_less_and_more():
 
 def test_the_strategies_docstring_says_what_they_save():
     text = module("growth_strategies").__doc__
-    said = {name: float(re.search(rf"^ +{name} .* (\d+\.\d) %$", text, re.MULTILINE)[1]) for name in STRATEGIES}
+    said = {name: float(re.search(rf"^ +{name} .* (\d+\.\d) % ", text, re.MULTILINE)[1]) for name in STRATEGIES}
     assert said == {name: round(100 * saved(load("growth_strategies", name)), 1) for name in STRATEGIES}
 
 
