@@ -1,5 +1,6 @@
 """`flmjax COMMAND --config=configs/x.py[:arg] [--config.a.b=v ...] --workdir=DIR`: flags to dataclasses to one call."""
 
+import math
 import os
 import re
 import sys
@@ -58,10 +59,21 @@ def plan(
 ) -> None:
     """Compile a run for a machine that is not here: memory, time, price."""
     from flmjax.scaling.plan import make_plan
-    from flmjax.scaling.tables import cost_table, peers_table, table
+    from flmjax.scaling.tables import cost_table, table
 
+    given = {"--cost-only": cost_only, "--tune": tune, "--output": output is not None}
+    asked = [flag for flag, is_given in given.items() if is_given]
+    if len(asked) > 1:
+        raise ConfigError(f"{asked[1]} is not read with {asked[0]}; take one of them")
+    if tflops is not None and not cost_only:
+        raise ConfigError(f"--tflops={tflops:g} is read with --cost-only alone; a plan estimates the speed")
+    if price is not None and tune:
+        raise ConfigError(f"--price={price:g} is not read with --tune: the fewest days are the cheapest")
+    for flag, value in (("price", price), ("tflops", tflops)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"--{flag}={value:g} must be a positive number")
     if cost_only:
-        print(f"{cost_table(config, tflops, price)}\n\n{peers_table()}", flush=True)
+        print(cost_table(config, tflops, price), flush=True)
         return
     log = lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True)
     if tune:

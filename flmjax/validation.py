@@ -61,6 +61,9 @@ def validate(config: RunConfig) -> RunConfig:
         config.model.attention != "cudnn" or not (config.data.document_attention or config.data.teachers),
         f"model.attention='cudnn' cannot keep a row's documents apart, which {apart} asks for; take 'plain'",
     )
+    for axis in MESH_AXES:
+        size = getattr(config.mesh, axis)
+        _require(size is None or size > 0, f"mesh.{axis}={size} must be positive")
     _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
     for i, stage in enumerate(config.stages):
         _validate_stage(stage, f"stages[{i}]", config.data.num_sources)
@@ -264,7 +267,6 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     free = [name for name, size in sizes.items() if size is None]
     _require(len(free) <= 1, f"mesh: only one of {', '.join(free)} can be None")
     fixed = math.prod(size for size in sizes.values() if size is not None)
-    _require(fixed > 0, f"mesh: sizes must be positive: {sizes}")
     if free:
         _require(num_devices % fixed == 0, f"mesh: {fixed} (fixed axes) does not divide the {num_devices} devices")
         sizes[free[0]] = num_devices // fixed

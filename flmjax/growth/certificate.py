@@ -17,7 +17,8 @@ from flmjax.growth.grow import grow_params
 from flmjax.growth.masks import masked
 from flmjax.growth.rules import GrowthError
 from flmjax.model.axes import path_name
-from flmjax.model.transformer import count_parameters, forward, real_ids
+from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
+from flmjax.sharding.rules import tree_shardings
 
 MAX_KL = 1e-3  # nats a token, in the run's dtype; bfloat16 itself makes about 1e-5
 
@@ -186,18 +187,23 @@ class Comparison(NamedTuple):
     gradient_norms: tuple[float, float]
 
 
-def _compare(
-    params: tuple[Any, Any],
-    *,
+def _compare(params: tuple[Any, Any], *, operator: GrowthConfig, batch: Mapping[str, Any], **how: Any) -> Comparison:
+    found = Comparison(*jax.tree.map(float, comparison(operator=operator, **how)(params, batch)))
+    return found if operator.family == "mask" else found._replace(mask_removed=None)
+
+
+def comparison(
     old: ModelConfig,
     new: ModelConfig,
     operator: GrowthConfig,
-    batch: Mapping[str, Any],
     dtype: str,
     placement: Any = None,
     gradients: bool = False,
-) -> Comparison:
-    """Both models on the old vocabulary: padded ids do not count, and new words have no past to be compared with."""
+) -> Any:
+    """The jitted program of a certificate: ((old, new) parameters, batch) -> the numbers of a Comparison.
+
+    Both models on the old vocabulary: padded ids do not count, and new words have no past to be compared with.
+    """
     # The plain attention in every dtype: a fused kernel's own rounding is not what is asked about.
     before, after = (dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1) for c in (old, new))
     is_masked = operator.family == "mask"
@@ -219,6 +225,10 @@ def _compare(
         for p, config in zip(params, (before, after), strict=True):
             if gradients:
                 (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(p, config, batch)
+                if placement is not None:  # pinned, else the partitioner keeps them whole
+                    grads = jax.lax.with_sharding_constraint(
+                        grads, tree_shardings(placement.mesh, abstract_params(config)[1])
+                    )
                 norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
             else:
                 (mean, aux), norm = loss(p, config, batch), jnp.zeros(())
@@ -240,9 +250,9 @@ def _compare(
         )
 
     # Not donated, not cached: a growth point runs it once, so that on a CPU compiling it is what takes the time.
-    quick = {"xla_backend_optimization_level": 0} if jax.devices()[0].platform == "cpu" else None
-    found = Comparison(*jax.tree.map(float, jax.jit(compare, compiler_options=quick)(params, batch)))
-    return found if is_masked else found._replace(mask_removed=None)
+    device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    return jax.jit(compare, compiler_options=quick)
 
 
 def _exactness_failure(difference: Any, removed: float | None, kl: float, limit: float, dtype: str) -> str | None:

@@ -9,7 +9,7 @@ from flmjax.model.flops import block_matrices, num_parameters
 
 # Of the formula below: no layer, or every layer, is computed a second time for the backward pass.
 PLAIN, RECOMPUTED = 72, 96
-CARBON = 0.64  # kg CO2e a kWh: FLM-101B's 26 t over its 40 MWh
+CARBON = 0.64  # kg CO2e a kWh: FLM-101B's 26 t over the 40.4 MWh of its 101,000 GPU hours at 400 W
 AVAILABILITY = 0.924  # of FLM-101B's 21.54 days, the part that its FLOPs take at the speeds that it states
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Of a device's memory, what a program can have: the rest is for the driver, communication buffers and, on GPUs, the
 # workspace of cuDNN, which is in no compiler's count.
-USABLE = {"cuda": 0.92, "tpu": 0.97}
+USABLE = {"cuda": 0.92, "tpu": 0.96}
 PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
 LARGEST_FSDP = 64  # more cuts matrices into shards that are no whole tiles: a TPU then sums what it should gather
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flmjax.evaluation.page import page, picture, png, short, table, tiles
+from flmjax.evaluation.page import escaped, page, picture, png, short, table, tiles
 from flmjax.scaling.plan import Plan
 from flmjax.scaling.tables import Row, closing, growth_rows, stage_rows
 from flmjax.sharding.chips import GiB
@@ -38,13 +38,14 @@ def _page(plan: Plan) -> str:
         ("Days", f"{total.days:.1f}", "at the estimated step times, no pauses"),
         ("Device-hours", f"{total.device_hours:,.0f}", price),
         ("Tokens", short(sum(own.tokens for own in costs)), f"{sum(own.flops for own in costs) / 1e21:.4g} zettaFLOPs"),
-        ("Saved at equal tokens", f"{plan.saved:.0%}", "of FLOPs, against the last model from scratch"),
     ]
+    if len(plan.stages) > 1:
+        boxes.append(("Saved at equal tokens", f"{plan.saved:.0%}", "of FLOPs, against the last model from scratch"))
     names = [own.name for own in costs]
     words = "Memory of every program against a device's, and parameters over the tokens of the run"
     parts = [
-        f"<h1>Plan for {plan.topology}</h1>",
-        *(f"<p><b>{line}</b></p>" for line in plan.refusals),
+        f"<h1>Plan for {escaped(plan.topology)}</h1>",
+        *(f"<p><b>{escaped(line)}</b></p>" for line in plan.refusals),
         tiles(boxes),
         picture(png(_figure(plan, columns=2)), png(_figure(plan, columns=1)), words),
         "<h2>Stages</h2>",
@@ -53,7 +54,7 @@ def _page(plan: Plan) -> str:
     if plan.growths:
         growths = [f"{growth.from_stage} → {growth.to_stage}" for growth in plan.growths]
         parts += ["<h2>Growth</h2>", _transposed(["", *growths], growth_rows(plan))]
-    parts += [f'<p class="small">{line}</p>' for line in closing(plan)]
+    parts += [f'<p class="small">{escaped(line)}</p>' for line in closing(plan)]
     return page(f"{plan.topology} - flmjax plan", "\n".join(parts))
 
 
