@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
-from flmjax.scaling.hlo import _first_group, collectives, matmul_flops
+from flmjax.scaling.hlo import _groups, collectives, matmul_flops
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import state_spec
 from flmjax.training.step import abstract_batch, compile_step
@@ -29,7 +29,7 @@ from flmjax.training.step import abstract_batch, compile_step
     ],
 )
 def test_groups_in_every_spelling(words, group):
-    assert _first_group(words) == group
+    assert next(iter(_groups(words)), []) == group
 
 
 PROGRAM = """HloModule m
@@ -71,6 +71,20 @@ def test_collectives_of_a_text_by_hand():
 def test_a_group_in_the_second_node_is_within_it():
     text = "ENTRY %m (x: f32[8]) -> f32[8] {\n  %g = f32[16] all-gather(%x), replica_groups={{6,7},{4,5}}\n}\n"
     assert [(c.group, c.in_node) for c in collectives(text, node=4)] == [(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "in_node"),
+    [
+        ("replica_groups=[2,6]<=[12]", 2),  # {6 .. 11} has two devices in the first node of 8
+        ("replica_groups={{0,1,2},{3,4,5},{6,7,8}}", 2),
+        ("source_target_pairs={{0,4},{4,8}}", 1),
+        ("replica_groups=[3,4]<=[12]", 4),
+    ],
+)
+def test_the_group_that_is_spread_the_widest_counts(groups, in_node):
+    text = f"ENTRY %m (x: f32[8]) -> f32[8] {{\n  %g = f32[16] all-gather(%x), {groups}\n}}\n"
+    assert [c.in_node for c in collectives(text, node=8)] == [in_node]
 
 
 def test_matrix_products_in_loops_are_counted_as_often_as_they_run():

@@ -204,6 +204,10 @@ def test_what_does_not_fit_is_refused_with_the_number_and_what_to_change():
         "tensor",
     )
     assert "NO" in table(plan)
+    proved = dataclasses.replace(plan.growths[0], certificate=program(80.0))
+    assert _refusals(dataclasses.replace(plan, growths=(proved,)), config)[-1].startswith(
+        "the certificate of growth s0 -> s1 needs 80.0 GiB a device, a A800 has 80 (70.0 for programs): take more"
+    )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="dots"))
     assert "take model.remat='full'" in _refusals(plan, config)[0]
     assert plan_of(99.0, exact=False)[0].refusals == ()  # a stand-in's memory refuses nothing
@@ -266,6 +270,17 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--config.mesh.tensor=8", "--config.mesh.fsdp=8"], "num_heads=44 .* tensor=8; tensor=4 would"),
         (["--price=-1"], "price"),
         (["--cost-only", "--config.mesh.fsdp=None"], "mesh.fsdp is None"),
+        (["--cost-only", "--config.mesh.fsdp=-2"], "mesh.fsdp=-2 must be positive"),
+        (["--config.mesh.replica=-3", "--config.mesh.fsdp=-16"], "mesh.replica=-3 must be positive"),
+        (["--config.mesh.tensor=0"], "mesh.tensor=0 must be positive"),
+        (["--cost-only", "--tflops=0"], "--tflops=0 must be a positive number"),
+        (["--cost-only", "--tflops=inf"], "--tflops=inf must be"),
+        (["--price=nan"], "--price=nan must be"),
+        (["--tflops=100"], "--tflops=100 is read with --cost-only alone"),
+        (["--tune", "--price=2"], "--price=2 is not read with --tune"),
+        (["--cost-only", "--tune"], "--tune is not read with --cost-only"),
+        (["--cost-only", "--output=x"], "--output is not read with --cost-only"),
+        (["--cost-only", "--config.mesh.topology=v5p:4x8x8"], "--tflops=N gives"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(flags, words, capsys):
@@ -283,7 +298,7 @@ def test_errors_of_compilers_are_explained():
     error = RuntimeError(
         "RESOURCE_EXHAUSTED: bla: HLO temporaries (44.71G) exceeds available HBM (31.25G) by 13G\nmore"
     )
-    assert "too large, says its compiler: (44.71G) exceeds available HBM (31.25G); more" in str(_explained(error, v6e))
+    assert "too large, says its compiler: (44.71G) exceeds available HBM (31.25G); take" in str(_explained(error, v6e))
     text = str(_explained(RuntimeError("INTERNAL: line\nline two"), v6e))
     assert text == "v6e:16x16: its compiler failed: INTERNAL: line line two"
 
@@ -338,6 +353,8 @@ def test_flm_101b_fits_192_a800s_and_gathers_no_parameter_whole(flm_101b):
         assert growth["program"]["rematerialisations"] == 0
         assert not [x for x in growth["program"]["collectives"] if x["kind"] == "all-gather"]
         assert growth["program"]["peak"] < 30 * GiB
+    # The largest certificate, beside both states' moments: gradients kept whole would make it 130 GiB.
+    assert 35 * GiB < flm_101b["growths"][1]["certificate"]["peak"] < 50 * GiB
     assert not [x for x in flm_101b["growths"][1]["program"]["collectives"] if x["bytes"] > 1e6]  # depth alone is local
 
 

@@ -1,6 +1,7 @@
 """Programs of a run, compiled ahead of time for a machine that is not here: nothing is allocated, nothing runs."""
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -10,12 +11,14 @@ import jax
 import numpy as np
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
+from flmjax.growth.certificate import comparison
 from flmjax.model.attention import choose
 from flmjax.scaling.hlo import Collective, collectives, matmul_flops
 from flmjax.scaling.plan import PACKAGES
 from flmjax.scaling.stderr import captured_stderr
 from flmjax.scaling.topology import Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.rules import Placement, whole_rows
 from flmjax.training.loop import stage_ramp
 from flmjax.training.optimizer import new_warmup
 from flmjax.training.state import StateSpec, state_spec
@@ -98,6 +101,28 @@ class Compiler:
         old, new = self.spec(index - 1), self.spec(index)
         return self._compiled(compile_growth(old, new, self.config.stages[index].growth), old.abstract, key)
 
+    def certificate(self, index: int) -> Program:
+        """The larger program of a growth's certificate, both models' gradients; both states' moments are in memory."""
+        config, old, new = self.config, self.spec(index - 1), self.spec(index)
+        program = comparison(
+            old.config,
+            new.config,
+            config.stages[index].growth,
+            dtype=new.config.dtype,
+            placement=Placement(self.mesh),
+            gradients=True,
+        )
+        rows = whole_rows(config.certificate_rows, self.mesh)
+        batch = abstract_batch(
+            rows, old.config.max_length, self.mesh, segments=config.data.document_attention, teachers=False
+        )
+        found = self._compiled(program, (old.abstract.params, new.abstract.params), batch)
+        moments = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves((old.abstract.opt_state, new.abstract.opt_state))
+        )
+        return dataclasses.replace(found, arguments=found.arguments + moments, peak=found.peak + moments)
+
     def _compiled(self, program: Any, *arguments: Any) -> Program:
         start = time.perf_counter()
         with captured_stderr() as said:
@@ -130,5 +155,8 @@ def _explained(error: Exception, topology: Topology) -> ConfigError:
     if "cuDNN not found" in text:
         return ConfigError(f"cuDNN is missing: pip install '{PACKAGES['cuda']}', or model.attention='plain'")
     if found := re.search(r"RESOURCE_EXHAUSTED.*?(\(?[\d.]+[GM]\)? exceeds available HBM.*?\([\d.]+[GM]\))", text):
-        return ConfigError(f"{topology.name}: too large, says its compiler: {found[1]}; more microbatches or devices")
+        return ConfigError(
+            f"{topology.name}: too large, says its compiler: {found[1]}; take model.remat='full', more microbatches or "
+            "devices"
+        )
     return ConfigError(f"{topology.name}: its compiler failed: {text[:300]}")

@@ -56,14 +56,16 @@ def collectives(text: str, node: int) -> list[Collective]:
         if match[3] and kind != "all-reduce":  # (operands, results, contexts)
             shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
             shapes = shapes[len(shapes) // 2 :] if len(shapes) > 1 else shapes
-        group = _first_group(line)
+        groups = _groups(line)
+        group = groups[0] if groups else []
         size, n = sum(map(_num_bytes, shapes)), max(len(group), 2)
         if kind == "all-reduce" and "reduce-scatter" in computation:  # how TPU programs write it
             kind, sent = "reduce-scatter", size * (n - 1) / n
         else:
             share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
             sent = size * share.get(kind, (n - 1) / n)
-        in_node = max(1, sum(device // node == group[0] // node for device in group))
+        # Of the group that is spread the widest: all wait for it.
+        in_node = max(1, min((sum(d // node == g[0] // node for d in g) for g in groups), default=1))
         entry = found[kind, shapes[0][0], len(group), in_node]
         entry[0] += times
         entry[1] += times * sent
@@ -170,19 +172,19 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
     return max((int(n) for other in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", other)), default=1)
 
 
-def _first_group(line: str) -> list[int]:
-    """Devices of the first group that exchange; there are three spellings, and a fourth for pairs."""
+def _groups(line: str) -> list[list[int]]:
+    """Devices of every group that exchange; there are three spellings, and a fourth for pairs."""
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        return _iota(match[2], match[3]).reshape(_numbers(match[1]))[0].tolist()
+        return _iota(match[2], match[3]).reshape(_numbers(match[1])).tolist()
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
     if match := re.search(mesh, line):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         devices = _iota(match[2] or ",".join(map(str, axes.values())), match[3]).reshape(list(axes.values()))
         used = [i for i, name in enumerate(axes) if f"'{name}'" in match[4]]
         moved = np.moveaxis(devices, used, range(-len(used), 0))
-        return moved.reshape(-1, math.prod(devices.shape[i] for i in used))[0].tolist()
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
-        return _numbers(match[1])
+        return moved.reshape(-1, math.prod(devices.shape[i] for i in used)).tolist()
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
     return []
 
 

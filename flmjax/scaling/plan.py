@@ -55,11 +55,16 @@ class StagePlan:
 
 @dataclasses.dataclass(frozen=True)
 class GrowthPlan:
-    """The growth from one stage to the next; old and new state are in memory at once."""
+    """The growth from one stage to the next; old and new state are in memory at once.
+
+    Attributes:
+        certificate: the comparison of both models after it; None but for the last growth, whose models are the largest.
+    """
 
     from_stage: str
     to_stage: str
     program: "Program"
+    certificate: "Program | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +119,11 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
     for index, (own, published) in enumerate(zip(costs, cost.published(costs), strict=True)):
         if index:
             log(f"growth into {own.name}")
-            growths.append(GrowthPlan(costs[index - 1].name, own.name, compiler.growth(index)))
+            growth = GrowthPlan(costs[index - 1].name, own.name, compiler.growth(index))
+            if index == len(costs) - 1:
+                log("certificate of that growth")
+                growth = dataclasses.replace(growth, certificate=compiler.certificate(index))
+            growths.append(growth)
         log(f"step of {own.name}")
         stages.append(stage_plan(compiler, index, own, machine, published))
     usable = USABLE[topology.platform] * topology.chip.memory
@@ -215,6 +224,12 @@ def _refusals(plan: Plan, config: RunConfig) -> list[str]:
             lines.append(
                 f"growth {growth.from_stage} -> {growth.to_stage} needs {growth.program.peak / GiB:.1f} GiB a device, "
                 f"{limit}: take more devices along fsdp or tensor"
+            )
+        if growth.certificate is not None and growth.certificate.peak > plan.usable:
+            lines.append(
+                f"the certificate of growth {growth.from_stage} -> {growth.to_stage} needs "
+                f"{growth.certificate.peak / GiB:.1f} GiB a device, {limit}: "
+                + ("take model.remat='full'" if config.model.remat != "full" else "take more devices")
             )
     return lines
 

@@ -9,7 +9,7 @@ from flmjax.evaluation.page import short
 from flmjax.scaling import cost
 from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, Plan, StagePlan, machine_of, tflops
 from flmjax.scaling.roofline import Assumptions
-from flmjax.sharding.chips import A800, GiB
+from flmjax.sharding.chips import A800, Chip, GiB
 
 if TYPE_CHECKING:
     from flmjax.scaling.compile import Program
@@ -71,6 +71,7 @@ def stage_rows(plan: Plan) -> list[Row]:
 def growth_rows(plan: Plan) -> list[Row]:
     """(label, one cell a growth)."""
     programs = [growth.program for growth in plan.growths]
+    proofs = [growth.certificate for growth in plan.growths]
     return [
         ("memory a device: old state", [_gib(p.arguments) for p in programs]),
         ("  new state", [_gib(p.outputs) for p in programs]),
@@ -80,6 +81,9 @@ def growth_rows(plan: Plan) -> list[Row]:
         *_exchanges(plan, programs),
         ("rematerialisations", [str(p.rematerialisations) for p in programs]),
         ("compiled in", [f"{p.compile_seconds:.0f} s" for p in programs]),
+        ("its certificate: peak", ["-" if p is None else _gib(p.peak) for p in proofs]),
+        (f"  fits {_gib(plan.usable)}", ["-" if p is None else _fits(plan, p) for p in proofs]),
+        ("  compiled in", ["-" if p is None else f"{p.compile_seconds:.0f} s" for p in proofs]),
     ]
 
 
@@ -101,6 +105,7 @@ def closing(plan: Plan) -> list[str]:
         lines.append(PAPER)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
+    lines.append(_machine_words(plan.chip))
     programs = [stage.program for stage in plan.stages] + [growth.program for growth in plan.growths]
     if any(program.temporaries > program.peak for program in programs):
         lines.append("temporaries are not all alive at once: the peak is what a device must hold")
@@ -114,6 +119,18 @@ def closing(plan: Plan) -> list[str]:
             "partitioned for as many CPU devices; bytes, memory and times are not to be trusted"
         )
     return [*lines, *plan.refusals]
+
+
+def _machine_words(chip: Chip) -> str:
+    """What a plan's times and energy rest on."""
+    links = f"{chip.near / 1e9:.0f} GB/s to neighbours"
+    if chip.far:
+        links = f"{chip.near / 1e9:.0f} GB/s in a node, {chip.far / 1e9:.0f} GB/s a device between nodes"
+    watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W"
+    return (
+        f"{chip.kind}: {chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, memory {chip.bandwidth / 1e9:.0f} GB/s, {links}"
+        f"{watts}; days are without pauses"
+    )
 
 
 def totals(costs: Sequence[cost.StageCost], total: cost.Bill) -> str:
@@ -194,7 +211,7 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
         ConfigError: without a speed for a stage, or a mesh with an axis that is None.
     """
     costs = cost.stage_costs(config)
-    found = cost.published(costs)
+    found = cost.published(costs) if (config.mesh.topology or "").startswith("a800:") else [None] * len(costs)
     speeds = [speed if speed is not None else p.tflops if p is not None else None for p in found]
     missing = [c.name for c, s in zip(costs, speeds, strict=True) if s is None]
     if missing:
@@ -229,8 +246,17 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
     if len(costs) > 1:
         flops = cost.saved_at_equal_tokens([c.flops for c in costs], scratch)
         lines += savings(flops, cost.saved_at_equal_tokens(days, days_from_scratch))
+    recomputed = sum(c.flops for c in costs) / 1e21 * cost.RECOMPUTED / cost.PLAIN
+    lines.append(f"FLOPs are without recomputation; with every layer recomputed, {recomputed:.4g} zettaFLOPs")
     if speed is None:
-        lines.append(f"speeds are the paper's; {availability:.1%} of the days compute, which is derived from its days")
+        lines.append(
+            f"speeds and {A800.watts:.0f} W a device are of the paper's A800s; {availability:.1%} of the days compute, "
+            "which is derived from its days"
+        )
+    else:
+        lines.append("days are without pauses")
+    if any(found):
+        lines += ["", "as published: factors 72 to 96 of the formula, and 96 for GLM-130B", peers_table()]
     return "\n".join(lines)
 
 

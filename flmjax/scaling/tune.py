@@ -16,7 +16,7 @@ from flmjax.scaling.roofline import fused_attention_flops, step_time
 from flmjax.sharding.chips import Chip, GiB
 from flmjax.validation import legal_microbatches, validate_mesh
 
-LARGEST_TENSOR = 8  # it stays inside a node
+TENSOR = (1, 2, 4, 8)  # groups that lie whole inside a node of 8
 REMATS = ("dots", "full")  # the cheaper in time first
 
 
@@ -129,7 +129,7 @@ def _legal(stage: StageConfig, mesh: MeshConfig) -> list[int]:
 
 def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """Meshes of all `devices` that every stage's sizes and batch divide over."""
-    for tensor in range(1, LARGEST_TENSOR + 1):
+    for tensor in TENSOR:
         for fsdp in range(1, LARGEST_FSDP + 1):
             mesh = dataclasses.replace(config.mesh, replica=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
             stages = [dataclasses.replace(stage, microbatches=1) for stage in config.stages]

@@ -68,6 +68,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ACTIVATION_RULES["batch"]))
 
 
+def whole_rows(rows: int, mesh: Mesh) -> int:
+    """`rows`, and as many more as a batch needs to divide over the mesh."""
+    shards = mesh.shape["replica"] * mesh.shape["fsdp"]
+    return -(-rows // shards) * shards
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, P())

@@ -22,7 +22,7 @@ from flmjax.model.decode import generate
 from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.rules import Placement
+from flmjax.sharding.rules import Placement, whole_rows
 from flmjax.training.checkpoint import Checkpoints
 from flmjax.training.losses import teacher_means
 from flmjax.training.metrics import Clock, MetricsWriter, ProgressBar, peak_flops
@@ -370,8 +370,7 @@ def prove_growth(
 
     The certificate is stored, also one that fails: GrowthError is raised after that.
     """
-    data_axes = mesh.shape["replica"] * mesh.shape["fsdp"]
-    size = -(-config.certificate_rows // data_axes) * data_axes
+    size = whole_rows(config.certificate_rows, mesh)
     rows = next(chunks(validation_rows(data, config.data, length=models[0].max_length, rows=size), size))
     certificate = certify(
         *params,
