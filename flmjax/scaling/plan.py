@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # workspace of cuDNN, which is in no compiler's count.
 USABLE = {"cuda": 0.92, "tpu": 0.96}
 PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
-LARGEST_FSDP = 64  # more cuts matrices into shards that are no whole tiles: a TPU then sums what it should gather
+LARGEST_FSDP = 64  # of --tune: more cuts FLM's matrices into slivers, which a TPU sums where it should scatter
 
 
 @dataclasses.dataclass(frozen=True)
