@@ -130,7 +130,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; at most one is None and takes the devices that remain."""
+    """Devices along each mesh axis; an fsdp of None takes the devices that remain."""
 
     replica: int = 1
     fsdp: int | None = None

@@ -263,21 +263,18 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     Raises:
         ConfigError: naming the leaf's axis, the mesh axis and both numbers.
     """
-    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
-    free = [name for name, size in sizes.items() if size is None]
-    _require(len(free) <= 1, f"mesh: only one of {', '.join(free)} can be None")
-    fixed = math.prod(size for size in sizes.values() if size is not None)
-    if free:
-        _require(num_devices % fixed == 0, f"mesh: {fixed} (fixed axes) does not divide the {num_devices} devices")
-        sizes[free[0]] = num_devices // fixed
-    product = math.prod(sizes.values())
+    fixed = config.mesh.replica * config.mesh.tensor
+    if config.mesh.fsdp is None:
+        _require(num_devices % fixed == 0, f"mesh: replica x tensor={fixed} does not divide the {num_devices} devices")
+    fsdp = num_devices // fixed if config.mesh.fsdp is None else config.mesh.fsdp
+    mesh = dataclasses.replace(config.mesh, fsdp=fsdp)
     _require(
-        product == num_devices,
-        f"mesh: {sizes} has {product} places for {num_devices} devices; an axis that is None takes what is left",
+        fixed * fsdp == num_devices,
+        f"mesh: {config.mesh.replica} x {fsdp} x {config.mesh.tensor} has {fixed * fsdp} places for {num_devices} "
+        "devices; fsdp=None takes what is left",
     )
-    mesh = dataclasses.replace(config.mesh, **sizes)
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        rows, data_axes = stage.batch_size // stage.microbatches, sizes["replica"] * sizes["fsdp"]
+        rows, data_axes = stage.batch_size // stage.microbatches, mesh.replica * fsdp
         _require(
             rows % data_axes == 0,
             f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={data_axes}; "

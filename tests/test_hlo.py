@@ -58,13 +58,16 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 
 
 def test_collectives_of_a_text_by_hand():
-    found = {(c.kind, c.dtype, c.group, c.in_node): (c.count, c.bytes, c.largest) for c in collectives(PROGRAM, node=4)}
+    found = {
+        (c.kind, c.dtype, c.group, c.stride, c.in_node): (c.count, c.bytes, c.largest)
+        for c in collectives(PROGRAM, node=4)
+    }
     gathered = 8 * 32 * 4 * 4 * 3 / 4  # three and five rounds (the second loop says so in its condition)
     assert found == {
-        ("all-gather", "f32", 4, 4): (9, gathered + 8 * 4 * 4 * 3 / 4, 512),
-        ("all-reduce", "bf16", 2, 1): (8, 8 * 2 * (8 * 4 * 2) / 2, 64),
-        ("reduce-scatter", "f32", 4, 4): (1, 2 * 4 * 4 * 3, 32),
-        ("collective-permute", "s32", 2, 1): (1, 24.0, 24),
+        ("all-gather", "f32", 4, 1, 4): (9, gathered + 8 * 4 * 4 * 3 / 4, 512),
+        ("all-reduce", "bf16", 2, 4, 1): (8, 8 * 2 * (8 * 4 * 2) / 2, 64),
+        ("reduce-scatter", "f32", 4, 1, 4): (1, 2 * 4 * 4 * 3, 32),
+        ("collective-permute", "s32", 2, 4, 1): (1, 24.0, 24),
     }
 
 

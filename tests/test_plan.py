@@ -105,9 +105,9 @@ def test_a_step_takes_what_its_parts_take_by_hand():
     model = dataclasses.replace(TINY, dtype="bfloat16", remat="full")
     assumed = Assumptions(matmul=0.5, attention=0.25, memory=0.5, link=0.5, overlap=0.5, bytes_per_token=10)
     exchanges = (
-        Collective("all-gather", "bf16", 2, 2, 1, 100e9, 1),  # tensor: NVLink, 200 GB/s
-        Collective("all-gather", "bf16", 16, 4, 1, 50e9, 1),  # four ports of 25 GB/s a node
-        Collective("all-reduce", "f32", 16, 1, 1, 25e9, 1),
+        Collective("all-gather", "bf16", 2, 1, 2, 1, 100e9, 1),  # tensor: NVLink, 200 GB/s
+        Collective("all-gather", "bf16", 16, 2, 4, 1, 50e9, 1),  # four ports of 25 GB/s a node
+        Collective("all-reduce", "f32", 16, 2, 1, 1, 25e9, 1),
     )
     found = step_time(
         model,
@@ -131,7 +131,7 @@ def test_a_step_takes_what_its_parts_take_by_hand():
 
 def test_weights_that_move_on_a_torus_are_hidden_and_tensor_traffic_is_not():
     chip = parse_topology("v5p:4x8x8").chip
-    near = [Collective("all-gather", "bf16", group, group, 1, chip.near, 1) for group in (64, 4)]
+    near = [Collective("all-gather", "bf16", *ring, ring[0], 1, chip.near, 1) for ring in ((64, 4), (4, 1))]
     found = step_time(
         dataclasses.replace(TINY, dtype="bfloat16"),
         chip,
@@ -146,6 +146,26 @@ def test_weights_that_move_on_a_torus_are_hidden_and_tensor_traffic_is_not():
     assert (found.data, found.hidden, found.tensor) == (second, second, second)
 
 
+@pytest.mark.parametrize(
+    ("ring", "in_node", "is_tensor"),
+    [
+        ((4, 1), 4, True),
+        ((4, 4), 2, False),
+        ((4, 4), 4, False),
+        ((2, 2), 2, True),
+        ((8, 1), 8, False),
+        ((4, 1), 2, True),
+    ],
+)
+def test_tensor_traffic_is_that_along_the_last_axis_whatever_its_groups_size(ring, in_node, is_tensor):
+    exchange = Collective("all-gather", "bf16", *ring, in_node, 1, 1e9, 1)
+    found = step_time(
+        TINY, A800, MeshConfig(1, 4, 4), tokens=0, matmul_flops=0, attention_flops=0, state_bytes=0,
+        collectives=[exchange],
+    )  # fmt: skip
+    assert (found.tensor > 0, found.data > 0) == (is_tensor, not is_tensor)
+
+
 def test_flops_of_fused_attention_by_hand():
     assert fused_attention_flops(dataclasses.replace(TINY, remat="none"), 10) == (2 + 5) * 2 * 32 * 32 * 10
     assert fused_attention_flops(dataclasses.replace(TINY, remat="full"), 10) == (2 * 2 + 5) * 2 * 32 * 32 * 10
@@ -157,7 +177,7 @@ def test_flops_of_fused_attention_by_hand():
 def program(peak: float, **fields) -> Program:
     values = {"arguments": int(10 * GiB), "outputs": int(10 * GiB), "aliased": int(10 * GiB), "temporaries": int(GiB)}
     values |= {"peak": int(peak * GiB), "matmul_flops": 1e15, "rematerialisations": 0, "compile_seconds": 1.0}
-    exchange = Collective("all-gather", "bf16", 16, 2, 3, 5e9, 100)
+    exchange = Collective("all-gather", "bf16", 16, 4, 2, 3, 5e9, 100)
     return Program(**{**values, "collectives": (exchange,), **fields})
 
 
@@ -260,6 +280,7 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--config.mesh.topology=a900:24x8"], r"'a900:24x8' is no machine .*choices: .*a800:NODESx8.*v5p:4x8x8"),
         (["--config.mesh.topology=a800:24x4"], "is no machine"),
         (["--config.mesh.topology=v5p:8x8"], "is no machine"),
+        (["--config.mesh.topology=v6e:300x300"], "has 90000 chips; a pod of v6e has 256"),
         (["--config.mesh.topology=None"], r"mesh\.topology is None; name the machine"),
         (["--config.mesh.topology=a800:32x8"], "has 192 places for 256 devices"),
         (

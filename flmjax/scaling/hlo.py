@@ -29,7 +29,8 @@ class Collective:
 
     Attributes:
         kind: as XLA calls it. dtype: of what is moved.
-        group: devices that exchange. in_node: those of a group that are in one node.
+        group: devices that exchange. stride: between neighbours in it; 1 along the mesh's last axis.
+        in_node: those of a group that are in one node.
         count: executions a step. bytes: that a device sends in a step, on a ring: (n - 1) / n of a gathered or
             scattered array, twice that for a reduced one, all of a permuted one. largest: bytes of the largest result.
     """
@@ -37,6 +38,7 @@ class Collective:
     kind: str
     dtype: str
     group: int
+    stride: int
     in_node: int
     count: int
     bytes: float
@@ -45,7 +47,7 @@ class Collective:
 
 def collectives(text: str, node: int) -> list[Collective]:
     """Those of a program, given its text after compilation; nodes hold `node` consecutive devices."""
-    found: dict[tuple[str, str, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
+    found: dict[tuple[str, str, int, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
     for computation, times, line in _executed(text):
         match = _COLLECTIVE.search(line)
         if match is None:
@@ -66,7 +68,8 @@ def collectives(text: str, node: int) -> list[Collective]:
             sent = size * share.get(kind, (n - 1) / n)
         # Of the group that is spread the widest: all wait for it.
         in_node = max(1, min((sum(d // node == g[0] // node for d in g) for g in groups), default=1))
-        entry = found[kind, shapes[0][0], len(group), in_node]
+        stride = min((abs(g[1] - g[0]) for g in groups if len(g) > 1), default=0)
+        entry = found[kind, shapes[0][0], len(group), stride, in_node]
         entry[0] += times
         entry[1] += times * sent
         entry[2] = max(entry[2], size)

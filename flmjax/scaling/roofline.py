@@ -80,11 +80,11 @@ def step_time(
     compute += between / (chip.bandwidth * assumed.memory)
     tensor = data = 0.0
     for exchange in collectives:
-        near = exchange.in_node == exchange.group
         # A ring with several members in a node has the network ports of all of them.
+        near = exchange.in_node == exchange.group
         rate = chip.near if near else min(exchange.in_node * chip.far, chip.near)
         seconds = exchange.bytes / (rate * assumed.link)
-        if near and exchange.group <= mesh.tensor:
+        if exchange.group <= mesh.tensor and 0 < exchange.stride < mesh.tensor:  # the mesh's last axis
             tensor += seconds
         else:
             data += seconds

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from flmjax.config import MESH_AXES, ConfigError, RunConfig
+from flmjax.config import ConfigError, RunConfig
 from flmjax.evaluation.page import short
 from flmjax.scaling import cost
 from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, Plan, StagePlan, machine_of, tflops
@@ -208,7 +208,7 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
         price: dollars for a device-hour.
 
     Raises:
-        ConfigError: without a speed for a stage, or a mesh with an axis that is None.
+        ConfigError: without a speed for a stage, or a size of mesh.fsdp.
     """
     costs = cost.stage_costs(config)
     found = cost.published(costs) if (config.mesh.topology or "").startswith("a800:") else [None] * len(costs)
@@ -217,9 +217,8 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
     if missing:
         raise ConfigError(f"no speed is known for stage {', '.join(missing)}; --tflops=N gives model TFLOP/s a device")
     mesh = config.mesh
-    if mesh.fsdp is None or None in (mesh.replica, mesh.tensor):
-        axis = next(axis for axis in MESH_AXES if getattr(mesh, axis) is None)
-        raise ConfigError(f"mesh.{axis} is None; a cost needs the number of devices, as in --config.mesh.{axis}=1")
+    if mesh.fsdp is None:
+        raise ConfigError("mesh.fsdp is None; a cost needs the number of devices, as in --config.mesh.fsdp=1")
     devices = mesh.replica * mesh.fsdp * mesh.tensor
     machine = machine_of(A800, devices, price) if speed is None else cost.Machine(devices, price)
     rates = [float(s) for s in speeds if s is not None]

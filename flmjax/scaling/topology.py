@@ -12,15 +12,15 @@ from flmjax.sharding.chips import Chip, chip_of
 
 NODE = 8  # GPUs that NVLink joins
 
-# name: (device_kind, what JAX calls the topology, options, number of dimensions, example)
-_TPUS: dict[str, tuple[str, dict[str, Any], int, str]] = {
-    "v4": ("TPU v4", {"chip_config_name": "megacore"}, 3, "4x8x8"),  # a chip is one device, as on a pod
-    "v5p": ("TPU v5", {}, 3, "4x8x8"),
-    "v5e": ("TPU v5 lite", {}, 2, "16x16"),
-    "v6e": ("TPU v6 lite", {}, 2, "16x16"),
+# name: (what JAX calls the chip, options, shape of an example, chips of a pod)
+_TPUS: dict[str, tuple[str, dict[str, Any], str, int]] = {
+    "v4": ("TPU v4", {"chip_config_name": "megacore"}, "4x8x8", 4096),  # a chip is one device, as on a pod
+    "v5p": ("TPU v5", {}, "4x8x8", 8960),
+    "v5e": ("TPU v5 lite", {}, "16x16", 256),
+    "v6e": ("TPU v6 lite", {}, "16x16", 256),
 }
 _GPUS = {"a100": "NVIDIA A100-SXM4-80GB", "a800": "NVIDIA A800-SXM4-80GB"}
-CHOICES = tuple(f"{name}:NODESx{NODE}" for name in _GPUS) + tuple(f"{n}:{t[3]}" for n, t in _TPUS.items())
+CHOICES = tuple(f"{name}:NODESx{NODE}" for name in _GPUS) + tuple(f"{n}:{t[2]}" for n, t in _TPUS.items())
 
 # An A100 for XLA's GPU compiler, which is given no device to ask.
 _AMPERE = """
@@ -84,8 +84,10 @@ def parse_topology(name: str) -> Topology:
         arguments = {"platform": "cuda", "topology_name": family, "topology": f"1x{sizes[0]}x{NODE}"}
         arguments["target_config"] = _AMPERE.format(kind=_GPUS[family])
         return Topology(name, "cuda", _chip(_GPUS[family]), math.prod(sizes), NODE, arguments)
-    if family in _TPUS and len(sizes) == _TPUS[family][2]:
-        kind, options, _, _ = _TPUS[family]
+    if family in _TPUS and len(sizes) == len(_TPUS[family][2].split("x")):
+        kind, options, _, most = _TPUS[family]
+        if math.prod(sizes) > most:
+            raise ConfigError(f"mesh.topology='{name}' has {math.prod(sizes)} chips; a pod of {family} has {most}")
         arguments = {"platform": "tpu", "topology_name": name, **options}
         return Topology(name, "tpu", _chip(kind), math.prod(sizes), math.prod(sizes), arguments)
     raise ConfigError(f"mesh.topology='{name}' is no machine that can be planned for; {choices}")

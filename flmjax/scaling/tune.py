@@ -195,15 +195,15 @@ def seconds(
     stream *= (mesh.tensor - 1) / mesh.tensor
     exchanges = [
         # Weights are gathered forward and backward, gradients scattered, in every microbatch.
-        Collective("all-gather", "bf16", mesh.fsdp, in_node, 1, 2 * microbatches * weights * share, 0),
-        Collective("reduce-scatter", "bf16", mesh.fsdp, in_node, 1, microbatches * weights * share, 0),
-        Collective("all-gather", "bf16", mesh.tensor, mesh.tensor, 1, 6 * stream, 0),
-        Collective("reduce-scatter", "bf16", mesh.tensor, mesh.tensor, 1, 5 * stream, 0),
+        Collective("all-gather", "bf16", mesh.fsdp, mesh.tensor, in_node, 1, 2 * microbatches * weights * share, 0),
+        Collective("reduce-scatter", "bf16", mesh.fsdp, mesh.tensor, in_node, 1, microbatches * weights * share, 0),
+        Collective("all-gather", "bf16", mesh.tensor, 1, mesh.tensor, 1, 6 * stream, 0),
+        Collective("reduce-scatter", "bf16", mesh.tensor, 1, mesh.tensor, 1, 5 * stream, 0),
     ]
     if mesh.replica > 1:
         sent = 2 * (mesh.replica - 1) / mesh.replica * microbatches * weights / mesh.fsdp
         in_node = max(1, min(mesh.replica, node // around)) if around <= node else 1
-        exchanges.append(Collective("all-reduce", "bf16", mesh.replica, in_node, 1, sent, 0))
+        exchanges.append(Collective("all-reduce", "bf16", mesh.replica, around, in_node, 1, sent, 0))
     return step_time(
         model,
         chip,
