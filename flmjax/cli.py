@@ -58,7 +58,7 @@ def plan(
     config: RunConfig, price: float | None, tflops: float | None, cost_only: bool, tune: bool, output: str | None
 ) -> None:
     """Compile a run for a machine that is not here: memory, time, price."""
-    from flmjax.scaling.plan import make_plan
+    from flmjax.scaling.plan import TooLargeError, make_plan
     from flmjax.scaling.tables import cost_table, table
 
     given = {"--cost-only": cost_only, "--tune": tune, "--output": output is not None}
@@ -88,7 +88,7 @@ def plan(
 
         print(f"plan: {write_plan(made, Path(output))}", flush=True)
     if made.refusals:
-        raise RuntimeError(made.refusals[0])
+        raise TooLargeError(made.refusals[0])
 
 
 def report(workdir: Path) -> None:

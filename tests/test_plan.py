@@ -21,10 +21,11 @@ from flmjax.config import (
     StageConfig,
 )
 from flmjax.scaling import compile as compile_module
+from flmjax.scaling import plan as plan_module
 from flmjax.scaling.compile import Compiler, Program, _explained
 from flmjax.scaling.cost import Bill, StageCost
 from flmjax.scaling.hlo import Collective
-from flmjax.scaling.plan import GrowthPlan, Plan, StagePlan, _refusals
+from flmjax.scaling.plan import GrowthPlan, Plan, StagePlan, TooLargeError, _refusals, _remarks, make_plan
 from flmjax.scaling.plan_page import write_plan
 from flmjax.scaling.roofline import Assumptions, StepTime, fused_attention_flops, step_time
 from flmjax.scaling.tables import table
@@ -210,7 +211,14 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> tuple[Pl
         "mesh": config.mesh,
         "is_exact": exact,
     }
-    fields |= {"usable": 70.0 * GiB, "total": bill, "saved": 0.5, "saved_days": 0.4, "refusals": ()}
+    fields |= {
+        "usable": 70.0 * GiB,
+        "total": bill,
+        "saved": 0.5,
+        "saved_days": 0.4,
+        "remarks": ("so it is",),
+        "refusals": (),
+    }
     plan = Plan(**fields, stages=tuple(made), growths=growths)
     return dataclasses.replace(plan, refusals=tuple(_refusals(plan, config))), config
 
@@ -241,6 +249,7 @@ def test_the_table_says_what_is_known_and_what_is_not():
     assert lines["all-gather, network"][-2:] == ["5.0", "GB"]
     assert lines["dollars"] == ["dollars", "-", "-"]
     assert "saved at equal loss: not measured" in text
+    assert "\nso it is\n" in f"{text}\n"
     unknown = table(plan_of(50.0, exact=False)[0])
     assert "not to be trusted" in unknown
     assert "pip install 'flmjax[plan-gpu]'" in unknown
@@ -252,6 +261,62 @@ def test_temporaries_over_the_peak_are_explained():
     assert "not all alive at once" not in table(plan)
     more = dataclasses.replace(plan.growths[0], program=program(20.0, temporaries=int(21 * GiB)))
     assert "not all alive at once" in table(dataclasses.replace(plan, growths=(more,)))
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (("step", 0), r"stages\[0\] \(small\) needs 44G: take stages\[0\]\.microbatches=3$"),
+        (("step", 1), r"stages\[1\] \(middle\) needs 44G: take stages\[1\]\.microbatches=3$"),
+        (("growth", 1), r"growth small -> middle needs 44G: take more devices along fsdp or tensor$"),
+        (("certificate", 2), r"the certificate of growth middle -> large needs 44G: take more devices"),
+    ],
+    ids=str,
+)
+def test_what_a_compiler_refuses_is_named(monkeypatch, refused, words):
+    class Fake:
+        """Compiles everything but one program."""
+
+        def __init__(self, config):
+            self.config, self.mesh_config, self.is_exact = config, config.mesh, True
+            self.topology = parse_topology("v6e:2x4")
+
+        def attention(self, _):
+            return "splash"
+
+        def __getattr__(self, kind):
+            def compiled(index):
+                if (kind, index) == refused:
+                    raise TooLargeError("needs 44G")
+                return program(3.5, collectives=())
+
+            return compiled
+
+    monkeypatch.setattr(plan_module, "compiler_for", lambda _: (Fake, parse_topology("v6e:2x4")))
+    stages = tuple(StageConfig(name, batch_size=96, microbatches=2) for name in ("small", "middle", "large"))
+    model = dataclasses.replace(TINY, vocab_size=64, remat="full")
+    config = RunConfig(model=model, stages=stages, mesh=MeshConfig(1, 8, 1))
+    with pytest.raises(TooLargeError, match=words):
+        make_plan(config, None)
+    refused, lines = ("none", 0), []
+    assert [growth.certificate is not None for growth in make_plan(config, None, lines.append).growths] == [False, True]
+    assert lines[-4:] == ["certificate of that growth", "  3.5 GiB at most, in 1 s", "step of large", lines[1]]
+
+
+def test_remarks_name_the_stage_and_what_is_not_in_the_plan():
+    learned = GrowthConfig("learned", tuning_steps=7)
+    model = dataclasses.replace(TINY, embed_dim=5632, head_dim=2816, vocab_size=64)
+    stages = (StageConfig("small", growth=learned), StageConfig("large", growth=learned, embed_dim=10_240, num_heads=4))
+    config = RunConfig(model=model, stages=stages)
+    gpu, tpu = (list(_remarks(config, MeshConfig(1, 64, 1), platform)) for platform in ("cuda", "tpu"))
+    tuned, evaluations = gpu
+    assert tuned.startswith("large: the 7 updates that tune its growth")
+    assert evaluations.startswith("evaluations")
+    assert tpu[1:] == gpu
+    assert re.match(
+        r"small: over fsdp=64 a shard has 88 of 5632 rows, no multiple of 16: .*; fsdp=32 avoids it", tpu[0]
+    )
+    assert list(_remarks(config, MeshConfig(2, 32, 1), "tpu")) == gpu
 
 
 def test_json_and_page_hold_the_same_numbers(tmp_path):
@@ -319,7 +384,9 @@ def test_errors_of_compilers_are_explained():
     error = RuntimeError(
         "RESOURCE_EXHAUSTED: bla: HLO temporaries (44.71G) exceeds available HBM (31.25G) by 13G\nmore"
     )
-    assert "too large, says its compiler: (44.71G) exceeds available HBM (31.25G); take" in str(_explained(error, v6e))
+    found = _explained(error, v6e)
+    assert isinstance(found, TooLargeError)
+    assert str(found) == "needs 44.71GiB a device, of 31.25GiB, says the compiler of v6e:16x16"
     text = str(_explained(RuntimeError("INTERNAL: line\nline two"), v6e))
     assert text == "v6e:16x16: its compiler failed: INTERNAL: line line two"
 

@@ -12,6 +12,7 @@ from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, Ru
 from flmjax.model.flops import num_parameters
 from flmjax.scaling import tune
 from flmjax.scaling.compile import Program
+from flmjax.scaling.plan import TooLargeError
 from flmjax.scaling.tune import Setting, estimates, fit, meshes, table
 from flmjax.sharding.chips import A800, GiB
 from flmjax.validation import legal_microbatches
@@ -122,7 +123,7 @@ class FakeCompiler:
         count = self.config.stages[index].microbatches
         self.made.append((index, count))
         if count == 1 and index == 1:
-            raise ConfigError("v6e: too large, says its compiler: 44G")
+            raise TooLargeError("needs 44G")
         peak = int(60 * GiB * (index + 1) / count)
         return Program(0, 0, 0, 0, peak, 1e12, (), 0, 0.0)
 

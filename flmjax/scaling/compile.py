@@ -14,7 +14,7 @@ from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.growth.certificate import comparison
 from flmjax.model.attention import choose
 from flmjax.scaling.hlo import Collective, collectives, matmul_flops
-from flmjax.scaling.plan import PACKAGES
+from flmjax.scaling.plan import PACKAGES, TooLargeError
 from flmjax.scaling.stderr import captured_stderr
 from flmjax.scaling.topology import Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
@@ -150,13 +150,10 @@ class Compiler:
         )
 
 
-def _explained(error: Exception, topology: Topology) -> ConfigError:
+def _explained(error: Exception, topology: Topology) -> ConfigError | TooLargeError:
     text = " ".join(str(error).split())
     if "cuDNN not found" in text:
         return ConfigError(f"cuDNN is missing: pip install '{PACKAGES['cuda']}', or model.attention='plain'")
-    if found := re.search(r"RESOURCE_EXHAUSTED.*?(\(?[\d.]+[GM]\)? exceeds available HBM.*?\([\d.]+[GM]\))", text):
-        return ConfigError(
-            f"{topology.name}: too large, says its compiler: {found[1]}; take model.remat='full', more microbatches or "
-            "devices"
-        )
+    if found := re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+[GM])\) exceeds available HBM.*?\(([\d.]+[GM])\)", text):
+        return TooLargeError(f"needs {found[1]}iB a device, of {found[2]}iB, says the compiler of {topology.name}")
     return ConfigError(f"{topology.name}: its compiler failed: {text[:300]}")

@@ -31,7 +31,8 @@ def training_flops(model: ModelConfig, tokens: float, factor: float = PLAIN) -> 
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:
-    """One stage. flops: as `training_flops` counts without recomputation."""
+    """One stage. steps: updates, those that tune its growth included. flops: as `training_flops` counts without
+    recomputation."""
 
     name: str
     parameters: int
@@ -47,17 +48,16 @@ def stage_costs(config: RunConfig) -> list[StageCost]:
         ConfigError: without a vocabulary size.
     """
     costs = []
-    for stage, model in zip(config.stages, config.stage_models, strict=True):
-        tokens = float(stage.steps * stage.batch_size * model.max_length)
-        flops = training_flops(model, tokens)
-        costs.append(StageCost(stage.name, num_parameters(model), stage.steps, tokens, flops))
+    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
+        steps = stage.steps + (stage.tuning_steps if i else 0)
+        tokens = float(steps * stage.batch_size * model.max_length)
+        costs.append(StageCost(stage.name, num_parameters(model), steps, tokens, training_flops(model, tokens)))
     return costs
 
 
 def cost_from_scratch(config: RunConfig) -> float:
     """FLOPs of the last stage's model on the tokens of all stages."""
-    last = config.stage_models[-1]
-    return training_flops(last, sum(s.steps * s.batch_size for s in config.stages) * float(last.max_length))
+    return training_flops(config.stage_models[-1], sum(own.tokens for own in stage_costs(config)))
 
 
 @dataclasses.dataclass(frozen=True)

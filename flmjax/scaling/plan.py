@@ -3,8 +3,9 @@
 This file needs no JAX; what compiles is imported where it is called.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 # workspace of cuDNN, which is in no compiler's count.
 USABLE = {"cuda": 0.92, "tpu": 0.96}
 PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
-LARGEST_FSDP = 64  # of --tune: more cuts FLM's matrices into slivers, which a TPU sums where it should scatter
+TILE = 16  # rows of a bfloat16 tile of a TPU, which moves shards of whole tiles alone as they are
+
+
+MORE_DEVICES = "take more devices along fsdp or tensor"
+
+
+class TooLargeError(RuntimeError):
+    """A program that the machine's compiler refuses for its memory; says how much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Plan:
         is_exact: False where fake CPU devices stood in for the machine: only whether programs partition is known.
         usable: bytes of a device that a program can have.
         saved: share of FLOPs that the schedule saves at equal tokens. saved_days: of days at equal tokens and speed.
+        remarks: what runs but could be better, or is not in the plan. refusals: what does not fit.
     """
 
     topology: str
@@ -89,6 +98,7 @@ class Plan:
     total: Bill
     saved: float
     saved_days: float
+    remarks: tuple[str, ...]
     refusals: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -110,6 +120,7 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
 
     Raises:
         ConfigError: for a machine, a mesh or a size that does not fit, and without cuDNN where the config asks for it.
+        TooLargeError: from a compiler that makes no program of what does not fit (TPU's): names it and what to change.
     """
     costs = cost.stage_costs(config)
     compiler_of, topology = compiler_for(config)
@@ -118,14 +129,11 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
     stages, growths = [], []
     for index, (own, published) in enumerate(zip(costs, cost.published(costs), strict=True)):
         if index:
-            log(f"growth into {own.name}")
-            growth = GrowthPlan(costs[index - 1].name, own.name, compiler.growth(index))
-            if index == len(costs) - 1:
-                log("certificate of that growth")
-                growth = dataclasses.replace(growth, certificate=compiler.certificate(index))
-            growths.append(growth)
+            growths.append(growth_plan(compiler, index, log))
         log(f"step of {own.name}")
-        stages.append(stage_plan(compiler, index, own, machine, published))
+        with _named(_stage_name(config, index), _advice(config, index, compiler.mesh_config)):
+            stages.append(stage_plan(compiler, index, own, machine, published))
+        log(_size(stages[-1].program))
     usable = USABLE[topology.platform] * topology.chip.memory
     last = stages[-1]
     scratch = cost.cost_from_scratch(config)
@@ -143,6 +151,7 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
         total=cost.bill(machine, sum(stage.bill.days for stage in stages)),
         saved=cost.saved_at_equal_tokens([own.flops for own in costs], scratch),
         saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
+        remarks=tuple(_remarks(config, compiler.mesh_config, topology.platform)),
         refusals=(),
     )
     return dataclasses.replace(plan, refusals=tuple(_refusals(plan, config)))
@@ -197,14 +206,54 @@ def stage_plan(
         attention_flops=fused,
         model_flops=tokens * flops_per_token(model, model.max_length),
         step=step,
-        bill=cost.bill(machine, stage.steps * step.seconds / 86_400),
+        bill=cost.bill(machine, own.steps * step.seconds / 86_400),
         published=published,
     )
+
+
+def growth_plan(compiler: Any, index: int, log: Callable[[str], None]) -> GrowthPlan:
+    """The growth into a stage, compiled; of the last one the certificate, too.
+
+    Raises:
+        TooLargeError: as make_plan.
+    """
+    config: RunConfig = compiler.config
+    old, new = (stage.name for stage in config.stages[index - 1 : index + 1])
+    log(f"growth {old} -> {new}")
+    with _named(f"growth {old} -> {new}", MORE_DEVICES):
+        growth = GrowthPlan(old, new, compiler.growth(index))
+    log(_size(growth.program))
+    if index < len(config.stages) - 1:
+        return growth
+    log("certificate of that growth")
+    with _named(f"the certificate of growth {old} -> {new}", _certificate_advice(config)):
+        proof = compiler.certificate(index)
+    log(_size(proof))
+    return dataclasses.replace(growth, certificate=proof)
 
 
 def tflops(stage: StagePlan, devices: int) -> float:
     """Model TFLOP/s of one device as the paper counts them: attention in full, nothing twice."""
     return stage.cost.flops / stage.cost.steps / stage.step.seconds / devices / 1e12
+
+
+def _remarks(config: RunConfig, mesh: MeshConfig, platform: str) -> Iterator[str]:
+    """What the programs' sizes do not show."""
+    assert mesh.fsdp is not None
+    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
+        rows = model.embed_dim // mesh.fsdp
+        if platform == "tpu" and rows % TILE and model.embed_dim % TILE == 0:
+            whole = max(n for n in range(1, mesh.fsdp) if mesh.fsdp % n == 0 == model.embed_dim // n % TILE)
+            yield (
+                f"{stage.name}: over fsdp={mesh.fsdp} a shard has {rows} of {model.embed_dim} rows, no multiple of "
+                f"{TILE}: a TPU reduces some gradients whole where it could scatter them; fsdp={whole} avoids it"
+            )
+        if i and stage.tuning_steps:
+            yield (
+                f"{stage.name}: the {stage.tuning_steps} updates that tune its growth are counted like its steps; "
+                "their program is not compiled"
+            )
+    yield "evaluations and saves are not counted, and the program of an evaluation, a step's forward pass, not compiled"
 
 
 def _refusals(plan: Plan, config: RunConfig) -> list[str]:
@@ -216,20 +265,19 @@ def _refusals(plan: Plan, config: RunConfig) -> list[str]:
     for index, stage in enumerate(plan.stages):
         if stage.program.peak > plan.usable:
             lines.append(
-                f"stages[{index}] ({stage.cost.name}) needs {stage.program.peak / GiB:.1f} GiB a device, {limit}: "
+                f"{_stage_name(config, index)} needs {stage.program.peak / GiB:.1f} GiB a device, {limit}: "
                 f"{_advice(config, index, plan.mesh)}"
             )
     for growth in plan.growths:
         if growth.program.peak > plan.usable:
             lines.append(
                 f"growth {growth.from_stage} -> {growth.to_stage} needs {growth.program.peak / GiB:.1f} GiB a device, "
-                f"{limit}: take more devices along fsdp or tensor"
+                f"{limit}: {MORE_DEVICES}"
             )
         if growth.certificate is not None and growth.certificate.peak > plan.usable:
             lines.append(
                 f"the certificate of growth {growth.from_stage} -> {growth.to_stage} needs "
-                f"{growth.certificate.peak / GiB:.1f} GiB a device, {limit}: "
-                + ("take model.remat='full'" if config.model.remat != "full" else "take more devices")
+                f"{growth.certificate.peak / GiB:.1f} GiB a device, {limit}: {_certificate_advice(config)}"
             )
     return lines
 
@@ -241,4 +289,25 @@ def _advice(config: RunConfig, index: int, mesh: MeshConfig) -> str:
     stage = config.stages[index]
     assert mesh.fsdp is not None
     more = [n for n in legal_microbatches(stage, mesh.replica * mesh.fsdp) if n > stage.microbatches]
-    return f"take stages[{index}].microbatches={more[0]}" if more else "take more devices along fsdp or tensor"
+    return f"take stages[{index}].microbatches={more[0]}" if more else MORE_DEVICES
+
+
+def _certificate_advice(config: RunConfig) -> str:
+    return "take model.remat='full'" if config.model.remat != "full" else MORE_DEVICES
+
+
+def _stage_name(config: RunConfig, index: int) -> str:
+    return f"stages[{index}] ({config.stages[index].name})"
+
+
+def _size(program: "Program") -> str:
+    return f"  {program.peak / GiB:.1f} GiB at most, in {program.compile_seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def _named(name: str, advice: str) -> Iterator[None]:
+    """Whose program is too large, and what to change."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise TooLargeError(f"{name} {error}: {advice}") from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flmjax.config import ConfigError, RunConfig
 from flmjax.evaluation.page import short
 from flmjax.scaling import cost
-from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, Plan, StagePlan, machine_of, tflops
+from flmjax.scaling.plan import PACKAGES, Plan, StagePlan, machine_of, tflops
 from flmjax.scaling.roofline import Assumptions
 from flmjax.sharding.chips import A800, Chip, GiB
 
@@ -109,10 +109,7 @@ def closing(plan: Plan) -> list[str]:
     programs = [stage.program for stage in plan.stages] + [growth.program for growth in plan.growths]
     if any(program.temporaries > program.peak for program in programs):
         lines.append("temporaries are not all alive at once: the peak is what a device must hold")
-    if plan.mesh.fsdp is not None and plan.mesh.fsdp > LARGEST_FSDP:
-        lines.append(
-            f"fsdp {plan.mesh.fsdp} is more than {LARGEST_FSDP}: shards may be no whole tiles, which a TPU sums"
-        )
+    lines += plan.remarks
     if not plan.is_exact:
         lines.append(
             f"the compiler of {plan.topology} is missing (pip install '{PACKAGES[plan.platform]}'): programs were "

@@ -11,12 +11,13 @@ from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, Stage
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.scaling import cost
 from flmjax.scaling.hlo import Collective
-from flmjax.scaling.plan import LARGEST_FSDP, PACKAGES, USABLE, compiler_for, machine_of, stage_plan
+from flmjax.scaling.plan import PACKAGES, USABLE, TooLargeError, compiler_for, machine_of, stage_plan
 from flmjax.scaling.roofline import fused_attention_flops, step_time
 from flmjax.sharding.chips import Chip, GiB
 from flmjax.validation import legal_microbatches, validate_mesh
 
 TENSOR = (1, 2, 4, 8)  # groups that lie whole inside a node of 8
+LARGEST_FSDP = 64  # more has smaller shards and longer rings, which nothing here prices
 REMATS = ("dots", "full")  # the cheaper in time first
 
 
@@ -91,9 +92,7 @@ def fit(
             own = cost.stage_costs(chosen)[index]
             try:
                 planned = stage_plan(compiler, index, own, machine, None)
-            except ConfigError as error:  # a TPU's compiler refuses what is too large
-                if "too large" not in str(error):
-                    raise
+            except TooLargeError:
                 continue
             log(f"  {own.name} in {count} microbatches: {planned.program.peak / GiB:.1f} GiB")
             if planned.program.peak <= usable:
