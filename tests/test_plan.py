@@ -30,6 +30,7 @@ from flmjax.scaling.plan_page import write_plan
 from flmjax.scaling.roofline import Assumptions, StepTime, fused_attention_flops, step_time
 from flmjax.scaling.tables import table
 from flmjax.scaling.topology import parse_topology
+from flmjax.scaling.tune import memory
 from flmjax.sharding.chips import A800, GiB, chip_of
 from flmjax.training import loop
 
@@ -452,6 +453,16 @@ def test_flm_101b_fits_192_a800s_and_gathers_no_parameter_whole(flm_101b):
     # The largest certificate, beside both states' moments: gradients kept whole would make it 130 GiB.
     assert 35 * GiB < flm_101b["growths"][1]["certificate"]["peak"] < 50 * GiB
     assert not [x for x in flm_101b["growths"][1]["program"]["collectives"] if x["bytes"] > 1e6]  # depth alone is local
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_the_search_estimates_the_memory_that_is_compiled(flm_101b):
+    _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_101b.py"])
+    for stage, model, planned in zip(config.stages, config.stage_models, flm_101b["stages"], strict=True):
+        rows = stage.batch_size // stage.microbatches
+        estimate = memory(model, config.mesh, rows, stage.microbatches)
+        assert estimate == pytest.approx(planned["program"]["peak"], rel=0.1)
 
 
 @pytest.mark.slow

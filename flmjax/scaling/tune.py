@@ -1,6 +1,6 @@
 """Search for the mesh, microbatches and rematerialisation that train a run cheapest on a machine, and fit it.
 
-Every legal setting is estimated by formulas; the best few are compiled, with more microbatches until they fit.
+Every legal setting is estimated by formulas; the best are compiled, with more microbatches until they fit.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, Stage
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.scaling import cost
 from flmjax.scaling.hlo import Collective
-from flmjax.scaling.plan import PACKAGES, USABLE, TooLargeError, compiler_for, machine_of, stage_plan
+from flmjax.scaling.plan import PACKAGES, USABLE, TooLargeError, compiler_for, growth_plan, machine_of, stage_plan
 from flmjax.scaling.roofline import fused_attention_flops, step_time
 from flmjax.sharding.chips import Chip, GiB
-from flmjax.validation import legal_microbatches, validate_mesh
+from flmjax.validation import REMATS, legal_microbatches, validate_mesh
 
 TENSOR = (1, 2, 4, 8)  # groups that lie whole inside a node of 8
 LARGEST_FSDP = 64  # more has smaller shards and longer rings, which nothing here prices
-REMATS = ("dots", "full")  # the cheaper in time first
+SLACK = 1.1  # estimates of memory are no closer: what is a tenth over may fit, and compiling tells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +48,37 @@ class Setting:
         return dataclasses.replace(config, model=model, mesh=self.mesh, stages=stages)
 
 
-def tune(config: RunConfig, log: Callable[[str], None] = lambda _: None, tries: int = 3) -> list[Setting]:
-    """The `tries` best settings by estimate, compiled; those that fit, cheapest first.
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What a search found: settings that fit, cheapest first; legal: that should fit, compiled: of them."""
+
+    settings: tuple[Setting, ...]
+    legal: int
+    compiled: int
+
+
+def tune(config: RunConfig, log: Callable[[str], None] = lambda _: None, tries: int = 3) -> Search:
+    """Compile settings, the best by estimate first, until `tries` of them fit with all their programs.
 
     Raises:
-        ConfigError: when nothing is legal or nothing of them fits, and without the machine's own compiler: what fits
-            cannot be known.
+        ConfigError: when nothing is legal or nothing fits, and without the machine's own compiler: what fits cannot be
+            known.
     """
     compiler_of, topology = compiler_for(config)
     usable = USABLE[topology.platform] * topology.chip.memory
     found = estimates(config, topology.chip, topology.num_devices, topology.node, usable)
-    fitting = []
-    for setting in found[:tries]:
+    fitting: list[Setting] = []
+    compiled = 0
+    for setting in found:
         log(f"{_words(setting)}, estimated {setting.days:.1f} days")
-        compiled = fit(setting, config, usable, compiler_of, log)
-        if compiled is not None:
-            fitting.append(compiled)
+        compiled += 1
+        if (chosen := fit(setting, config, usable, compiler_of, log)) is not None:
+            fitting.append(chosen)
+        if len(fitting) == tries:
+            break
     if not fitting:
-        raise ConfigError(f"none of the {len(found[:tries])} best settings fits {topology.name}; take more devices")
-    return sorted(fitting, key=lambda setting: setting.days)
+        raise ConfigError(f"none of {len(found)} settings that should fit {topology.name} does; take more devices")
+    return Search(tuple(sorted(fitting, key=lambda setting: setting.days)), len(found), compiled)
 
 
 def fit(
@@ -76,7 +88,8 @@ def fit(
     compiler_of: Callable[[RunConfig], Any],
     log: Callable[[str], None],
 ) -> Setting | None:
-    """The setting with as many microbatches as its compiled stages need to fit; None if no number will do."""
+    """The setting with as many microbatches as its compiled stages need to fit; None if no number will do, or if a
+    growth or the certificate does not fit."""
     counts, peak, days = list(setting.microbatches), 0, 0.0
     for index in reversed(range(len(config.stages))):  # the last is the largest: what cannot fit is found out first
         for count in [n for n in _legal(config.stages[index], setting.mesh) if n >= counts[index]]:
@@ -94,23 +107,35 @@ def fit(
                 planned = stage_plan(compiler, index, own, machine, None)
             except TooLargeError:
                 continue
-            log(f"  {own.name} in {count} microbatches: {planned.program.peak / GiB:.1f} GiB")
+            log(f"  step of {own.name} in {count} microbatches: {planned.program.peak / GiB:.1f} GiB")
             if planned.program.peak <= usable:
                 break
         else:
             return None
         peak, days = max(peak, planned.program.peak), days + planned.bill.days
+    compiler = compiler_of(dataclasses.replace(setting, microbatches=tuple(counts)).apply(config))
+    for index in range(1, len(config.stages)):
+        try:
+            growth = growth_plan(compiler, index, lambda text: log(f"  {text}"))
+        except TooLargeError:
+            return None
+        peak = max(peak, growth.program.peak, 0 if growth.certificate is None else growth.certificate.peak)
+    if peak > usable:
+        return None
     return dataclasses.replace(setting, microbatches=tuple(counts), peak=peak, days=days)
 
 
-def table(settings: list[Setting]) -> str:
+def table(search: Search) -> str:
     """Settings that fit, and the flags of the best."""
     lines = [
         f"{_words(setting)}, microbatches {' / '.join(map(str, setting.microbatches))}: {setting.days:.1f} days, "
         f"{(setting.peak or 0) / GiB:.1f} GiB"
-        for setting in settings
+        for setting in search.settings
     ]
-    return "\n".join([*lines, f"the cheapest that fits: {settings[0].flags()}"])
+    lines.append(
+        f"compiled with their growths: {search.compiled} of {search.legal} settings that may fit, the best by estimate"
+    )
+    return "\n".join([*lines, f"the cheapest of them that fits: {search.settings[0].flags()}"])
 
 
 def _words(setting: Setting) -> str:
@@ -140,18 +165,20 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
 
 
 def estimates(config: RunConfig, chip: Chip, devices: int, node: int, usable: float) -> list[Setting]:
-    """Every legal setting with the fewest microbatches that should fit, fewest estimated days first.
+    """Every legal setting with the fewest microbatches that may fit, fewest estimated days first.
 
     Raises:
         ConfigError: when the mesh's axes divide nothing, or nothing should fit.
     """
     found = []
     for mesh in meshes(config, devices):
-        for remat in REMATS:
+        for remat in REMATS:  # those that recompute less first
             models = [dataclasses.replace(model, remat=remat) for model in config.stage_models]
             counts, days = [], 0.0
             for stage, model in zip(config.stages, models, strict=True):
-                fitting = [n for n in _legal(stage, mesh) if memory(model, mesh, stage.batch_size // n, n) < usable]
+                fitting = [
+                    n for n in _legal(stage, mesh) if memory(model, mesh, stage.batch_size // n, n) < SLACK * usable
+                ]
                 if not fitting:
                     break
                 counts.append(fitting[0])
@@ -164,17 +191,23 @@ def estimates(config: RunConfig, chip: Chip, devices: int, node: int, usable: fl
 
 
 def memory(model: ModelConfig, mesh: MeshConfig, rows: int, microbatches: int) -> float:
-    """Bytes of a device, estimated: state, gradients, residual stream, logits, and what remat "dots" keeps."""
+    """Bytes of a device, estimated: within a tenth of what the compilers counted for FLM-101B's stages.
+
+    State, gradients and their sum over microbatches, a copy in the dtype of matrix products; the residual stream of all
+    layers and what remat keeps beside it; and the larger of the loss's and of one layer's own arrays.
+    """
     assert mesh.fsdp is not None
-    shards = mesh.fsdp * mesh.tensor
+    width = 2 if model.dtype == "bfloat16" else 4
     tokens = rows * model.max_length / (mesh.replica * mesh.fsdp)  # of a microbatch, on one tensor group
-    state = num_parameters(model) * (12 + (8 if microbatches > 1 else 4)) / shards
-    residual = model.num_layers * tokens * model.embed_dim * 2 / mesh.tensor
     heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    kept = model.num_layers * tokens * 2 * (heads + model.mlp_dim) / mesh.tensor if model.remat == "dots" else 0.0
-    logits = tokens * model.padded_vocab_size * 10 / mesh.tensor
-    working = tokens * 2 * (4 * model.embed_dim + 3 * model.mlp_dim / mesh.tensor)
-    return state + residual + kept + logits + working
+    outputs = {"full": 0, "dots": heads + model.mlp_dim, "none": 4 * heads + 6 * model.mlp_dim + 8 * model.embed_dim}
+    state = num_parameters(model) * (12 + (8 if microbatches > 1 else 4) + width % 4) / (mesh.fsdp * mesh.tensor)
+    kept = model.num_layers * tokens * width * (model.embed_dim + outputs[model.remat]) / mesh.tensor
+    loss = tokens * model.padded_vocab_size * (4 + width) / mesh.tensor
+    # Inputs and outputs of a layer's products; its weights, twice in flight; and their gradients in float32.
+    layer = tokens * width * (4 * model.embed_dim + 3 * model.mlp_dim / mesh.tensor)
+    layer += block_matrices(model) * (2 * width + 4) / mesh.tensor
+    return state + kept + max(loss, layer)
 
 
 def seconds(
