@@ -764,6 +764,20 @@ def test_float32_proof_is_made_at_full_precision(monkeypatch):
     assert seen == {("bfloat16", True): None, ("float32", False): "highest"}
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_certificate_recomputes_every_layer_however_the_model_trains(remat):
+    def text(remat):
+        old, new = (dataclasses.replace(c, remat=remat) for c in (GROWN, resize(GROWN, mlp_dim=40)))
+        params = tuple(abstract_params(c)[0] for c in (old, new))
+        ints, floats = (jax.ShapeDtypeStruct((2, old.max_length), dtype) for dtype in (jnp.int32, jnp.float32))
+        batch = {"tokens": ints, "targets": ints, "weights": floats}
+        return (
+            certificate.comparison(old, new, GrowthConfig(), "float32", gradients=True).lower(params, batch).as_text()
+        )
+
+    assert text(remat) == text("full")
+
+
 def test_tolerance_is_relative_to_the_logits():
     params, new = random_params(GROWN), resize(GROWN, mlp_dim=40)
     params["final_norm"] = {name: 100 * x for name, x in params["final_norm"].items()}

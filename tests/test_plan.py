@@ -237,6 +237,8 @@ def test_what_does_not_fit_is_refused_with_the_number_and_what_to_change():
     assert _refusals(dataclasses.replace(plan, growths=(proved,)), config)[-1].startswith(
         "the certificate of growth s0 -> s1 needs 80.0 GiB a device, a A800 has 80 (70.0 for programs): take more"
     )
+    more = dataclasses.replace(config, certificate_rows=9)
+    assert _refusals(dataclasses.replace(plan, growths=(proved,)), more)[-1].endswith("take certificate_rows=8")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="dots"))
     assert "take model.remat='full'" in _refusals(plan, config)[0]
     assert plan_of(99.0, exact=False)[0].refusals == ()  # a stand-in's memory refuses nothing

@@ -204,8 +204,11 @@ def comparison(
 
     Both models on the old vocabulary: padded ids do not count, and new words have no past to be compared with.
     """
-    # The plain attention in every dtype: a fused kernel's own rounding is not what is asked about.
-    before, after = (dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1) for c in (old, new))
+    # The plain attention in every dtype: a fused kernel's own rounding is not what is asked about. Every layer is
+    # recomputed, however the model trains: all rows are in memory at once, and two models.
+    before, after = (
+        dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, new)
+    )
     is_masked = operator.family == "mask"
 
     def logits(params: Any, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:

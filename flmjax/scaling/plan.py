@@ -226,7 +226,7 @@ def growth_plan(compiler: Any, index: int, log: Callable[[str], None]) -> Growth
     if index < len(config.stages) - 1:
         return growth
     log("certificate of that growth")
-    with _named(f"the certificate of growth {old} -> {new}", _certificate_advice(config)):
+    with _named(f"the certificate of growth {old} -> {new}", _certificate_advice(config, compiler.mesh_config)):
         proof = compiler.certificate(index)
     log(_size(proof))
     return dataclasses.replace(growth, certificate=proof)
@@ -277,7 +277,7 @@ def _refusals(plan: Plan, config: RunConfig) -> list[str]:
         if growth.certificate is not None and growth.certificate.peak > plan.usable:
             lines.append(
                 f"the certificate of growth {growth.from_stage} -> {growth.to_stage} needs "
-                f"{growth.certificate.peak / GiB:.1f} GiB a device, {limit}: {_certificate_advice(config)}"
+                f"{growth.certificate.peak / GiB:.1f} GiB a device, {limit}: {_certificate_advice(config, plan.mesh)}"
             )
     return lines
 
@@ -292,8 +292,10 @@ def _advice(config: RunConfig, index: int, mesh: MeshConfig) -> str:
     return f"take stages[{index}].microbatches={more[0]}" if more else MORE_DEVICES
 
 
-def _certificate_advice(config: RunConfig) -> str:
-    return "take model.remat='full'" if config.model.remat != "full" else MORE_DEVICES
+def _certificate_advice(config: RunConfig, mesh: MeshConfig) -> str:
+    assert mesh.fsdp is not None
+    fewest = mesh.replica * mesh.fsdp
+    return f"take certificate_rows={fewest}" if config.certificate_rows > fewest else MORE_DEVICES
 
 
 def _stage_name(config: RunConfig, index: int) -> str:
