@@ -296,13 +296,20 @@ def test_what_a_compiler_refuses_is_named(monkeypatch, refused, words):
             return compiled
 
     monkeypatch.setattr(plan_module, "compiler_for", lambda _: (Fake, parse_topology("v6e:2x4")))
-    stages = tuple(StageConfig(name, batch_size=96, microbatches=2) for name in ("small", "middle", "large"))
+    learned = GrowthConfig("learned", tuning_steps=50)
+    stages = tuple(
+        StageConfig(name, steps=100, batch_size=96, microbatches=2, growth=learned)
+        for name in ("small", "middle", "large")
+    )
     model = dataclasses.replace(TINY, vocab_size=64, remat="full")
     config = RunConfig(model=model, stages=stages, mesh=MeshConfig(1, 8, 1))
     with pytest.raises(TooLargeError, match=words):
         make_plan(config, None)
     refused, lines = ("none", 0), []
-    assert [growth.certificate is not None for growth in make_plan(config, None, lines.append).growths] == [False, True]
+    plan = make_plan(config, None, lines.append)
+    assert [growth.certificate is not None for growth in plan.growths] == [False, True]
+    steps = [stage.bill.days * 86_400 / stage.step.seconds for stage in plan.stages]
+    assert steps == pytest.approx([100, 150, 150])  # those that tune the growth take as long
     assert lines[-4:] == ["certificate of that growth", "  3.5 GiB at most, in 1 s", "step of large", lines[1]]
 
 

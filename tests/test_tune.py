@@ -95,16 +95,18 @@ def test_more_microbatches_and_rematerialisation_take_more_time():
 
 
 def test_estimates_are_sorted_and_fit_by_their_own_account():
-    usable = 20.0 * GiB
+    usable = 14.5 * GiB
     found = estimates(CONFIG, A800, 16, 8, usable)
     assert [s.days for s in found] == sorted(s.days for s in found)
     assert {s.remat for s in found} == {"none", "dots", "full"}
+    most = 0.0
     for setting in found:
         chosen = setting.apply(CONFIG)
         assert chosen.mesh == setting.mesh
         for stage, model in zip(chosen.stages, chosen.stage_models, strict=True):
             rows = stage.batch_size // stage.microbatches
-            assert tune.memory(model, setting.mesh, rows, stage.microbatches) < 1.1 * usable
+            most = max(most, tune.memory(model, setting.mesh, rows, stage.microbatches))
+    assert usable < most < 1.1 * usable  # an estimate may be a tenth off
     with pytest.raises(ConfigError, match="no mesh of 16 devices"):
         estimates(CONFIG, A800, 16, 8, 0.1 * GiB)
     with pytest.raises(ConfigError, match="no mesh of 7 devices"):
