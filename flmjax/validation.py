@@ -263,15 +263,14 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     Raises:
         ConfigError: naming the leaf's axis, the mesh axis and both numbers.
     """
-    fixed = config.mesh.replica * config.mesh.tensor
-    if config.mesh.fsdp is None:
-        _require(num_devices % fixed == 0, f"mesh: replica x tensor={fixed} does not divide the {num_devices} devices")
-    fsdp = num_devices // fixed if config.mesh.fsdp is None else config.mesh.fsdp
-    mesh = dataclasses.replace(config.mesh, fsdp=fsdp)
+    replica, tensor = config.mesh.replica, config.mesh.tensor
+    # A free axis has at least one place.
+    fsdp = max(num_devices // (replica * tensor), 1) if config.mesh.fsdp is None else config.mesh.fsdp
+    mesh, places = dataclasses.replace(config.mesh, fsdp=fsdp), replica * fsdp * tensor
     _require(
-        fixed * fsdp == num_devices,
-        f"mesh: {config.mesh.replica} x {fsdp} x {config.mesh.tensor} has {fixed * fsdp} places for {num_devices} "
-        "devices; fsdp=None takes what is left",
+        places == num_devices,
+        f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} has {places} places for {num_devices} devices; "
+        f"{_filling_axis(mesh, num_devices)}",
     )
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
         rows, data_axes = stage.batch_size // stage.microbatches, mesh.replica * fsdp
@@ -282,6 +281,15 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
         )
         check_mesh(model, mesh, f"stages[{i}]")
     return mesh
+
+
+def _filling_axis(mesh: MeshConfig, num_devices: int) -> str:
+    """The axis that alone, with another size, would take all devices."""
+    for axis in ("fsdp", "replica", "tensor"):
+        others = math.prod(getattr(mesh, other) for other in MESH_AXES if other != axis)
+        if num_devices % others == 0:
+            return f"{axis}={num_devices // others} would fill them"
+    return f"replica=1, fsdp={num_devices}, tensor=1 would fill them"
 
 
 def legal_microbatches(stage: StageConfig, data_axes: int) -> list[int]:

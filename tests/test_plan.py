@@ -357,7 +357,7 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--config.mesh.topology=v5p:8x8"], "is no machine"),
         (["--config.mesh.topology=v6e:300x300"], "has 90000 chips; a pod of v6e has 256"),
         (["--config.mesh.topology=None"], r"mesh\.topology is None; name the machine"),
-        (["--config.mesh.topology=a800:32x8"], "has 192 places for 256 devices"),
+        (["--config.mesh.topology=a800:32x8"], "has 192 places for 256 devices; replica=4 would"),
         (
             ["--config.stages[0].batch_size=2300", "--config.stages[0].microbatches=2"],
             "batch_size=2208 or .*=2304 would",

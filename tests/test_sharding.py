@@ -179,10 +179,15 @@ def test_growth_to_another_mesh_is_growth():
 def test_default_mesh_is_all_data(tmp_path):  # case I05
     run_config = RunConfig(model=CONFIG, stages=(StageConfig(),))
     assert validate_mesh(run_config, 8) == MeshConfig(replica=1, fsdp=8, tensor=1)
-    with pytest.raises(ConfigError, match=r"6 places for 8 devices"):
+    with pytest.raises(ConfigError, match=r"1 x fsdp 3 x tensor 2 has 6 places for 8 devices; fsdp=4 would"):
         validate_mesh(with_fields(run_config, mesh=MeshConfig(1, 3, 2)), 8)
-    with pytest.raises(ConfigError, match=r"3 .*does not divide the 8 devices"):
-        validate_mesh(with_fields(run_config, mesh=MeshConfig(3, None, 1)), 8)
+    for mesh, words in (
+        (MeshConfig(3, None, 1), "replica 3 x fsdp 2 x tensor 1 has 6 places for 8 devices; replica=4 would"),
+        (MeshConfig(1, None, 16), "has 16 places for 8 devices; tensor=8 would"),
+        (MeshConfig(3, 3, 2), "has 18 places for 8 devices; replica=1, fsdp=8, tensor=1 would"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            validate_mesh(with_fields(run_config, mesh=mesh), 8)
 
 
 @pytest.mark.parametrize(
