@@ -129,7 +129,8 @@ def main(argv: list[str]) -> int:
         print(f"flmjax: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("flmjax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if command == "train" else ""
+        print(f"flmjax: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -267,11 +267,11 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     # A free axis has at least one place.
     fsdp = max(num_devices // (replica * tensor), 1) if config.mesh.fsdp is None else config.mesh.fsdp
     mesh, places = dataclasses.replace(config.mesh, fsdp=fsdp), replica * fsdp * tensor
-    _require(
-        places == num_devices,
-        f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} has {places} places for {num_devices} devices; "
-        f"{_filling_axis(mesh, num_devices)}",
-    )
+    if places != num_devices:
+        raise ConfigError(
+            f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} has {places} places for {num_devices} devices; "
+            f"{_filling_mesh(config, mesh, num_devices)}"
+        )
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
         rows, data_axes = stage.batch_size // stage.microbatches, mesh.replica * fsdp
         _require(
@@ -283,13 +283,28 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     return mesh
 
 
-def _filling_axis(mesh: MeshConfig, num_devices: int) -> str:
-    """The axis that alone, with another size, would take all devices."""
-    for axis in ("fsdp", "replica", "tensor"):
-        others = math.prod(getattr(mesh, other) for other in MESH_AXES if other != axis)
-        if num_devices % others == 0:
-            return f"{axis}={num_devices // others} would fill them"
-    return f"replica=1, fsdp={num_devices}, tensor=1 would fill them"
+def _filling_mesh(config: RunConfig, mesh: MeshConfig, num_devices: int) -> str:
+    """What would take all devices and divide everything: the mesh that differs in the fewest axes, and least."""
+
+    def distance(other: MeshConfig) -> tuple[int, float]:
+        ratios = [getattr(other, axis) / getattr(mesh, axis) for axis in MESH_AXES]
+        return sum(ratio != 1 for ratio in ratios), sum(abs(math.log(ratio)) for ratio in ratios)
+
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    meshes = [
+        dataclasses.replace(mesh, replica=num_devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+        for fsdp in divisors
+        for tensor in divisors
+        if num_devices % (fsdp * tensor) == 0
+    ]
+    for other in sorted(meshes, key=distance):
+        try:
+            validate_mesh(dataclasses.replace(config, mesh=other), num_devices)
+        except ConfigError:
+            continue
+        changed = [axis for axis in MESH_AXES if getattr(other, axis) != getattr(mesh, axis)]
+        return ", ".join(f"{axis}={getattr(other, axis)}" for axis in changed) + " would fill them"
+    return f"no mesh of {num_devices} devices divides these sizes, batches and microbatches"
 
 
 def legal_microbatches(stage: StageConfig, data_axes: int) -> list[int]:

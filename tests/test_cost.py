@@ -70,6 +70,8 @@ def test_the_formula_is_narayanans_for_gpt_and_counts_the_matrices_of_others():
     assert training_flops(swiglu, tokens) - training_flops(gpt, tokens) == pytest.approx(more, rel=1e-9)
     with pytest.raises(ConfigError, match=r"model\.vocab_size"):
         training_flops(ModelConfig(), 1)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
+        cost.stage_costs(RunConfig())
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,10 @@ def test_the_papers_figures_stand_beside_its_own_stages_alone():
     costs = cost.stage_costs(flm())
     assert [p.tflops for p in cost.published(costs)] == [162, 160, 165]
     other = dataclasses.replace(costs[0], tokens=costs[0].tokens * 1.02)
+    tuned = dataclasses.replace(flm().stages[1], growth=GrowthConfig("learned"))  # 100 updates, 1.2 % more tokens
+    tuned = dataclasses.replace(flm(), stages=(flm().stages[0], tuned))
+    assert cost.published(cost.stage_costs(tuned))[1] is cost.STAGES["51B"]
+    assert "51B: of 8,500 updates 100 tune its growth" in cost_table(tuned, None, None)
     assert cost.published([other, dataclasses.replace(costs[1], name="small")]) == [None, None]
 
 

@@ -71,6 +71,19 @@ def test_collectives_of_a_text_by_hand():
     }
 
 
+@pytest.mark.parametrize(
+    ("header", "groups", "found"),
+    [
+        ("HloModule m, num_partitions=8\n", "replica_groups={}", (8, 1, 4)),
+        ("", "replica_groups={}", (1, 0, 1)),
+        ("", "source_target_pairs={{0,0},{1,3}}", (2, 2, 2)),
+    ],
+)
+def test_no_groups_are_all_devices_and_who_sends_to_itself_has_no_neighbour(header, groups, found):
+    text = f"{header}ENTRY %m (x: f32[8]) -> f32[8] {{\n  %g = f32[16] all-gather(%x), {groups}\n}}\n"
+    assert [(c.group, c.stride, c.in_node) for c in collectives(text, node=4)] == [found]
+
+
 def test_a_group_in_the_second_node_is_within_it():
     text = "ENTRY %m (x: f32[8]) -> f32[8] {\n  %g = f32[16] all-gather(%x), replica_groups={{6,7},{4,5}}\n}\n"
     assert [(c.group, c.in_node) for c in collectives(text, node=4)] == [(2, 2)]

@@ -234,13 +234,13 @@ def test_what_does_not_fit_is_refused_with_the_number_and_what_to_change():
     )
     assert "NO" in table(plan)
     proved = dataclasses.replace(plan.growths[0], certificate=program(80.0))
-    assert _refusals(dataclasses.replace(plan, growths=(proved,)), config)[-1].startswith(
+    assert list(_refusals(dataclasses.replace(plan, growths=(proved,)), config))[-1].startswith(
         "the certificate of growth s0 -> s1 needs 80.0 GiB a device, a A800 has 80 (70.0 for programs): take more"
     )
     more = dataclasses.replace(config, certificate_rows=9)
-    assert _refusals(dataclasses.replace(plan, growths=(proved,)), more)[-1].endswith("take certificate_rows=8")
+    assert list(_refusals(dataclasses.replace(plan, growths=(proved,)), more))[-1].endswith("take certificate_rows=8")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="dots"))
-    assert "take model.remat='full'" in _refusals(plan, config)[0]
+    assert "take model.remat='full'" in next(_refusals(plan, config))
     assert plan_of(99.0, exact=False)[0].refusals == ()  # a stand-in's memory refuses nothing
 
 
@@ -315,18 +315,20 @@ def test_what_a_compiler_refuses_is_named(monkeypatch, refused, words):
 
 def test_remarks_name_the_stage_and_what_is_not_in_the_plan():
     learned = GrowthConfig("learned", tuning_steps=7)
-    model = dataclasses.replace(TINY, embed_dim=5632, head_dim=2816, vocab_size=64)
+    model = dataclasses.replace(TINY, embed_dim=5632, head_dim=2816, vocab_size=64, dtype="bfloat16")
     stages = (StageConfig("small", growth=learned), StageConfig("large", growth=learned, embed_dim=10_240, num_heads=4))
     config = RunConfig(model=model, stages=stages)
     gpu, tpu = (list(_remarks(config, MeshConfig(1, 64, 1), platform)) for platform in ("cuda", "tpu"))
     tuned, evaluations = gpu
-    assert tuned.startswith("large: the 7 updates that tune its growth")
+    assert tuned.startswith("large: of 107 updates 7 tune its growth; ")
     assert evaluations.startswith("evaluations")
     assert tpu[1:] == gpu
     assert re.match(
-        r"small: over fsdp=64 a shard has 88 of 5632 rows, no multiple of 16: .*; fsdp=32 avoids it", tpu[0]
+        r"small: over fsdp=64 a shard has 88 of 5632 rows, no multiple of 16: .*; replica=2, fsdp=32 avoids it", tpu[0]
     )
     assert list(_remarks(config, MeshConfig(2, 32, 1), "tpu")) == gpu
+    single = dataclasses.replace(config, model=dataclasses.replace(model, dtype="float32"))
+    assert list(_remarks(single, MeshConfig(1, 64, 1), "tpu")) == gpu  # 88 rows are eleven tiles of float32
 
 
 def test_json_and_page_hold_the_same_numbers(tmp_path):
@@ -357,7 +359,8 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--config.mesh.topology=v5p:8x8"], "is no machine"),
         (["--config.mesh.topology=v6e:300x300"], "has 90000 chips; a pod of v6e has 256"),
         (["--config.mesh.topology=None"], r"mesh\.topology is None; name the machine"),
-        (["--config.mesh.topology=a800:32x8"], "has 192 places for 256 devices; replica=4 would"),
+        (["--config.mesh.topology=a800:12x8"], "has 192 places for 96 devices; fsdp=8 would fill them"),
+        (["--config.mesh.topology=a800:32x8"], "has 192 places for 256 devices; no mesh of 256 devices divides"),
         (
             ["--config.stages[0].batch_size=2300", "--config.stages[0].microbatches=2"],
             "batch_size=2208 or .*=2304 would",
@@ -396,6 +399,7 @@ def test_errors_of_compilers_are_explained():
     )
     found = _explained(error, v6e)
     assert isinstance(found, TooLargeError)
+    assert "needs 1.07TiB" in str(_explained(RuntimeError(str(error).replace("44.71G", "1.07T")), v6e))
     assert str(found) == "needs 44.71GiB a device, of 31.25GiB, says the compiler of v6e:16x16"
     text = str(_explained(RuntimeError("INTERNAL: line\nline two"), v6e))
     assert text == "v6e:16x16: its compiler failed: INTERNAL: line line two"

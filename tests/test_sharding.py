@@ -184,7 +184,7 @@ def test_default_mesh_is_all_data(tmp_path):  # case I05
     for mesh, words in (
         (MeshConfig(3, None, 1), "replica 3 x fsdp 2 x tensor 1 has 6 places for 8 devices; replica=4 would"),
         (MeshConfig(1, None, 16), "has 16 places for 8 devices; tensor=8 would"),
-        (MeshConfig(3, 3, 2), "has 18 places for 8 devices; replica=1, fsdp=8, tensor=1 would"),
+        (MeshConfig(3, 3, 2), "has 18 places for 8 devices; replica=2, fsdp=2 would"),
     ):
         with pytest.raises(ConfigError, match=words):
             validate_mesh(with_fields(run_config, mesh=mesh), 8)

@@ -13,7 +13,7 @@ from flmjax.model.flops import num_parameters
 from flmjax.scaling import tune
 from flmjax.scaling.compile import Program
 from flmjax.scaling.plan import USABLE, TooLargeError
-from flmjax.scaling.tune import Setting, estimates, fit, meshes, table
+from flmjax.scaling.tune import Setting, estimates, fit, growth_peak, meshes, table
 from flmjax.sharding.chips import A800, GiB
 from flmjax.validation import legal_microbatches
 
@@ -107,6 +107,11 @@ def test_estimates_are_sorted_and_fit_by_their_own_account():
             rows = stage.batch_size // stage.microbatches
             most = max(most, tune.memory(model, setting.mesh, rows, stage.microbatches))
     assert usable < most < 1.1 * usable  # an estimate may be a tenth off
+    learned = dataclasses.replace(CONFIG.stages[1], growth=GrowthConfig("learned", tuning_steps=50))
+    tuned = estimates(dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], learned)), A800, 16, 8, usable)
+    twice = dataclasses.replace(CONFIG.stages[1], steps=100)  # as many updates as 50, and 50 that tune
+    doubled = estimates(dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], twice)), A800, 16, 8, usable)
+    assert [setting.days for setting in tuned] == [setting.days for setting in doubled]
     with pytest.raises(ConfigError, match="no mesh of 16 devices"):
         estimates(CONFIG, A800, 16, 8, 0.1 * GiB)
     with pytest.raises(ConfigError, match="no mesh of 7 devices"):
@@ -138,53 +143,113 @@ class FakeCompiler:
             raise TooLargeError("needs 44G")
         return program(60 * (index + 1) / count)
 
-    def growth(self, _):
+    def growth(self, index):
+        self.made.append(("growth", index))
         return program(10)
 
     def certificate(self, _):
         return program(self.proof)
 
 
-def test_microbatches_go_up_until_the_compiled_program_fits_the_last_stage_first(monkeypatch):
+@pytest.fixture
+def fake(monkeypatch):
     monkeypatch.setattr(FakeCompiler, "made", [])
+    topology = SimpleNamespace(name="a800:2x8", platform="cuda", chip=A800, num_devices=16, node=8)
+
+    def use(kind):
+        monkeypatch.setattr(tune, "compiler_for", lambda _: (kind, topology))
+
+    return use
+
+
+def test_microbatches_go_up_until_the_compiled_program_fits_the_last_stage_first(fake):
     setting = Setting(MeshConfig(1, 8, 2), "full", (1, 1), days=9.0)
     lines = []
     found = fit(setting, CONFIG, 35.0 * GiB, FakeCompiler, lines.append)
     assert found.microbatches == (2, 4)
-    assert found.peak == 32 * GiB  # the certificate's
+    assert found.peak == 30 * GiB
     assert found.days != 9.0
     assert FakeCompiler.made == [(1, 1), (1, 2), (1, 3), (1, 4), (0, 1), (0, 2)]
     assert lines[0] == "  step of large in 2 microbatches: 60.0 GiB"
-    monkeypatch.setattr(FakeCompiler, "made", [])
+    FakeCompiler.made.clear()
     more = dataclasses.replace(setting, microbatches=(3, 6))
     assert fit(more, CONFIG, 35.0 * GiB, FakeCompiler, lines.append).microbatches == (3, 6)
     assert FakeCompiler.made == [(1, 6), (0, 3)]  # never fewer than it says
-    assert fit(setting, CONFIG, 1.0 * GiB, FakeCompiler, lines.append) is None
-    assert fit(setting, CONFIG, 31.9 * GiB, FakeCompiler, lines.append) is None  # steps fit, the certificate does not
+    with pytest.raises(TooLargeError, match=r"^stages\[1\] \(large\) needs 5\.0 GiB a device, .*: take more devices"):
+        fit(setting, CONFIG, 1.0 * GiB, FakeCompiler, lines.append)
 
 
-def test_the_search_goes_on_until_enough_settings_fit_with_all_their_programs(monkeypatch):
-    topology = SimpleNamespace(name="a800:2x8", platform="cuda", chip=A800, num_devices=16, node=8)
+@pytest.mark.parametrize(
+    ("peaks", "words"),
+    [
+        ({("growth", 1): 36.0}, r"^growth small -> large needs 36\.0 GiB"),
+        ({("growth", 2): 36.0}, r"^growth large -> last needs 36\.0 GiB"),
+        ({("growth", 2): None}, r"^growth large -> last needs 44G: take more devices"),
+        ({("certificate", 2): 36.0}, r"^the certificate of growth large -> last needs 36\.0 GiB"),
+        ({("certificate", 2): None}, r"^the certificate of growth large -> last needs 44G: take more devices"),
+        ({("growth", 1): 34.0}, 34.0),
+        ({("growth", 2): 34.0}, 34.0),
+        ({("certificate", 2): 34.0}, 34.0),
+        ({("certificate", 1): 99.0}, 10.0),  # the last alone is compiled
+    ],
+    ids=str,
+)
+def test_every_growth_and_the_last_certificate_must_fit(peaks, words):
+    class Fake(FakeCompiler):
+        def growth(self, index, kind="growth"):
+            if peaks.get((kind, index), 10.0) is None:
+                raise TooLargeError("needs 44G")
+            return program(peaks.get((kind, index), 10.0))
 
+        def certificate(self, index):
+            return self.growth(index, "certificate")
+
+    last = dataclasses.replace(CONFIG.stages[1], name="last", num_layers=9)
+    compiler = Fake(dataclasses.replace(CONFIG, stages=(*CONFIG.stages, last), mesh=MeshConfig(1, 8, 2)))
+    if isinstance(words, float):
+        assert growth_peak(compiler, 35.0 * GiB, print) == words * GiB
+        return
+    with pytest.raises(TooLargeError, match=words):
+        growth_peak(compiler, 35.0 * GiB, print)
+
+
+def test_the_search_goes_on_until_enough_settings_fit_with_all_their_programs(fake):
     class Narrow(FakeCompiler):
         """The certificate fits where tensor is 4 or more."""
 
         @property
         def proof(self):
-            return 80.0 if self.mesh_config.tensor < 4 else 20.0
+            return 80.0 if self.mesh_config.tensor < 4 else 70.0
 
-    monkeypatch.setattr(tune, "compiler_for", lambda _: (Narrow, topology))
+    fake(Narrow)
     by_estimate = estimates(CONFIG, A800, 16, 8, USABLE["cuda"] * A800.memory)
     wide = [i for i, setting in enumerate(by_estimate) if setting.mesh.tensor >= 4]
-    found = tune.tune(CONFIG, tries=2)
-    assert (found.legal, found.compiled) == (len(by_estimate), wide[1] + 1)
-    assert found.compiled > 2
+    lines = []
+    found = tune.tune(CONFIG, lines.append, tries=2)
+    assert (found.possible, found.tried) == (len(by_estimate), wide[1] + 1)
+    assert found.tried > 2
     assert {setting.mesh for setting in found.settings} == {by_estimate[i].mesh for i in wide[:2]}
     assert [s.days for s in found.settings] == sorted(s.days for s in found.settings)
-    assert f"{found.compiled} of {found.legal} settings" in table(found)
-    monkeypatch.setattr(Narrow, "proof", 80.0)
-    with pytest.raises(ConfigError, match=rf"none of {len(by_estimate)} settings that should fit a800:2x8 does"):
-        tune.tune(CONFIG)
+    assert {s.peak for s in found.settings} == {70 * GiB}
+    assert f"the best {found.tried} by estimate of {found.possible} settings" in table(found)
+    assert any(line.startswith("  the certificate of growth small -> large needs 80.0 GiB a device") for line in lines)
+    assert sum(line.startswith("  fits, ") for line in lines) == 2
+    # Growths depend on the mesh alone: once for each.
+    meshes_tried = {by_estimate[i].mesh for i in range(found.tried)}
+    assert FakeCompiler.made.count(("growth", 1)) == len(meshes_tried) < found.tried
+
+
+def test_a_search_that_finds_nothing_says_why(fake):
+    class Never(FakeCompiler):
+        proof = 80.0
+
+    fake(Never)
+    with pytest.raises(
+        ConfigError, match=r"none of \d+ settings that may fit a800:2x8 does; of the last, the certif.*80\.0"
+    ):
+        tune.tune(dataclasses.replace(CONFIG, certificate_rows=96), tries=1)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is None"):
+        tune.tune(dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=None)))
 
 
 def test_without_the_machines_compiler_nothing_is_said_to_fit():
@@ -200,7 +265,7 @@ def test_without_the_machines_compiler_nothing_is_said_to_fit():
 
 def test_the_flags_of_a_setting_make_the_config_that_it_is():
     setting = Setting(MeshConfig(3, 16, 4), "dots", (2, 3, 5), 10.0, int(50 * GiB))
-    text = table(tune.Search((setting, dataclasses.replace(setting, days=12.0)), legal=9, compiled=3))
+    text = table(tune.Search((setting, dataclasses.replace(setting, days=12.0)), possible=9, tried=3))
     assert text.splitlines()[0].endswith("microbatches 2 / 3 / 5: 10.0 days, 50.0 GiB")
     flags = [flag.strip("'") for flag in setting.flags().split()]
     _, config, _, _ = cli.parse(["plan", "--config=configs/flm_101b.py", *flags])

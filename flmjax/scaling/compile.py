@@ -154,6 +154,6 @@ def _explained(error: Exception, topology: Topology) -> ConfigError | TooLargeEr
     text = " ".join(str(error).split())
     if "cuDNN not found" in text:
         return ConfigError(f"cuDNN is missing: pip install '{PACKAGES['cuda']}', or model.attention='plain'")
-    if found := re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+[GM])\) exceeds available HBM.*?\(([\d.]+[GM])\)", text):
+    if found := re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+[GMT])\) exceeds available HBM.*?\(([\d.]+[GMT])\)", text):
         return TooLargeError(f"needs {found[1]}iB a device, of {found[2]}iB, says the compiler of {topology.name}")
     return ConfigError(f"{topology.name}: its compiler failed: {text[:300]}")

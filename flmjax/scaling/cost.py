@@ -31,14 +31,15 @@ def training_flops(model: ModelConfig, tokens: float, factor: float = PLAIN) -> 
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:
-    """One stage. steps: updates, those that tune its growth included. flops: as `training_flops` counts without
-    recomputation."""
+    """One stage. steps: updates, `tuning_steps` that tune its growth among them. flops: as `training_flops` counts
+    without recomputation."""
 
     name: str
     parameters: int
     steps: int
     tokens: float
     flops: float
+    tuning_steps: int = 0
 
 
 def stage_costs(config: RunConfig) -> list[StageCost]:
@@ -49,9 +50,10 @@ def stage_costs(config: RunConfig) -> list[StageCost]:
     """
     costs = []
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        steps = stage.steps + (stage.tuning_steps if i else 0)
-        tokens = float(steps * stage.batch_size * model.max_length)
-        costs.append(StageCost(stage.name, num_parameters(model), steps, tokens, training_flops(model, tokens)))
+        tuning = stage.tuning_steps if i else 0
+        tokens = float((stage.steps + tuning) * stage.batch_size * model.max_length)
+        flops = training_flops(model, tokens)
+        costs.append(StageCost(stage.name, num_parameters(model), stage.steps + tuning, tokens, flops, tuning))
     return costs
 
 
@@ -197,9 +199,9 @@ PEERS = (
 
 
 def published(costs: Sequence[StageCost]) -> list[Published | None]:
-    """The paper's figures of the stages that are its own: equal name, tokens within a per cent."""
+    """The paper's figures of the stages that are its own: equal name, tokens of training within a per cent."""
     found = [STAGES.get(cost.name) for cost in costs]
     return [
-        f if f is not None and math.isclose(f.tokens, c.tokens, rel_tol=0.01) else None
+        f if f and math.isclose(f.tokens, c.tokens * (1 - c.tuning_steps / c.steps), rel_tol=0.01) else None
         for f, c in zip(found, costs, strict=True)
     ]

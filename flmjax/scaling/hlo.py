@@ -29,7 +29,7 @@ class Collective:
 
     Attributes:
         kind: as XLA calls it. dtype: of what is moved.
-        group: devices that exchange. stride: between neighbours in it; 1 along the mesh's last axis.
+        group: devices that exchange. stride: between neighbours in it; 1 along the mesh's last axis, 0 in no group.
         in_node: those of a group that are in one node.
         count: executions a step. bytes: that a device sends in a step, on a ring: (n - 1) / n of a gathered or
             scattered array, twice that for a reduced one, all of a permuted one. largest: bytes of the largest result.
@@ -48,6 +48,8 @@ class Collective:
 def collectives(text: str, node: int) -> list[Collective]:
     """Those of a program, given its text after compilation; nodes hold `node` consecutive devices."""
     found: dict[tuple[str, str, int, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    everyone = [list(range(int(partitions[1]) if partitions else 1))]
     for computation, times, line in _executed(text):
         match = _COLLECTIVE.search(line)
         if match is None:
@@ -58,8 +60,8 @@ def collectives(text: str, node: int) -> list[Collective]:
         if match[3] and kind != "all-reduce":  # (operands, results, contexts)
             shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
             shapes = shapes[len(shapes) // 2 :] if len(shapes) > 1 else shapes
-        groups = _groups(line)
-        group = groups[0] if groups else []
+        groups = _groups(line) or everyone
+        group = groups[0]
         size, n = sum(map(_num_bytes, shapes)), max(len(group), 2)
         if kind == "all-reduce" and "reduce-scatter" in computation:  # how TPU programs write it
             kind, sent = "reduce-scatter", size * (n - 1) / n
@@ -67,8 +69,8 @@ def collectives(text: str, node: int) -> list[Collective]:
             share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
             sent = size * share.get(kind, (n - 1) / n)
         # Of the group that is spread the widest: all wait for it.
-        in_node = max(1, min((sum(d // node == g[0] // node for d in g) for g in groups), default=1))
-        stride = min((abs(g[1] - g[0]) for g in groups if len(g) > 1), default=0)
+        in_node = max(1, min(sum(d // node == g[0] // node for d in g) for g in groups))
+        stride = min((abs(g[1] - g[0]) for g in groups if len(g) > 1 and g[1] != g[0]), default=0)
         entry = found[kind, shapes[0][0], len(group), stride, in_node]
         entry[0] += times
         entry[1] += times * sent

@@ -5,7 +5,7 @@ This file needs no JAX; what compiles is imported where it is called.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 # workspace of cuDNN, which is in no compiler's count.
 USABLE = {"cuda": 0.92, "tpu": 0.96}
 PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
-TILE = 16  # rows of a bfloat16 tile of a TPU, which moves shards of whole tiles alone as they are
-
-
+# Rows of a TPU's tile: it moves shards of whole tiles as they are, and no others.
+TILE_ROWS = {"bfloat16": 16, "float32": 8}
 MORE_DEVICES = "take more devices along fsdp or tensor"
 
 
@@ -131,8 +130,7 @@ def make_plan(config: RunConfig, price: float | None, log: Callable[[str], None]
         if index:
             growths.append(growth_plan(compiler, index, log))
         log(f"step of {own.name}")
-        with _named(_stage_name(config, index), _advice(config, index, compiler.mesh_config)):
-            stages.append(stage_plan(compiler, index, own, machine, published))
+        stages.append(stage_plan(compiler, index, own, machine, published))
         log(_size(stages[-1].program))
     usable = USABLE[topology.platform] * topology.chip.memory
     last = stages[-1]
@@ -182,9 +180,14 @@ def machine_of(chip: Chip, devices: int, price: float | None) -> cost.Machine:
 def stage_plan(
     compiler: Any, index: int, own: StageCost, machine: cost.Machine, published: Published | None
 ) -> StagePlan:
-    """One stage, its step compiled."""
+    """One stage, its step compiled.
+
+    Raises:
+        TooLargeError: as make_plan.
+    """
     stage, model = compiler.config.stages[index], compiler.config.stage_models[index]
-    program, attention = compiler.step(index), compiler.attention(index)
+    with _named(step_of(compiler.config, index, compiler.mesh_config)):
+        program, attention = compiler.step(index), compiler.attention(index)
     tokens = stage.batch_size * model.max_length
     fused = 0.0 if attention == "plain" else fused_attention_flops(model, tokens / machine.devices)
     step = step_time(
@@ -218,15 +221,15 @@ def growth_plan(compiler: Any, index: int, log: Callable[[str], None]) -> Growth
         TooLargeError: as make_plan.
     """
     config: RunConfig = compiler.config
-    old, new = (stage.name for stage in config.stages[index - 1 : index + 1])
-    log(f"growth {old} -> {new}")
-    with _named(f"growth {old} -> {new}", MORE_DEVICES):
-        growth = GrowthPlan(old, new, compiler.growth(index))
+    subject = growth_of(config, index)
+    log(subject[0])
+    with _named(subject):
+        growth = GrowthPlan(config.stages[index - 1].name, config.stages[index].name, compiler.growth(index))
     log(_size(growth.program))
     if index < len(config.stages) - 1:
         return growth
     log("certificate of that growth")
-    with _named(f"the certificate of growth {old} -> {new}", _certificate_advice(config, compiler.mesh_config)):
+    with _named(certificate_of(config, index, compiler.mesh_config)):
         proof = compiler.certificate(index)
     log(_size(proof))
     return dataclasses.replace(growth, certificate=proof)
@@ -237,79 +240,100 @@ def tflops(stage: StagePlan, devices: int) -> float:
     return stage.cost.flops / stage.cost.steps / stage.step.seconds / devices / 1e12
 
 
+def tuning_words(costs: Sequence[StageCost]) -> list[str]:
+    """What is said of updates that tune a growth."""
+    return [
+        f"{own.name}: of {own.steps:,} updates {own.tuning_steps:,} tune its growth"
+        for own in costs
+        if own.tuning_steps
+    ]
+
+
 def _remarks(config: RunConfig, mesh: MeshConfig, platform: str) -> Iterator[str]:
     """What the programs' sizes do not show."""
     assert mesh.fsdp is not None
-    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        rows = model.embed_dim // mesh.fsdp
-        if platform == "tpu" and rows % TILE and model.embed_dim % TILE == 0:
-            whole = max(n for n in range(1, mesh.fsdp) if mesh.fsdp % n == 0 == model.embed_dim // n % TILE)
+    for stage, model in zip(config.stages, config.stage_models, strict=True):
+        rows, tile = model.embed_dim // mesh.fsdp, TILE_ROWS[model.dtype]
+        if platform == "tpu" and rows % tile and model.embed_dim % tile == 0:
+            whole = max(n for n in range(1, mesh.fsdp) if mesh.fsdp % n == 0 == model.embed_dim // n % tile)
             yield (
                 f"{stage.name}: over fsdp={mesh.fsdp} a shard has {rows} of {model.embed_dim} rows, no multiple of "
-                f"{TILE}: a TPU reduces some gradients whole where it could scatter them; fsdp={whole} avoids it"
+                f"{tile}: a TPU reduces some gradients whole where it could scatter them; "
+                f"replica={mesh.replica * mesh.fsdp // whole}, fsdp={whole} avoids it"
             )
-        if i and stage.tuning_steps:
-            yield (
-                f"{stage.name}: the {stage.tuning_steps} updates that tune its growth are counted like its steps; "
-                "their program is not compiled"
-            )
+    if tuned := tuning_words(cost.stage_costs(config)):
+        yield f"{', '.join(tuned)}; each is counted as a step, and their program is not compiled"
     yield "evaluations and saves are not counted, and the program of an evaluation, a step's forward pass, not compiled"
 
 
-def _refusals(plan: Plan, config: RunConfig) -> list[str]:
-    """One line for every program that does not fit, with what to change."""
-    if not plan.is_exact:
-        return []
-    lines = []
-    limit = f"a {plan.chip.kind} has {plan.chip.memory / GiB:.0f} ({plan.usable / GiB:.1f} for programs)"
-    for index, stage in enumerate(plan.stages):
-        if stage.program.peak > plan.usable:
-            lines.append(
-                f"{_stage_name(config, index)} needs {stage.program.peak / GiB:.1f} GiB a device, {limit}: "
-                f"{_advice(config, index, plan.mesh)}"
-            )
-    for growth in plan.growths:
-        if growth.program.peak > plan.usable:
-            lines.append(
-                f"growth {growth.from_stage} -> {growth.to_stage} needs {growth.program.peak / GiB:.1f} GiB a device, "
-                f"{limit}: {MORE_DEVICES}"
-            )
-        if growth.certificate is not None and growth.certificate.peak > plan.usable:
-            lines.append(
-                f"the certificate of growth {growth.from_stage} -> {growth.to_stage} needs "
-                f"{growth.certificate.peak / GiB:.1f} GiB a device, {limit}: {_certificate_advice(config, plan.mesh)}"
-            )
-    return lines
+# ---- what does not fit: the name of a program, and what to change ----------------------------------------------------
+
+Subject = tuple[str, str]
 
 
-def _advice(config: RunConfig, index: int, mesh: MeshConfig) -> str:
-    """What takes less memory: a cheap change first."""
-    if config.model.remat != "full":
-        return "take model.remat='full'"
+def step_of(config: RunConfig, index: int, mesh: MeshConfig) -> Subject:
+    """A stage's step; a cheap change first."""
     stage = config.stages[index]
     assert mesh.fsdp is not None
     more = [n for n in legal_microbatches(stage, mesh.replica * mesh.fsdp) if n > stage.microbatches]
-    return f"take stages[{index}].microbatches={more[0]}" if more else MORE_DEVICES
+    advice = f"take stages[{index}].microbatches={more[0]}" if more else MORE_DEVICES
+    return f"stages[{index}] ({stage.name})", advice if config.model.remat == "full" else "take model.remat='full'"
 
 
-def _certificate_advice(config: RunConfig, mesh: MeshConfig) -> str:
+def growth_of(config: RunConfig, index: int) -> Subject:
+    """The growth into a stage."""
+    old, new = (stage.name for stage in config.stages[index - 1 : index + 1])
+    return f"growth {old} -> {new}", MORE_DEVICES
+
+
+def certificate_of(config: RunConfig, index: int, mesh: MeshConfig) -> Subject:
+    """The proof of the growth into a stage."""
     assert mesh.fsdp is not None
     fewest = mesh.replica * mesh.fsdp
-    return f"take certificate_rows={fewest}" if config.certificate_rows > fewest else MORE_DEVICES
+    advice = f"take certificate_rows={fewest}" if config.certificate_rows > fewest else MORE_DEVICES
+    return f"the certificate of {growth_of(config, index)[0]}", advice
 
 
-def _stage_name(config: RunConfig, index: int) -> str:
-    return f"stages[{index}] ({config.stages[index].name})"
+def refusals(subject: Subject, program: "Program", chip: Chip, usable: float) -> list[str]:
+    """One line if the program does not fit, else none."""
+    if program.peak <= usable:
+        return []
+    name, advice = subject
+    return [
+        f"{name} needs {program.peak / GiB:.1f} GiB a device, a {chip.kind} has {chip.memory / GiB:.0f} "
+        f"({usable / GiB:.1f} for programs): {advice}"
+    ]
+
+
+def growth_refusals(
+    config: RunConfig, index: int, mesh: MeshConfig, growth: GrowthPlan, chip: Chip, usable: float
+) -> list[str]:
+    """Those of the growth into a stage, and of its certificate."""
+    found = refusals(growth_of(config, index), growth.program, chip, usable)
+    if growth.certificate is not None:
+        found += refusals(certificate_of(config, index, mesh), growth.certificate, chip, usable)
+    return found
+
+
+def _refusals(plan: Plan, config: RunConfig) -> Iterator[str]:
+    """Those of a whole plan; of a stand-in's memory nothing is said."""
+    if not plan.is_exact:
+        return
+    for index, stage in enumerate(plan.stages):
+        yield from refusals(step_of(config, index, plan.mesh), stage.program, plan.chip, plan.usable)
+    for index, growth in enumerate(plan.growths, start=1):
+        yield from growth_refusals(config, index, plan.mesh, growth, plan.chip, plan.usable)
+
+
+@contextlib.contextmanager
+def _named(subject: Subject) -> Iterator[None]:
+    """Whose program a compiler refuses, and what to change."""
+    try:
+        yield
+    except TooLargeError as error:
+        name, advice = subject
+        raise TooLargeError(f"{name} {error}: {advice}") from error
 
 
 def _size(program: "Program") -> str:
     return f"  {program.peak / GiB:.1f} GiB at most, in {program.compile_seconds:.0f} s"
-
-
-@contextlib.contextmanager
-def _named(name: str, advice: str) -> Iterator[None]:
-    """Whose program is too large, and what to change."""
-    try:
-        yield
-    except TooLargeError as error:
-        raise TooLargeError(f"{name} {error}: {advice}") from error

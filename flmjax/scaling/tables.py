@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flmjax.config import ConfigError, RunConfig
 from flmjax.evaluation.page import short
 from flmjax.scaling import cost
-from flmjax.scaling.plan import PACKAGES, Plan, StagePlan, machine_of, tflops
+from flmjax.scaling.plan import PACKAGES, Plan, StagePlan, machine_of, tflops, tuning_words
 from flmjax.scaling.roofline import Assumptions
 from flmjax.sharding.chips import A800, Chip, GiB
 
@@ -251,6 +251,7 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
         )
     else:
         lines.append("days are without pauses")
+    lines += tuning_words(costs)
     if any(found):
         lines += ["", "as published: factors 72 to 96 of the formula, and 96 for GLM-130B", peers_table()]
     return "\n".join(lines)

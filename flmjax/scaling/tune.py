@@ -11,7 +11,18 @@ from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, Stage
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.scaling import cost
 from flmjax.scaling.hlo import Collective
-from flmjax.scaling.plan import PACKAGES, USABLE, TooLargeError, compiler_for, growth_plan, machine_of, stage_plan
+from flmjax.scaling.plan import (
+    PACKAGES,
+    USABLE,
+    TooLargeError,
+    compiler_for,
+    growth_plan,
+    growth_refusals,
+    machine_of,
+    refusals,
+    stage_plan,
+    step_of,
+)
 from flmjax.scaling.roofline import fused_attention_flops, step_time
 from flmjax.sharding.chips import Chip, GiB
 from flmjax.validation import REMATS, legal_microbatches, validate_mesh
@@ -50,11 +61,11 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What a search found: settings that fit, cheapest first; legal: that should fit, compiled: of them."""
+    """What a search found: settings that fit, cheapest first; possible: that may fit by estimate, tried: of them."""
 
     settings: tuple[Setting, ...]
-    legal: int
-    compiled: int
+    possible: int
+    tried: int
 
 
 def tune(config: RunConfig, log: Callable[[str], None] = lambda _: None, tries: int = 3) -> Search:
@@ -68,17 +79,51 @@ def tune(config: RunConfig, log: Callable[[str], None] = lambda _: None, tries: 
     usable = USABLE[topology.platform] * topology.chip.memory
     found = estimates(config, topology.chip, topology.num_devices, topology.node, usable)
     fitting: list[Setting] = []
-    compiled = 0
+    growths: dict[MeshConfig, int | None] = {}  # peaks: growths depend on the mesh alone; None: too large
+    tried, reason = 0, ""
     for setting in found:
+        tried += 1
         log(f"{_words(setting)}, estimated {setting.days:.1f} days")
-        compiled += 1
-        if (chosen := fit(setting, config, usable, compiler_of, log)) is not None:
-            fitting.append(chosen)
+        try:
+            if setting.mesh not in growths:
+                growths[setting.mesh] = None
+                growths[setting.mesh] = growth_peak(compiler_of(setting.apply(config)), usable, log)
+            beside = growths[setting.mesh]
+            if beside is None:
+                log("  its growths are too large")
+                continue
+            chosen = fit(setting, config, usable, compiler_of, log)
+        except TooLargeError as error:
+            reason = str(error)
+            log(f"  {reason}")
+            continue
+        chosen = dataclasses.replace(chosen, peak=max(chosen.peak or 0, beside))
+        log(f"  fits, {chosen.days:.1f} days")
+        fitting.append(chosen)
         if len(fitting) == tries:
             break
     if not fitting:
-        raise ConfigError(f"none of {len(found)} settings that should fit {topology.name} does; take more devices")
-    return Search(tuple(sorted(fitting, key=lambda setting: setting.days)), len(found), compiled)
+        raise ConfigError(f"none of {len(found)} settings that may fit {topology.name} does; of the last, {reason}")
+    return Search(tuple(sorted(fitting, key=lambda setting: setting.days)), len(found), tried)
+
+
+def growth_peak(compiler: Any, usable: float, log: Callable[[str], None]) -> int:
+    """Most bytes of a growth's programs and of the last one's certificate.
+
+    Raises:
+        TooLargeError: naming the one that does not fit.
+        ConfigError: without the machine's own compiler.
+    """
+    _require_exact(compiler)
+    peak = 0
+    for index in range(1, len(compiler.config.stages)):
+        growth = growth_plan(compiler, index, lambda text: log(f"  {text}"))
+        if lines := growth_refusals(
+            compiler.config, index, compiler.mesh_config, growth, compiler.topology.chip, usable
+        ):
+            raise TooLargeError(lines[0])
+        peak = max(peak, growth.program.peak, 0 if growth.certificate is None else growth.certificate.peak)
+    return peak
 
 
 def fit(
@@ -87,42 +132,45 @@ def fit(
     usable: float,
     compiler_of: Callable[[RunConfig], Any],
     log: Callable[[str], None],
-) -> Setting | None:
-    """The setting with as many microbatches as its compiled stages need to fit; None if no number will do, or if a
-    growth or the certificate does not fit."""
+) -> Setting:
+    """The setting with as many microbatches as its compiled stages need to fit.
+
+    Raises:
+        TooLargeError: naming the stage that fits with no number of them.
+        ConfigError: without the machine's own compiler.
+    """
     counts, peak, days = list(setting.microbatches), 0, 0.0
     for index in reversed(range(len(config.stages))):  # the last is the largest: what cannot fit is found out first
+        refused: list[str] = []
         for count in [n for n in _legal(config.stages[index], setting.mesh) if n >= counts[index]]:
             counts[index] = count
             chosen = dataclasses.replace(setting, microbatches=tuple(counts)).apply(config)
             compiler = compiler_of(chosen)
-            if not compiler.is_exact:
-                raise ConfigError(
-                    f"the compiler of {compiler.topology.name} is missing, so what fits cannot be known; pip install "
-                    f"'{PACKAGES[compiler.topology.platform]}'"
-                )
-            machine = machine_of(compiler.topology.chip, compiler.topology.num_devices, None)
+            _require_exact(compiler)
+            chip = compiler.topology.chip
+            machine = machine_of(chip, compiler.topology.num_devices, None)
             own = cost.stage_costs(chosen)[index]
             try:
                 planned = stage_plan(compiler, index, own, machine, None)
-            except TooLargeError:
+            except TooLargeError as error:
+                refused = [str(error)]
                 continue
             log(f"  step of {own.name} in {count} microbatches: {planned.program.peak / GiB:.1f} GiB")
-            if planned.program.peak <= usable:
+            refused = refusals(step_of(chosen, index, setting.mesh), planned.program, chip, usable)
+            if not refused:
                 break
-        else:
-            return None
+        if refused:
+            raise TooLargeError(refused[0])
         peak, days = max(peak, planned.program.peak), days + planned.bill.days
-    compiler = compiler_of(dataclasses.replace(setting, microbatches=tuple(counts)).apply(config))
-    for index in range(1, len(config.stages)):
-        try:
-            growth = growth_plan(compiler, index, lambda text: log(f"  {text}"))
-        except TooLargeError:
-            return None
-        peak = max(peak, growth.program.peak, 0 if growth.certificate is None else growth.certificate.peak)
-    if peak > usable:
-        return None
     return dataclasses.replace(setting, microbatches=tuple(counts), peak=peak, days=days)
+
+
+def _require_exact(compiler: Any) -> None:
+    if not compiler.is_exact:
+        raise ConfigError(
+            f"the compiler of {compiler.topology.name} is missing, so what fits cannot be known; pip install "
+            f"'{PACKAGES[compiler.topology.platform]}'"
+        )
 
 
 def table(search: Search) -> str:
@@ -132,9 +180,7 @@ def table(search: Search) -> str:
         f"{(setting.peak or 0) / GiB:.1f} GiB"
         for setting in search.settings
     ]
-    lines.append(
-        f"compiled with their growths: {search.compiled} of {search.legal} settings that may fit, the best by estimate"
-    )
+    lines.append(f"tried: the best {search.tried} by estimate of {search.possible} settings that may fit")
     return "\n".join([*lines, f"the cheapest of them that fits: {search.settings[0].flags()}"])
 
 
@@ -154,7 +200,7 @@ def _legal(stage: StageConfig, mesh: MeshConfig) -> list[int]:
 def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """Meshes of all `devices` that every stage's sizes and batch divide over."""
     for tensor in TENSOR:
-        for fsdp in range(1, LARGEST_FSDP + 1):
+        for fsdp in [n for n in range(1, LARGEST_FSDP + 1) if devices % (tensor * n) == 0]:
             mesh = dataclasses.replace(config.mesh, replica=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
             stages = [dataclasses.replace(stage, microbatches=1) for stage in config.stages]
             try:
@@ -168,40 +214,45 @@ def estimates(config: RunConfig, chip: Chip, devices: int, node: int, usable: fl
     """Every legal setting with the fewest microbatches that may fit, fewest estimated days first.
 
     Raises:
-        ConfigError: when the mesh's axes divide nothing, or nothing should fit.
+        ConfigError: when the mesh's axes divide nothing, or nothing may fit, and without a vocabulary size.
     """
     found = []
+    steps = [own.steps for own in cost.stage_costs(config)]
     for mesh in meshes(config, devices):
         for remat in REMATS:  # those that recompute less first
             models = [dataclasses.replace(model, remat=remat) for model in config.stage_models]
             counts, days = [], 0.0
-            for stage, model in zip(config.stages, models, strict=True):
+            for stage, model, updates in zip(config.stages, models, steps, strict=True):
                 fitting = [
                     n for n in _legal(stage, mesh) if memory(model, mesh, stage.batch_size // n, n) < SLACK * usable
                 ]
                 if not fitting:
                     break
                 counts.append(fitting[0])
-                days += stage.steps * seconds(stage, model, mesh, fitting[0], chip, devices, node) / 86_400
+                days += updates * seconds(stage, model, mesh, fitting[0], chip, devices, node) / 86_400
             else:
                 found.append(Setting(mesh, remat, tuple(counts), days))
     if not found:
-        raise ConfigError(f"no mesh of {devices} devices that the sizes and batches divide over should fit the run")
+        raise ConfigError(f"no mesh of {devices} devices that the sizes and batches divide over may fit the run")
     return sorted(found, key=lambda setting: setting.days)
 
 
 def memory(model: ModelConfig, mesh: MeshConfig, rows: int, microbatches: int) -> float:
-    """Bytes of a device, estimated: within a tenth of what the compilers counted for FLM-101B's stages.
+    """Bytes of a device, estimated: within a tenth of what was compiled for FLM-101B's stages on their own meshes.
 
     State, gradients and their sum over microbatches, a copy in the dtype of matrix products; the residual stream of all
     layers and what remat keeps beside it; and the larger of the loss's and of one layer's own arrays.
     """
     assert mesh.fsdp is not None
-    width = 2 if model.dtype == "bfloat16" else 4
+    width, copied = (2, 2) if model.dtype == "bfloat16" else (4, 0)
     tokens = rows * model.max_length / (mesh.replica * mesh.fsdp)  # of a microbatch, on one tensor group
     heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    outputs = {"full": 0, "dots": heads + model.mlp_dim, "none": 4 * heads + 6 * model.mlp_dim + 8 * model.embed_dim}
-    state = num_parameters(model) * (12 + (8 if microbatches > 1 else 4) + width % 4) / (mesh.fsdp * mesh.tensor)
+    outputs = {
+        "full": 0,
+        "dots": heads + model.mlp_dim + model.embed_dim,
+        "none": 4 * heads + 6 * model.mlp_dim + 8 * model.embed_dim,
+    }
+    state = num_parameters(model) * (12 + (8 if microbatches > 1 else 4) + copied) / (mesh.fsdp * mesh.tensor)
     kept = model.num_layers * tokens * width * (model.embed_dim + outputs[model.remat]) / mesh.tensor
     loss = tokens * model.padded_vocab_size * (4 + width) / mesh.tensor
     # Inputs and outputs of a layer's products; its weights, twice in flight; and their gradients in float32.
