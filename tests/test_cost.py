@@ -131,6 +131,10 @@ def test_a_bill_without_a_price_or_a_published_power_leaves_them_out():
 def test_the_papers_figures_stand_beside_its_own_stages_alone():
     costs = cost.stage_costs(flm())
     assert [p.tflops for p in cost.published(costs)] == [162, 160, 165]
+    tuned = dataclasses.replace(flm().stages[1], growth=GrowthConfig("learned"))  # 100 updates, 1.2 % more tokens
+    tuned = dataclasses.replace(flm(), stages=(flm().stages[0], tuned))
+    assert cost.published(cost.stage_costs(tuned))[1] is cost.STAGES["51B"]
+    assert "51B: of 8,500 updates 100 tune its growth" in cost_table(tuned, None, None)
     other = dataclasses.replace(costs[0], tokens=costs[0].tokens * 1.02)
     tuned = dataclasses.replace(flm().stages[1], growth=GrowthConfig("learned"))  # 100 updates, 1.2 % more tokens
     tuned = dataclasses.replace(flm(), stages=(flm().stages[0], tuned))

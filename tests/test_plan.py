@@ -479,6 +479,19 @@ def test_the_search_estimates_the_memory_that_is_compiled(flm_101b):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("remat", "microbatches"), [("dots", 3), ("none", 12)])
+def test_the_search_estimates_what_remat_keeps(compilers, tmp_path, remat, microbatches):
+    flags = [f"--config.model.remat={remat}", f"--config.stages[0].microbatches={microbatches}"]
+    done = plan_process(compilers, *flags, f"--output={tmp_path}", config="flm_16b.py")
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads((tmp_path / "plan.json").read_text())["stages"][0]["program"]["peak"]
+    _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_16b.py", *flags])
+    estimate = memory(config.stage_models[0], config.mesh, config.stages[0].batch_size // microbatches, microbatches)
+    assert estimate == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_flm_101b_is_priced_near_the_paper(flm_101b):
     assert flm_101b["total"]["days"] == pytest.approx(21.54, rel=0.15)  # a roofline, not a measurement

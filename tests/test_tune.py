@@ -178,6 +178,13 @@ def test_microbatches_go_up_until_the_compiled_program_fits_the_last_stage_first
     with pytest.raises(TooLargeError, match=r"^stages\[1\] \(large\) needs 5\.0 GiB a device, .*: take more devices"):
         fit(setting, CONFIG, 1.0 * GiB, FakeCompiler, lines.append)
 
+    class Refusing(FakeCompiler):
+        def step(self, index):
+            raise TooLargeError("needs 44G")
+
+    with pytest.raises(TooLargeError, match=r"^stages\[1\] \(large\) needs 44G: take more devices"):
+        fit(setting, CONFIG, 35.0 * GiB, Refusing, lines.append)
+
 
 @pytest.mark.parametrize(
     ("peaks", "words"),
