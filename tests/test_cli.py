@@ -230,3 +230,16 @@ def test_bad_text_is_named_before_anything_is_trained(capsys, tmp_path, make, wo
     assert err.startswith("flmjax: ")
     assert words in err
     assert not (workdir / "checkpoints").exists() or not list((workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("train", True), ("plan", False)])
+def test_an_interrupted_command_says_whether_it_goes_on(command, goes_on, monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, interrupted)
+    workdir = [f"--workdir={tmp_path}"] if command == "train" else []
+    assert cli.main([command, QUICKSTART, *workdir]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("flmjax: interrupted")
+    assert ("last checkpoint" in error) == goes_on
