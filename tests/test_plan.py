@@ -321,7 +321,7 @@ def test_remarks_name_the_stage_and_what_is_not_in_the_plan():
     gpu, tpu = (list(_remarks(config, MeshConfig(1, 64, 1), platform)) for platform in ("cuda", "tpu"))
     tuned, evaluations = gpu
     assert tuned.startswith("large: of 107 updates 7 tune its growth; ")
-    assert evaluations.startswith("evaluations")
+    assert "evaluations" in evaluations
     assert tpu[1:] == gpu
     assert re.match(
         r"small: over fsdp=64 a shard has 88 of 5632 rows, no multiple of 16: .*; replica=2, fsdp=32 avoids it", tpu[0]

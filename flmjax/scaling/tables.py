@@ -126,7 +126,7 @@ def _machine_words(chip: Chip) -> str:
     watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W"
     return (
         f"{chip.kind}: {chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, memory {chip.bandwidth / 1e9:.0f} GB/s, {links}"
-        f"{watts}; days are without pauses"
+        f"{watts}"
     )
 
 
