@@ -263,7 +263,7 @@ def _remarks(config: RunConfig, mesh: MeshConfig, platform: str) -> Iterator[str
             )
     if tuned := tuning_words(cost.stage_costs(config)):
         yield f"{', '.join(tuned)}; each is counted as a step, and their program is not compiled"
-    yield "days are without pauses, evaluations and saves; the program of an evaluation, a forward pass, is not compiled"
+    yield "days are without pauses, evaluations and saves; the program of an evaluation is not compiled"
 
 
 # ---- what does not fit: the name of a program, and what to change ----------------------------------------------------
