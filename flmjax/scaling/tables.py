@@ -124,7 +124,8 @@ def _machine_words(chip: Chip) -> str:
     if chip.far:
         links = f"{chip.near / 1e9:.0f} GB/s in a node, {chip.far / 1e9:.0f} GB/s a device between nodes"
     watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W"
-    return f"{chip.kind}: {chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, memory {chip.bandwidth / 1e9:.0f} GB/s, {links}{watts}"
+    speeds = f"{chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, memory {chip.bandwidth / 1e9:.0f} GB/s"
+    return f"{chip.kind}: {speeds}, {links}{watts}"
 
 
 def totals(costs: Sequence[cost.StageCost], total: cost.Bill) -> str:
