@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 
 from flmjax import cli
 from flmjax.config import (
@@ -26,7 +27,7 @@ from flmjax.scaling.compile import Compiler, Program, _explained
 from flmjax.scaling.cost import Bill, StageCost
 from flmjax.scaling.hlo import Collective
 from flmjax.scaling.plan import GrowthPlan, Plan, StagePlan, TooLargeError, _refusals, _remarks, make_plan
-from flmjax.scaling.plan_page import write_plan
+from flmjax.scaling.plan_page import _draw_memory, write_plan
 from flmjax.scaling.roofline import Assumptions, StepTime, fused_attention_flops, step_time
 from flmjax.scaling.tables import table
 from flmjax.scaling.topology import parse_topology
@@ -344,6 +345,23 @@ def test_json_and_page_hold_the_same_numbers(tmp_path):
     assert "<script" not in page
     assert page.count("<img") == 1
     assert "<td>75.0 GiB</td>" in page
+
+
+def test_every_program_has_a_bar():
+    plan = plan_of(50.0, 60.0, 70.0)[0]
+    proved = dataclasses.replace(plan.growths[1], certificate=program(44.0))
+    panel = Figure().subplots()
+    _draw_memory(panel, dataclasses.replace(plan, growths=(plan.growths[0], proved)))
+    ends = [sum(bar.get_width() for bar in pair) for pair in zip(*panel.containers, strict=True)]
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert dict(zip(labels, ends, strict=True)) == {
+        "step of s0": 50.0,
+        "growth into s1": 20.0,
+        "step of s1": 60.0,
+        "growth into s2": 20.0,
+        "its certificate": 44.0,
+        "step of s2": 70.0,
+    }
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
