@@ -7,8 +7,8 @@ and 51B are not published. The text is the paper's English and Chinese mixture i
 Machines, 2048 tokens a row; memory and days by `flmjax plan --config=configs/flm_101b.py:MACHINE`, at most:
         a800     192 A800 80 GB (24 nodes of 8)    53 GiB a device    20 days (the paper: 21.5)
         tpu_v5p  256 chips, 4x8x8                  24 GiB             12 days
-        tpu_v4   256 chips, 4x8x8                  15 GiB             20 days
-        tpu_v6e  256 chips, 16x16                  15 GiB              8 days
+        tpu_v4   256 chips, 4x8x8                  16 GiB             20 days
+        tpu_v6e  256 chips, 16x16                  16 GiB              8 days
 
 Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b
