@@ -9,7 +9,7 @@ The model is the paper's proxy (width 256, 2 heads, depth as 16B): the mixture i
 Launch: flmjax prepare --config=configs/bilingual.py:FOLDER --inspect=3 --workdir=runs/bilingual
         flmjax train --config=configs/bilingual.py:FOLDER --workdir=runs/bilingual
 Needs flmjax[data]; one GPU of 24 GB trains it. With TFDS in place of files: --config.data.mixture=flm_c4
---config.data.weights=None (C4 and mC4).
+--config.data.mixture_weights=None (C4 and mC4).
 """
 
 from flmjax.config import DataConfig, ModelConfig, RunConfig, StageConfig, to_config_dict
@@ -46,7 +46,7 @@ def get_config(folder: str = "data"):
             ),
             data=DataConfig(
                 sources=tuple(f"{folder}/{name}" for name in ("en", "zh", "en_instructions", "zh_instructions")),
-                weights=tuple(round(share, 6) for share in shares),
+                mixture_weights=tuple(round(share, 6) for share in shares),
                 vocabulary="cl100k",
                 split_by="path",
                 validation_fraction=0.01,

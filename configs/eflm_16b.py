@@ -93,7 +93,7 @@ def _cpu() -> RunConfig:
         data=DataConfig(
             sources=("python_docs", "hsk"),
             teachers=("hsk_levels",),
-            weights=(0.25, 0.25, 0.5),
+            mixture_weights=(0.25, 0.25, 0.5),
             vocab_size=2048,
             teacher_weight=4.0,
         ),

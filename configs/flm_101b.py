@@ -37,7 +37,7 @@ MACHINES = {
     "tpu_v6e": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v6e:16x16"), (9, 9, 9)),
 }
 STAGE = {"final_learning_rate": 6e-6, "schedule": "cosine"}  # stated: cosine to 6e-6
-OWN = GrowthConfig("zero", learning_rate="stage")  # exact, as the paper's operators; each stage has a schedule, stated
+OWN = GrowthConfig("zero", rate_policy="stage")  # exact, as the paper's operators; each stage has a schedule, stated
 
 
 def get_config(machine: str = "a800"):

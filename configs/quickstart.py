@@ -20,7 +20,7 @@ from flmjax.config import (
     to_config_dict,
 )
 
-OWN_RATE = GrowthConfig(learning_rate="stage")
+OWN_RATE = GrowthConfig(rate_policy="stage")
 SOURCES = {"": ("python_docs",), "bilingual": ("python_docs", "hsk")}
 
 

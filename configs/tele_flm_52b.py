@@ -54,7 +54,7 @@ def get_config(arg: str = ""):
         final_learning_rate=1.2e-5,
         warmup_steps=500,
         schedule="cosine",
-        growth=GrowthConfig("zero", learning_rate="stage"),
+        growth=GrowthConfig("zero", rate_policy="stage"),
         num_layers=80,  # recalled, like the next three
         embed_dim=10_240,
         num_heads=80,

@@ -1,1 +1,3 @@
 """Pre-train decoder language models by growing them."""
+
+__version__ = "0.1.0"

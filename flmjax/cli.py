@@ -55,20 +55,25 @@ def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_o
 
 
 def plan(
-    config: RunConfig, price: float | None, tflops: float | None, cost_only: bool, tune: bool, output: str | None
+    config: RunConfig,
+    price: float | None,
+    tflops: float | None,
+    cost_only: bool,
+    search_layout: bool,
+    output: str | None,
 ) -> None:
     """Compile a run for a machine that is not here: memory, time, price."""
     from flmjax.scaling.plan import TooLargeError, make_plan
     from flmjax.scaling.tables import cost_table, table
 
-    given = {"--cost-only": cost_only, "--tune": tune, "--output": output is not None}
+    given = {"--cost-only": cost_only, "--search-layout": search_layout, "--output": output is not None}
     asked = [flag for flag, is_given in given.items() if is_given]
     if len(asked) > 1:
         raise ConfigError(f"{asked[1]} is not read with {asked[0]}; take one of them")
     if tflops is not None and not cost_only:
         raise ConfigError(f"--tflops={tflops:g} is read with --cost-only alone; a plan estimates the speed")
-    if price is not None and tune:
-        raise ConfigError(f"--price={price:g} is not read with --tune: the fewest days are the cheapest")
+    if price is not None and search_layout:
+        raise ConfigError(f"--price={price:g} is not read with --search-layout: the fewest days are the cheapest")
     for flag, value in (("price", price), ("tflops", tflops)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"--{flag}={value:g} must be a positive number")
@@ -76,7 +81,7 @@ def plan(
         print(cost_table(config, tflops, price), flush=True)
         return
     log = lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True)
-    if tune:
+    if search_layout:
         from flmjax.scaling import tune as search
 
         print(search.table(search.tune(config, log)), flush=True)
@@ -189,11 +194,13 @@ def _define_prepare(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
 def _define_plan(values: flags.FlagValues) -> dict[str, flags.FlagHolder]:
     """The options of plan."""
     speed = "with --cost-only: model TFLOP/s of a device"
+    search = "search mesh, microbatches and remat"
+    search = "search mesh, microbatches and remat"
     return {
         "price": flags.DEFINE_float("price", None, "dollars for a device-hour", 0.0, flag_values=values),
         "tflops": flags.DEFINE_float("tflops", None, speed, 0.0, flag_values=values),
         "cost_only": flags.DEFINE_boolean("cost-only", False, "compile nothing", flag_values=values),
-        "tune": flags.DEFINE_boolean("tune", False, "search mesh, microbatches and remat", flag_values=values),
+        "search_layout": flags.DEFINE_boolean("search-layout", False, search, flag_values=values),
         "output": flags.DEFINE_string("output", None, "folder for plan.json and plan.html", flag_values=values),
     }
 

@@ -10,6 +10,12 @@ from typing import Any
 
 from ml_collections import config_dict
 
+import flmjax
+
+# Of config.json and of checkpoints. It rises when a field or an item is renamed or removed, never when one is added.
+FORMAT = 2
+HEADER = {"version": flmjax.__version__, "format": FORMAT}
+
 GROWTH_FAMILIES = ("zero", "duplicate", "mask", "stack", "interleave", "middle", "perturb", "learned")
 MESH_AXES = ("replica", "fsdp", "tensor")
 STAGE_SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
@@ -94,7 +100,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0  # None: no clipping
-    max_nonfinite_updates: int = 5  # in a row; then the run stops
+    max_skipped_updates: int = 5  # in a row; then the run stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +111,9 @@ class DataConfig:
     teachers: tuple[str, ...] = ()  # FreeLM's propositions (data/freelm.py): TEMPLATE:SOURCE or a .jsonl file
     mixture: str | None = None  # a registered seqio Task or Mixture, in place of sources and teachers
     task_module: str | None = None  # Python module to import that registers it; flmjax.data.tasks is always there
-    weights: tuple[float, ...] | None = None  # share of samples per source, then per teacher; None: the mixture's
-    # rates (its Tasks are in the order of their names), or by number of tokens
+    # Share of samples per source, then per teacher; None: the rates of data.mixture (its Tasks in the order of their
+    # names), or by number of tokens.
+    mixture_weights: tuple[float, ...] | None = None
     vocabulary: str | None = None  # "sentencepiece" (trained here), "bytes", "cl100k" or the path of a SentencePiece
     # model; None: the mixture's own where it has one, else "sentencepiece"
     vocab_size: int = 4096  # pieces to train; read by "sentencepiece" alone
@@ -124,7 +131,7 @@ class DataConfig:
 
     @property
     def num_sources(self) -> int | None:
-        """Entries of `weights`; None: the mixture says."""
+        """Entries of `mixture_weights`; None: the mixture says."""
         return len(self.sources) + len(self.teachers) if self.mixture is None else None
 
 
@@ -150,7 +157,7 @@ class GrowthConfig:
     ramp: str = "linear"  # its shape
     tuning_steps: int = 100  # "learned": updates of the growth matrices
     tuning_learning_rate: float = 1e-3  # Adam's, on the growth matrices
-    learning_rate: str = "continue"  # or "rewarm", "rewind", or "stage": the stage has a schedule of its own
+    rate_policy: str = "continue"  # or "rewarm", "rewind", or "stage": the stage has a schedule of its own
     rewarm_fraction: float = 0.01  # "rewarm": of the stage's steps
     new_warmup_fraction: float = 0.01  # of the stage's steps in which the new weights' rate rises; 0: none
 
@@ -168,7 +175,7 @@ class StageConfig:
     warmup_steps: int = 0
     schedule: str = "cosine"
     decay_fraction: float = 0.2  # last part of the stage in which "wsd" decays
-    weights: tuple[float, ...] | None = None  # mixture from this stage on; None: as before
+    mixture_weights: tuple[float, ...] | None = None  # mixture from this stage on; None: as before
     growth: GrowthConfig = GrowthConfig()
     num_layers: int | None = None
     embed_dim: int | None = None
@@ -303,8 +310,37 @@ def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str =
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dictionary, as stored in a workdir; from_config_dict reads it back."""
+    """Plain nested dictionary; from_config_dict reads it back."""
     return dataclasses.asdict(config)
+
+
+def to_stored(config: RunConfig) -> dict[str, Any]:
+    """The config as config.json holds it, with the version and the format that wrote it."""
+    return {**HEADER, "config": to_json(config)}
+
+
+def from_stored(stored: Any, name: str) -> RunConfig:
+    """Inverse of to_stored, for the meta of a checkpoint too; a field that the stored config lacks has its default.
+
+    Args:
+        stored: the JSON object of the file `name`.
+
+    Raises:
+        ConfigError: for another format (both numbers), or a config that this version cannot read.
+    """
+    check_format(stored, name)
+    try:
+        return from_config_dict(stored["config"])
+    except (ConfigError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{name} cannot be read as a config: {error}") from error
+
+
+def check_format(stored: Any, name: str) -> None:
+    """Raise ConfigError with both numbers unless `stored` is of this version's format."""
+    if not isinstance(stored, Mapping):
+        raise ConfigError(f"{name} is no JSON object")
+    if (number := stored.get("format", 1)) != FORMAT:
+        raise ConfigError(f"{name} has format {number}; flmjax {flmjax.__version__} reads format {FORMAT}")
 
 
 def differences(stored: Any, current: Any, path: str = "") -> list[str]:

@@ -133,7 +133,7 @@ def _validate_optimizer(o: OptimizerConfig) -> None:
         o.clip_norm is None or (math.isfinite(o.clip_norm) and o.clip_norm > 0),
         f"optimizer.clip_norm={o.clip_norm} must be positive, or None for no clipping",
     )
-    _require(o.max_nonfinite_updates > 0, "optimizer.max_nonfinite_updates must be positive")
+    _require(o.max_skipped_updates > 0, "optimizer.max_skipped_updates must be positive")
 
 
 def _validate_weights(path: str, weights: tuple[float, ...] | None, num_sources: int | None) -> None:
@@ -158,7 +158,7 @@ def _validate_data(d: DataConfig) -> None:
         d.task_module is None or d.mixture is not None,
         f"data.task_module='{d.task_module}' is not read without data.mixture: name the Task or Mixture it registers",
     )
-    _validate_weights("data.weights", d.weights, d.num_sources)
+    _validate_weights("data.mixture_weights", d.mixture_weights, d.num_sources)
     if d.vocabulary is not None and not d.vocabulary.endswith(".model"):
         _choice("data.vocabulary", d.vocabulary, VOCABULARIES)
     _require(d.vocab_size >= 300, f"data.vocab_size={d.vocab_size} must be at least 300 (256 bytes and a few pieces)")
@@ -197,7 +197,7 @@ def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
     _require(0 < s.decay_fraction <= 1, f"{path}.decay_fraction={s.decay_fraction} must lie in (0, 1]")
     _choice(f"{path}.schedule", s.schedule, SCHEDULES)
     _validate_operator(s, f"{path}.growth")
-    _validate_weights(f"{path}.weights", s.weights, num_sources)
+    _validate_weights(f"{path}.mixture_weights", s.mixture_weights, num_sources)
 
 
 def _validate_operator(s: StageConfig, path: str) -> None:
@@ -207,7 +207,7 @@ def _validate_operator(s: StageConfig, path: str) -> None:
         ("split", SPLITS),
         ("moments", MOMENTS),
         ("ramp", RAMPS),
-        ("learning_rate", RATE_POLICIES),
+        ("rate_policy", RATE_POLICIES),
     ):
         _choice(f"{path}.{field}", getattr(g, field), choices)
     for field in ("shrink", "rewarm_fraction", "new_warmup_fraction"):
@@ -233,15 +233,15 @@ def _validate_schedule(stages: tuple[StageConfig, ...]) -> None:
     """A stage that continues a schedule may not bring one: it would be ignored."""
     default = StageConfig()
     _require(
-        stages[0].growth.learning_rate == default.growth.learning_rate,
-        f"stages[0].growth.learning_rate='{stages[0].growth.learning_rate}' is not read: the first stage has its own",
+        stages[0].growth.rate_policy == default.growth.rate_policy,
+        f"stages[0].growth.rate_policy='{stages[0].growth.rate_policy}' is not read: the first stage has its own",
     )
     for i, stage in enumerate(stages[1:], start=1):
-        for field in SCHEDULE_FIELDS if stage.growth.learning_rate != "stage" else ():
+        for field in SCHEDULE_FIELDS if stage.growth.rate_policy != "stage" else ():
             _require(
                 getattr(stage, field) == getattr(default, field),
-                f"stages[{i}].{field}={getattr(stage, field)} is not read: stages[{i}].growth.learning_rate="
-                f"'{stage.growth.learning_rate}' goes on with the schedule before it; 'stage' starts this one",
+                f"stages[{i}].{field}={getattr(stage, field)} is not read: stages[{i}].growth.rate_policy="
+                f"'{stage.growth.rate_policy}' goes on with the schedule before it; 'stage' starts this one",
             )
 
 

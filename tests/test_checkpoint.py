@@ -1,6 +1,8 @@
 """Checkpoints on other meshes, of other sizes, in parts, and what is not one."""
 
+import json
 import re
+import shutil
 import time
 
 import chex
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import TINY, random_batch, with_fields
 
-from flmjax.config import MeshConfig, OptimizerConfig, resize
+import flmjax
+from flmjax.config import FORMAT, ConfigError, MeshConfig, OptimizerConfig, resize
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.checkpoint import CheckpointError, Checkpoints, remove_incomplete
 from flmjax.training.state import init_state, state_spec
@@ -67,6 +70,19 @@ def test_a_model_of_another_size_is_refused_with_leaf_and_shapes(saved):  # case
     words = r"layers/mlp/\w+/\w+ has shape \(2.*48.*\), the model \(2.*64.*\).*growth"
     with Checkpoints(saved[0], keep=2) as checkpoints, pytest.raises(CheckpointError, match=words):
         checkpoints.restore(3, spec.abstract)
+
+
+def test_a_checkpoint_of_another_format_is_refused(saved, tmp_path):
+    """Renamed items would otherwise be missing items, which says nothing of the cause."""
+    shutil.copytree(saved[0], tmp_path / "checkpoints")
+    (meta,) = (tmp_path / "checkpoints" / "3" / "meta").glob("metadata")
+    stored = json.loads(meta.read_text())
+    assert (stored["version"], stored["format"]) == (flmjax.__version__, FORMAT)
+    meta.write_text(json.dumps({**stored, "format": FORMAT + 1}))
+    with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
+        words = f"has format {FORMAT + 1}; flmjax .* reads format {FORMAT}"
+        with pytest.raises(ConfigError, match=words):
+            checkpoints.restore(3, spec_on(1, 1, 1).abstract)
 
 
 def test_what_is_not_whole_is_removed_and_nothing_else(tmp_path):  # case H02

@@ -61,7 +61,13 @@ def complain(capsys, *argv: str) -> str:
         (["train", *CUDNN, "--config.data.teachers=('hsk_levels',)"], "apart, which data.teachers asks for"),
         (["prepare", QUICKSTART, "--config.data.vocabulary=cl10k", "--workdir=WORKDIR"], "did you mean cl100k"),
         (
-            ["prepare", QUICKSTART, "--config.data.mixture=x", "--config.data.weights=0.0", "--workdir=WORKDIR"],
+            [
+                "prepare",
+                QUICKSTART,
+                "--config.data.mixture=x",
+                "--config.data.mixture_weights=0.0",
+                "--workdir=WORKDIR",
+            ],
             "0.0",
         ),
         (["prepare", QUICKSTART, "--config.data.task_module=m", "--workdir=WORKDIR"], "data.task_module='m' is not"),
@@ -180,7 +186,7 @@ def test_clip_norm_that_cannot_be_is_refused(value):  # case D23
         (two_stages(GrowthConfig("mask")), "ramp_steps=0 must be 1 to the stage's steps=100 for family 'mask'"),
         (two_stages(GrowthConfig("perturb", shrink=1.5)), r"growth.shrink=1.5 must lie in \[0, 1\]"),
         (two_stages(GrowthConfig(split="equal")), "split=equal is not read by family 'zero', only by 'duplicate'"),
-        (RunConfig(stages=(StageConfig(growth=GrowthConfig(learning_rate="rewind")),)), "the first stage has its own"),
+        (RunConfig(stages=(StageConfig(growth=GrowthConfig(rate_policy="rewind")),)), "the first stage has its own"),
         (RunConfig(certificate_tolerance=float("nan")), "certificate_tolerance=nan must be positive"),
         (
             RunConfig(
@@ -189,10 +195,10 @@ def test_clip_norm_that_cannot_be_is_refused(value):  # case D23
             ),
             r"stages\[1\]: 8 query heads in 2 groups cannot become 9 in 3",
         ),
-        (two_stages(GrowthConfig(learning_rate="rewram")), "did you mean rewarm"),
+        (two_stages(GrowthConfig(rate_policy="rewram")), "did you mean rewarm"),
         (two_stages(GrowthConfig(), learning_rate=0.5), r"stages\[1\].learning_rate=0.5 is not read.*'stage'"),
-        (RunConfig(data=DataConfig(weights=(1.0, 2.0))), "data.weights has 2 entries for 1 sources"),
-        (RunConfig(data=DataConfig(weights=(0.0,))), "0.0 must be positive"),
+        (RunConfig(data=DataConfig(mixture_weights=(1.0, 2.0))), "data.mixture_weights has 2 entries for 1 sources"),
+        (RunConfig(data=DataConfig(mixture_weights=(0.0,))), "0.0 must be positive"),
     ],
 )
 def test_rules_between_fields_are_checked_once(config, words):

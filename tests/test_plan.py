@@ -56,7 +56,7 @@ def fake_compiler(monkeypatch):
     [
         {},
         {"document_attention": True},
-        {"teachers": ("propositions.jsonl",), "weights": (0.5, 0.5)},
+        {"teachers": ("propositions.jsonl",), "mixture_weights": (0.5, 0.5)},
     ],
     ids=str,
 )
@@ -65,7 +65,7 @@ def test_the_planned_programs_are_those_that_train(data, fake_compiler, tmp_path
     (tmp_path / "text.txt").write_text("\n\n\n".join(f"some text, number {i}, and more of it" for i in range(300)))
     rows = [json.dumps({"proposition": f"{i} is a number", "judgement": i % 2 == 0}) for i in range(300)]
     (tmp_path / "propositions.jsonl").write_text("\n".join(rows))
-    own = GrowthConfig("mask", ramp_steps=1, learning_rate="stage")
+    own = GrowthConfig("mask", ramp_steps=1, rate_policy="stage")
     config = RunConfig(
         model=dataclasses.replace(TINY, dropout=0.1, remat="full"),
         stages=(
@@ -394,8 +394,8 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--cost-only", "--tflops=inf"], "--tflops=inf must be"),
         (["--price=nan"], "--price=nan must be"),
         (["--tflops=100"], "--tflops=100 is read with --cost-only alone"),
-        (["--tune", "--price=2"], "--price=2 is not read with --tune"),
-        (["--cost-only", "--tune"], "--tune is not read with --cost-only"),
+        (["--search-layout", "--price=2"], "--price=2 is not read with --search-layout"),
+        (["--cost-only", "--search-layout"], "--search-layout is not read with --cost-only"),
         (["--cost-only", "--output=x"], "--output is not read with --cost-only"),
         (["--cost-only", "--config.mesh.topology=v5p:4x8x8"], "--tflops=N gives"),
     ],

@@ -14,12 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from flmjax.config import ConfigError, DataConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.config import (
+    FORMAT,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    to_json,
+    to_stored,
+)
 from flmjax.data.prepare import prepare
 from flmjax.evaluation.page import short
 from flmjax.evaluation.report import _figure, _page, _smooth, write_report
 from flmjax.model.flops import flops_per_token
 from flmjax.training.metrics import read_run
+from flmjax.training.workdir import read_config
 
 MODEL = ModelConfig(num_layers=1, embed_dim=4, num_heads=1, head_dim=2, mlp_dim=8, max_length=16, vocab_multiple=1)
 STAGES = (
@@ -48,7 +59,7 @@ def make_workdir(
     config = RunConfig(model=model, stages=stages, data=DataConfig(vocabulary="bytes"))
     (workdir / "data").mkdir(parents=True)
     (workdir / "certificates").mkdir()
-    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (workdir / "config.json").write_text(json.dumps(to_stored(config)))
     meta = {"tokenizer": {"vocab_size": vocab_size}, "validation_gzip_bits_per_byte": 2.5}
     (workdir / "data" / "meta.json").write_text(json.dumps(meta))
     noise, lines, step, tokens, flops, loss = random.Random(0), [], 0, 0, 0.0, math.log(vocab_size)
@@ -259,7 +270,7 @@ def test_meta_json_is_read_as_prepare_writes_it_and_where_the_config_says(tmp_pa
     data = dataclasses.replace(config.data, sources=("a",), directory=str(tmp_path / "elsewhere"))
     prepared = prepare(data, tmp_path / "elsewhere", sources={"a": (f"document {i}" for i in range(100))})
     config = dataclasses.replace(config, data=data)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_stored(config)))
     page = report(tmp_path / "run")
     assert page.table(0)["small"]["parameters"] == "1,170"  # 182 + (257 - 10) x 4
     assert f"gzip -9 of the same text ({prepared.validation_gzip_bits_per_byte:.3f})" in page.text
@@ -424,7 +435,7 @@ def test_the_config_is_on_the_page(tmp_path):
     config = make_workdir(tmp_path)
     report(tmp_path)
     shown = re.search(r"<summary>config.json</summary><pre>(.*?)</pre>", (tmp_path / "report.html").read_text(), re.S)
-    assert json.loads(html.unescape(shown.group(1))) == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert json.loads(html.unescape(shown.group(1))) == json.loads(json.dumps(to_json(config)))
 
 
 def test_the_picture_shows_the_logged_numbers_and_marks_growth(tmp_path):
@@ -481,6 +492,25 @@ def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "named"), [(1, 1), (99, 99), (None, 1)])
+def test_another_format_is_refused_with_both_numbers(tmp_path, number, named):
+    """A config.json without a number is older than the numbers."""
+    make_workdir(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text()) | {"format": number}
+    (tmp_path / "config.json").write_text(json.dumps({k: x for k, x in stored.items() if x is not None}))
+    with pytest.raises(ConfigError, match=rf"config\.json has format {named}; flmjax .* reads format {FORMAT}"):
+        write_report(tmp_path)
+
+
+def test_a_field_that_a_stored_config_lacks_has_its_default(tmp_path):
+    make_workdir(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["config"]["optimizer"], stored["config"]["model"]["dropout"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read_config(tmp_path) == dataclasses.replace(read_config(tmp_path), optimizer=OptimizerConfig())
+    write_report(tmp_path)
 
 
 def test_metrics_of_another_config_are_refused(tmp_path):

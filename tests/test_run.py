@@ -69,7 +69,7 @@ def get_config():
     model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=64)
     stage = StageConfig(name="judge", steps=8, batch_size=4, learning_rate=1e-3, schedule="constant")
     data = DataConfig(
-        sources=(r"TEXT",), teachers=(r"PROPOSITIONS",), vocabulary="bytes", weights=(0.5, 0.5),
+        sources=(r"TEXT",), teachers=(r"PROPOSITIONS",), vocabulary="bytes", mixture_weights=(0.5, 0.5),
         teacher_mixing="alternating",
     )
     return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
@@ -131,7 +131,7 @@ def same_run(a: Path, b: Path) -> None:
     for workdir in (a, b):
         with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
             assert checkpoints.latest_step() == 30
-            sums.append(checkpoints.meta(30)["bit_sums"])
+            sums.append(checkpoints.meta(30)["checksums"])
     assert sums[0] == sums[1]
     assert batches(a) == batches(b)
     timeless = [
@@ -250,7 +250,7 @@ def test_full_disk_stops_the_run_and_spares_the_last_checkpoint(lab):  # case H0
 
 def test_gradients_that_stay_nan_stop_the_run_and_spare_the_last_checkpoint(lab):  # case D04
     workdir = lab / "nan"
-    result = start(lab, "nan:8", workdir, "--config.optimizer.max_nonfinite_updates=3", expect=1)
+    result = start(lab, "nan:8", workdir, "--config.optimizer.max_skipped_updates=3", expect=1)
     assert "step 10: update skipped, not finite: embedding" in result.stderr
     assert "(3 in a row); stopped, parameters are those of step 7" in result.stderr
     assert max(batches(workdir)) <= 11  # one more update was on its way
@@ -332,7 +332,7 @@ def test_a_grown_checkpoint_has_its_certificate_and_trains_on(lab, weights_only)
     assert certificate["max_difference"]["float32"] <= 2e-5 * certificate["max_logit"]
     assert certificate["max_difference"]["float64"] <= 1e-12 * certificate["max_logit"]
     with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
-        sums = checkpoints.meta(0)["bit_sums"]
+        sums = checkpoints.meta(0)["checksums"]
     moments = {path: value for path, value in sums.items() if "/mu/" in path or "/nu/" in path}
     assert len(moments) > 20
     assert any(moments.values()) != weights_only

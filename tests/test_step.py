@@ -129,17 +129,17 @@ def test_nonfinite_gradient_keeps_the_state_and_is_named(spec, step, value):  # 
     state = init_state(spec, 0)
     for i in range(4):
         state, metrics = step(state, random_batch(TINY, seed=i), np.float32(1e-3))
-    assert int(metrics["nonfinite"]) == 0
+    assert int(metrics["skipped_updates"]) == 0
     before = jax.tree.map(np.asarray, state)
     bad = random_batch(TINY, seed=5)
     bad["weights"][0, 0] = value
     state, metrics = step(state, bad, np.float32(1e-3))
     chex.assert_trees_all_equal((state.params, state.opt_state), (before.params, before.opt_state))
     assert int(state.step) == 5
-    assert int(metrics["nonfinite"]) == int(state.nonfinite) == 1
+    assert int(metrics["skipped_updates"]) == int(state.skipped_updates) == 1
     assert "final_norm/scale" in nonfinite_leaves(np.asarray(metrics["finite"]), state.params)
     state, metrics = step(state, random_batch(TINY, seed=6), np.float32(1e-3))
-    assert int(state.nonfinite) == 0
+    assert int(state.skipped_updates) == 0
     assert int(adam(state).count) == 5  # of 6 updates one was skipped
 
 
@@ -159,7 +159,7 @@ def test_clipping_bounds_the_norm(spec):
 
 
 def test_learning_rate_counts_updates_over_all_stages(spec, one_device_mesh):  # case E01
-    own = GrowthConfig(learning_rate="stage")
+    own = GrowthConfig(rate_policy="stage")
     stages = (
         StageConfig(name="a", steps=10, learning_rate=1.0, warmup_steps=4, final_learning_rate=0.1),
         StageConfig(name="b", steps=10, learning_rate=0.5, schedule="wsd", decay_fraction=0.4, growth=own),
@@ -182,7 +182,7 @@ def test_learning_rate_counts_updates_over_all_stages(spec, one_device_mesh):  #
 
 def test_learning_rate_after_growth_follows_its_policy():
     def rates(policy, **growth):
-        after = GrowthConfig(learning_rate=policy, **growth)
+        after = GrowthConfig(rate_policy=policy, **growth)
         first = StageConfig(name="a", steps=4, learning_rate=1.0, warmup_steps=2, schedule="cosine")
         stages = (first, StageConfig(name="b", steps=4, growth=after), StageConfig(name="c", steps=2, growth=after))
         return [learning_rate(stages, i) for i in range(10)]
@@ -480,7 +480,7 @@ def test_a_batch_of_one_kind_has_no_mean_of_the_other(teachers, missing, spec, s
     names = ("loss", "bits_per_byte", "language_loss", "teacher_loss", "judgement_accuracy", "gradient_norm")
     assert {name for name in names if not np.isfinite(metrics[name])} == none
     np.testing.assert_allclose(metrics[f"{present}_loss"], metrics["loss"], rtol=1e-6)
-    assert int(metrics["nonfinite"]) == 0
+    assert int(metrics["skipped_updates"]) == 0
     lines = log_train(tmp_path, spec, metrics)
     assert {name for name in names if lines[0][name] is None} == none
 
@@ -490,7 +490,7 @@ def test_a_batch_without_any_target_changes_nothing_but_by_decay(spec, step, one
     batch["weights"][:] = 0
     state, metrics = step(init_state(spec, 0), place(batch, one_device_mesh), np.float32(0))
     assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0.0
-    assert int(metrics["nonfinite"]) == 0
+    assert int(metrics["skipped_updates"]) == 0
     chex.assert_trees_all_equal(state.params, init_state(spec, 0).params)
 
 

@@ -35,14 +35,14 @@ class Segment(NamedTuple):
 
 
 def default_weights(prepared: Prepared, data: DataConfig) -> tuple[float, ...]:
-    """`data.weights`, or where that is None the mixture's rates, or the sources' shares of all training tokens."""
-    if data.weights is not None:
-        if len(data.weights) != len(prepared.sources):
+    """`data.mixture_weights`; where that is None the rates of data.mixture, or shares by number of training tokens."""
+    if data.mixture_weights is not None:
+        if len(data.mixture_weights) != len(prepared.sources):
             raise ConfigError(
-                f"data.weights has {len(data.weights)} entries for the {len(prepared.sources)} sources of the mixture: "
-                f"{', '.join(prepared.sources)}"
+                f"data.mixture_weights has {len(data.mixture_weights)} entries for the {len(prepared.sources)} "
+                f"sources of the mixture: {', '.join(prepared.sources)}"
             )
-        return data.weights
+        return data.mixture_weights
     if prepared.rates is not None:
         return prepared.rates
     tokens = [prepared.num_tokens(source, "train") for source in prepared.sources]
@@ -55,7 +55,7 @@ def mixture_schedule(config: RunConfig, prepared: Prepared) -> list[Segment]:
     alternating = config.data.teacher_mixing == "alternating" and prepared.marks is not None
     schedule = []
     for i, stage in enumerate(config.stages):
-        weights = stage.weights or weights
+        weights = stage.mixture_weights or weights
         batches_of_stage = stage.steps + (stage.tuning_steps if i else 0)
         samples = None if i + 1 == len(config.stages) else batches_of_stage * stage.batch_size
         schedule.append(Segment(weights, samples, stage.batch_size if alternating else 0))

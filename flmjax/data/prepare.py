@@ -156,11 +156,11 @@ class _Preparation:
             mixture = read_mixture(data)
             self.sources, self.rates = list(mixture.sources), mixture.weights
             vocabulary, self.provenance = mixture.vocabulary, mixture.provenance
-            if data.weights is not None and len(data.weights) != len(self.sources):
+            if data.mixture_weights is not None and len(data.mixture_weights) != len(self.sources):
                 tasks = [source.name for source in self.sources]
                 raise ConfigError(
-                    f"data.weights has {len(data.weights)} entries for the {len(tasks)} tasks of data.mixture="
-                    f"'{data.mixture}': {', '.join(tasks)}; None takes the mixture's rates"
+                    f"data.mixture_weights has {len(data.mixture_weights)} entries for the {len(tasks)} tasks of "
+                    f"data.mixture='{data.mixture}': {', '.join(tasks)}; None takes the mixture's rates"
                 )
         else:
             self.sources = [text_source(name, data.split_by) for name in data.sources]

@@ -1,5 +1,6 @@
 """Checkpoints of a run: Orbax, asynchronous, whole or not there."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
+from flmjax.config import HEADER, check_format
 from flmjax.model.axes import path_name
 from flmjax.training.state import TrainState
 
@@ -18,7 +20,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """Steps under one folder. Each holds `params`, the `rest` of the TrainState and `meta` (JSON).
+    """Steps under one folder. Each holds `params`, `train_state` (the TrainState without them) and `meta` (JSON).
 
     Weights are an item of their own, so that reading them for evaluation or export leaves the moments on disk.
 
@@ -39,7 +41,7 @@ class Checkpoints:
             options=options,
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
-                "rest": ocp.StandardCheckpointHandler(),
+                "train_state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
@@ -55,8 +57,14 @@ class Checkpoints:
         return latest_whole_step(self.directory)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was stored beside the state: stage, samples_seen, fingerprint."""
-        return self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        """What was stored beside the state: version, format, config, stage, samples_seen, fingerprint.
+
+        Raises:
+            ConfigError: for a checkpoint of another format. CheckpointError: an unreadable one.
+        """
+        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        check_format(meta, f"checkpoint {self.directory / str(step)}")
+        return meta
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state in the shapes and shardings of `abstract`, whatever mesh wrote it.
@@ -64,7 +72,7 @@ class Checkpoints:
         Raises:
             CheckpointError: unreadable, or of another model (the leaf and both shapes are in the message).
         """
-        return TrainState(**self._restore(step, {"params": abstract.params, "rest": _rest(abstract)}))
+        return TrainState(**self._restore(step, {"params": abstract.params, "train_state": _train_state(abstract)}))
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Weights alone."""
@@ -83,10 +91,10 @@ class Checkpoints:
             raise CheckpointError(f"step {step} was not saved in {self.directory}: the newest there is {newest}")
         try:
             self._manager.check_for_errors()
-            state_items = {"params": state.params, "rest": _rest(state)}
+            state_items = {"params": state.params, "train_state": _train_state(state)}
             args = ocp.args.Composite(
                 **{name: ocp.args.StandardSave(tree) for name, tree in state_items.items()},
-                meta=ocp.args.JsonSave({**meta, "bit_sums": _bit_sums(state_items)}),
+                meta=ocp.args.JsonSave({**HEADER, **meta, "checksums": _checksums(state_items)}),
             )
             self._manager.save(step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -102,15 +110,15 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """Read items into the shapes of their abstract trees and compare them with the sums taken before saving."""
+        expected = self.meta(step)["checksums"]
         for name, abstract in items.items():
             self._check_shapes(step, name, abstract)
         found = self._read(step, **{name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()})
-        expected = self.meta(step)["bit_sums"]
-        sums = _bit_sums({name: found[name] for name in items})
+        sums = _checksums({name: found[name] for name in items})
         damaged = [path for path, value in sums.items() if expected[path] != value]
         if damaged:
             raise self._read_error(step, f"damaged on disk: {', '.join(damaged[:3])}")
-        return {"params": found["params"], **found.get("rest", {})}
+        return {"params": found["params"], **found.get("train_state", {})}
 
     def _check_shapes(self, step: int, name: str, abstract: Any) -> None:
         """Raise CheckpointError naming the leaf and both shapes if the stored model has another size."""
@@ -170,15 +178,15 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng, "nonfinite": state.nonfinite}
+def _train_state(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
 def _paths(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _bit_sums(tree: Any) -> dict[str, int]:
+def _checksums(tree: Any) -> dict[str, int]:
     """Sum modulo 2^32 of the bits of each leaf: the file format does not notice a flipped byte inside an array."""
     return {path: int(value) for path, value in _paths(jax.device_get(_sum_bits(tree))).items()}
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, from_config_dict, resize, to_json
+from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, from_stored, resize, to_json
 from flmjax.data.loader import fingerprint, mixture_schedule
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
@@ -92,7 +92,7 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     state = _restore(source / "checkpoints", found.step, before, config.seed, weights_only)
     program = compile_growth(before, after, operator)
     zero = jnp.zeros((), jnp.int32)
-    grown = dataclasses.replace(program(state, key), step=zero, nonfinite=zero)
+    grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
     prove_growth(
         config,
         workdir,
@@ -154,7 +154,7 @@ def _newest(source: Path) -> Source:
         raise ConfigError(f"--source={source} is no workdir of a run: it has no whole checkpoint")
     with Checkpoints(source / "checkpoints", keep=None) as checkpoints:
         meta = checkpoints.meta(step)
-    config = from_config_dict(meta["config"])
+    config = from_stored(meta, f"--source={source}")
     ramp = stage_ramp(config, meta["stage"])
     if ramp is not None and step < ramp.end:
         raise ConfigError(f"--source={source} stands at step {step}, its mask is open at step {ramp.end}: train on")

@@ -227,13 +227,13 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, jax.Array], index: int, spec: StateSpec, clock: Clock) -> None:
         """Check one step's metrics, and write them if due."""
-        skipped = int(metrics["nonfinite"])
+        skipped = int(metrics["skipped_updates"])
         clock.tick()
         if skipped:
             leaves = nonfinite_leaves(np.asarray(metrics["finite"]), spec.abstract.params) or ["the loss"]
             text = f"step {step}: update skipped, not finite: {', '.join(leaves[:3])} ({skipped} in a row)"
             self.bar.log(text)
-            if skipped >= self.config.optimizer.max_nonfinite_updates:
+            if skipped >= self.config.optimizer.max_skipped_updates:
                 raise TrainingError(f"{text}; stopped, parameters are those of step {step - skipped}")
         if "teacher_loss" in metrics:
             of_kinds = {name: float(metrics[name]) for name in METRICS if name not in OF_ALL_ROWS}

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flmjax.config import ConfigError, ModelConfig, RunConfig, StageConfig, from_config_dict
+from flmjax.config import ConfigError, ModelConfig, RunConfig, StageConfig, to_json
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.sharding.chips import chip_of
+from flmjax.training.workdir import read_config
 
 Record = dict[str, Any]
 
@@ -210,10 +211,8 @@ def read_run(workdir: Path) -> Run:
     Raises:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
     """
-    config_json = _read_json(workdir / "config.json")
-    if config_json is None:
-        raise ConfigError(f"{workdir / 'config.json'} does not exist; is {workdir} the workdir of a run?")
-    config: RunConfig = from_config_dict(config_json)
+    config = read_config(workdir)
+    stored_config = to_json(config)
     folder = Path(config.data.directory) if config.data.directory else workdir / "data"
     meta = _read_json(folder / "meta.json") or {}
     if config.model.vocab_size is None and "tokenizer" in meta:
@@ -228,7 +227,7 @@ def read_run(workdir: Path) -> Run:
         raise ConfigError(f"{workdir / METRICS_FILE} names no stage of {workdir / 'config.json'}")
     return Run(
         config=config,
-        config_json=config_json,
+        config_json=stored_config,
         **{k: [r for r in records if r["kind"] == k] for k in ("train", "validation", "growth", "sample")},
         certificates=[_read_json(path) or {} for path in sorted((workdir / "certificates").glob("step_*.json"))],
         gzip=meta.get("validation_gzip_bits_per_byte"),

@@ -55,27 +55,27 @@ def stage_schedule(stage: StageConfig) -> optax.Schedule:
 def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
     """Learning rate of global update `step`.
 
-    A stage whose growth.learning_rate is "stage" starts a schedule of its own; else it goes on with the one before,
+    A stage whose growth.rate_policy is "stage" starts a schedule of its own; else it goes on with the one before,
     which lasts until the next such stage: "continue" as if nothing had happened, "rewarm" with a linear warm-up over
     rewarm_fraction of the stage, "rewind" from the peak again, over what is left (MSG).
     """
     first, start = 0, 0  # the stage that began the schedule, and its first step
     begin = 0
     for i, stage in enumerate(stages):
-        if i and stage.growth.learning_rate in ("stage", "rewind"):
+        if i and stage.growth.rate_policy in ("stage", "rewind"):
             first, start = i, begin
         if step < begin + stage.steps:
             break
         begin += stage.steps
     else:
         raise ValueError(f"the schedule ends {step - begin} steps before this one")
-    own = max(j for j in range(first + 1) if j == 0 or stages[j].growth.learning_rate == "stage")
-    last = next((j for j in range(i + 1, len(stages)) if stages[j].growth.learning_rate == "stage"), len(stages))
+    own = max(j for j in range(first + 1) if j == 0 or stages[j].growth.rate_policy == "stage")
+    last = next((j for j in range(i + 1, len(stages)) if stages[j].growth.rate_policy == "stage"), len(stages))
     schedule = dataclasses.replace(stages[own], steps=sum(s.steps for s in stages[first:last]))
     if first != own:
         schedule = dataclasses.replace(schedule, warmup_steps=0)
     rate = float(stage_schedule(schedule)(step - start))
-    if i and stage.growth.learning_rate == "rewarm":
+    if i and stage.growth.rate_policy == "rewarm":
         rate *= min(1.0, (step - begin + 1) / max(1, round(stage.growth.rewarm_fraction * stage.steps)))
     return rate
 

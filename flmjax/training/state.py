@@ -24,14 +24,14 @@ class TrainState:
         params: float32 parameters.
         opt_state: optax state; its count leaves out skipped updates.
         rng: key data (uint32) that every step folds its number into, for dropout.
-        nonfinite: updates skipped in a row, int32.
+        skipped_updates: updates skipped in a row, int32.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     rng: jax.Array
-    nonfinite: jax.Array
+    skipped_updates: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,5 +83,5 @@ def _new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Ar
         params=params,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(jax.random.fold_in(key, 1)),
-        nonfinite=jnp.zeros((), jnp.int32),
+        skipped_updates=jnp.zeros((), jnp.int32),
     )

@@ -85,7 +85,7 @@ def train_step(
             shrinks those weights in that one too.
 
     Returns:
-        The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, nonfinite (skips in a row),
+        The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, skipped_updates (skips in a row),
         finite (one flag for each leaf, in tree order). Where the data has teachers, loss is that of all rows together,
         language_loss and teacher_loss are those of each kind, judgement_accuracy is a share of 1 and bits_per_byte is
         the language rows'; NaN stands for the mean of what the batch has none of.
@@ -106,12 +106,12 @@ def train_step(
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params, new_warmup=new_warmup)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
-    nonfinite = jnp.where(ok, 0, state.nonfinite + 1)
+    skipped_updates = jnp.where(ok, 0, state.skipped_updates + 1)
     metrics = {
         "loss": sums["loss"] / divisor(sums["weight"]),
         "bits_per_byte": sums["loss"] / jnp.log(2.0) / jnp.maximum(sums["bytes"], 1.0),
         "gradient_norm": jnp.sqrt(sum(squares, jnp.zeros(()))),
-        "nonfinite": nonfinite,
+        "skipped_updates": skipped_updates,
         "finite": finite,
     }
     if "marks" in batch:
@@ -121,7 +121,7 @@ def train_step(
         step=state.step + 1,
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),
-        nonfinite=nonfinite,
+        skipped_updates=skipped_updates,
     )
     return new_state, metrics
 

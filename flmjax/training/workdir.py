@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from flmjax.config import ConfigError, RunConfig, differences, to_json
+from flmjax.config import ConfigError, RunConfig, differences, from_stored, to_json, to_stored
 from flmjax.data.prepared import Prepared
 
 
@@ -32,7 +32,7 @@ def claim_workdir(config: RunConfig, workdir: Path) -> None:
     """Store the config in a new workdir; refuse one that holds a run of another config, naming the fields."""
     path = workdir / "config.json"
     if path.is_file():
-        changed = differences(json.loads(path.read_text()), json.loads(json.dumps(to_json(config))))
+        changed = differences(to_json(read_config(workdir)), to_json(config))
         if changed:
             raise ConfigError(f"{workdir} holds a run of another config: {'; '.join(changed)}; take another --workdir")
     else:
@@ -41,9 +41,25 @@ def claim_workdir(config: RunConfig, workdir: Path) -> None:
         write_config(config, workdir)
 
 
+def read_config(workdir: Path) -> RunConfig:
+    """The config of the run in `workdir`.
+
+    Raises:
+        ConfigError: naming config.json if it is absent, no JSON, or of another format.
+    """
+    path = workdir / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; is {workdir} the workdir of a run?") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    return from_stored(stored, str(path))
+
+
 def write_config(config: RunConfig, workdir: Path) -> None:
     """Make `workdir` the workdir of `config`."""
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / "config.tmp"
-    partial.write_text(json.dumps(to_json(config), indent=1) + "\n")
+    partial.write_text(json.dumps(to_stored(config), indent=1) + "\n")
     partial.replace(workdir / "config.json")

@@ -152,7 +152,7 @@ def test_three_sources_stay_within_their_number_of_the_exact_share(tmp_path):
 def test_default_weights_are_shares_of_training_tokens(two):
     prepared, data = two
     assert default_weights(prepared, data) == pytest.approx((0.75, 0.25))
-    assert default_weights(prepared, DataConfig(**{**vars(data), "weights": (1.0, 9.0)})) == (1.0, 9.0)
+    assert default_weights(prepared, DataConfig(**{**vars(data), "mixture_weights": (1.0, 9.0)})) == (1.0, 9.0)
 
 
 def test_a05_resuming_late_reads_no_more_than_a_few_batches(two, monkeypatch):

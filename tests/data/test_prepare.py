@@ -125,7 +125,7 @@ def test_other_sources_in_a_prepared_directory_are_refused(prepared):
 
 
 def test_settings_that_do_not_touch_the_files_are_no_difference(prepared):
-    other = DataConfig(**{**vars(BYTES), "weights": (1.0, 2.0), "document_attention": True, "vocab_size": 9999})
+    other = DataConfig(**{**vars(BYTES), "mixture_weights": (1.0, 2.0), "document_attention": True, "vocab_size": 9999})
     assert prepare(other, prepared.directory).meta == prepared.meta
 
 

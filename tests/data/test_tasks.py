@@ -412,7 +412,7 @@ def test_weights_that_are_not_one_for_each_task_are_refused_before_anything_is_r
     seqio.MixtureRegistry.add("both", [("one", 0.5), ("two", 0.5)])
     monkeypatch.setattr("flmjax.data.spool.Spool.fill", None)  # would be called to read
     with pytest.raises(ConfigError, match=r"data\.weights has 3 entries for the 2 tasks of .*'both': one, two; None "):
-        prepare(DataConfig(mixture="both", weights=(0.5, 0.25, 0.25)), tmp_path / "data")
+        prepare(DataConfig(mixture="both", mixture_weights=(0.5, 0.25, 0.25)), tmp_path / "data")
 
 
 def test_tensorflow_takes_no_gpu_and_writes_nothing_to_standard_error():
