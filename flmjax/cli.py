@@ -12,7 +12,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from flmjax.config import ConfigError, RunConfig, check_path, from_config_dict, nearest
-from flmjax.validation import validate
+from flmjax.config.validate import validate
 
 USAGE = "usage: flmjax COMMAND --config=configs/x.py[:arg] [--config.a.b=v ...] --workdir=DIR"
 USAGE_GROW = "usage: flmjax grow --config=FILE --source=WORKDIR (--workdir=DIR [--weights-only] | --dry-run)"

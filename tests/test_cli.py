@@ -20,7 +20,7 @@ from flmjax.config import (
     to_config_dict,
     to_json,
 )
-from flmjax.validation import validate
+from flmjax.config.validate import validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"

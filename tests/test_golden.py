@@ -25,16 +25,16 @@ from jax.sharding import AbstractMesh
 from test_configs import ARGUMENTS, load
 
 from flmjax.config import GrowthConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, resize, to_json
+from flmjax.config.validate import validate_mesh
 from flmjax.growth.certificate import comparison
 from flmjax.growth.masks import Ramp
-from flmjax.model.axes import map_with_axes
 from flmjax.model.transformer import abstract_params, init_params
+from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.mesh import MESH_AXES, make_mesh
 from flmjax.sharding.rules import Placement, leaf_sharding
 from flmjax.training.optimizer import make_optimizer
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_growth, compile_step, gradients
-from flmjax.validation import validate_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
 FLOOR = "0.10.2"  # the version of JAX that wrote numbers/ and programs/
@@ -83,7 +83,7 @@ def initial_stds(model: ModelConfig):
     """Standard deviation of each initial parameter: drawn values are replaced by their deviation, others stay."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.initializers, "normal", nn.initializers.constant)
-        params = init_params(thin(model), jax.random.key(0))
+        params = jax.jit(lambda key: init_params(thin(model), key))(jax.random.key(0))
     return jax.tree.map(one_value, params)
 
 
@@ -109,7 +109,8 @@ def first_update(optimizer_config: OptimizerConfig, model: ModelConfig, paramete
     shapes, axes = abstract_params(thin(model))
     full = lambda value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
     optimizer = make_optimizer(dataclasses.replace(optimizer_config, clip_norm=None), thin(model), axes)
-    return optimizer.update(full(1.0), optimizer.init(full(parameter)), full(parameter))[0]
+    update = jax.jit(lambda params: optimizer.update(full(1.0), optimizer.init(params), params)[0])
+    return update(full(parameter))
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from flmjax.growth.learned import expand, first_matrices, fresh_part, tune, tuni
 from flmjax.growth.masks import Ramp, masked, openness
 from flmjax.growth.optimizer_state import AdamState
 from flmjax.growth.rules import AxisRule, GrowthError, Rule
-from flmjax.model.axes import map_with_axes
 from flmjax.model.transformer import abstract_params
+from flmjax.sharding.axes import map_with_axes
 from flmjax.training.losses import loss_sums
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_step
@@ -370,7 +370,7 @@ class State:
 
 
 def sizes_of(config):
-    from flmjax.model.axes import axis_sizes
+    from flmjax.sharding.axes import axis_sizes
 
     return axis_sizes(config)
 

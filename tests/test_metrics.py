@@ -20,9 +20,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from flmjax.config import ConfigError, ModelConfig
-from flmjax.model.axes import map_with_axes
 from flmjax.model.flops import flops_per_token, matmul_parameters
 from flmjax.model.transformer import abstract_params
+from flmjax.sharding.axes import map_with_axes
 from flmjax.training.metrics import MetricsWriter, peak_flops, read_metrics
 
 TINY = ModelConfig(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=3, mlp_dim=5, vocab_size=11)

@@ -20,13 +20,13 @@ from flmjax.config import (
     StageConfig,
     resize,
 )
+from flmjax.config.validate import validate_mesh
 from flmjax.growth.grow import grow
 from flmjax.growth.learned import expand, first_matrices
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_step, gradients, put_batch
-from flmjax.validation import validate_mesh
 
 # 61 words do not divide over anything: rows up to 64 are padding.
 CONFIG = with_fields(TINY, num_heads=8, num_layers=2)

@@ -17,8 +17,8 @@ from conftest import TINY, random_batch, random_params, with_fields
 from flmjax.config import GrowthConfig, MeshConfig, OptimizerConfig, RunConfig, StageConfig, resize
 from flmjax.growth.masks import Ramp, masked
 from flmjax.growth.optimizer_state import AdamState
-from flmjax.model.axes import map_with_axes
 from flmjax.model.transformer import forward
+from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training import loop, losses
 from flmjax.training.losses import cross_entropy_sum, loss_sums, teacher_means, teacher_sums

@@ -16,9 +16,9 @@ from flmjax.growth.families import TUNED, family_of
 from flmjax.growth.grow import grow_params
 from flmjax.growth.masks import masked
 from flmjax.growth.rules import GrowthError
-from flmjax.model.axes import path_name
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
-from flmjax.sharding.rules import tree_shardings
+from flmjax.sharding.axes import path_name
+from flmjax.sharding.rules import Placement, tree_shardings
 
 MAX_KL = 1e-3  # nats a token, in the run's dtype; bfloat16 itself makes about 1e-5
 
@@ -106,7 +106,7 @@ def certify(
     *,
     operator: GrowthConfig,
     key: jax.Array,
-    placement: Any = None,
+    placement: Placement | None = None,
     float64_below: int = 20_000_000,
     tolerance: float = 2e-5,
     **labels: Any,
@@ -197,7 +197,7 @@ def comparison(
     new: ModelConfig,
     operator: GrowthConfig,
     dtype: str,
-    placement: Any = None,
+    placement: Placement | None = None,
     gradients: bool = False,
 ) -> Any:
     """The jitted program of a certificate: ((old, new) parameters, batch) -> the numbers of a Comparison.

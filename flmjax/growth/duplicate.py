@@ -17,7 +17,7 @@ import numpy as np
 from flmjax.config import ModelConfig
 from flmjax.growth import zero
 from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
-from flmjax.model.axes import LeafAxes
+from flmjax.sharding.axes import LeafAxes
 
 
 def cyclic(before: int, after: int, old: ModelConfig, new: ModelConfig) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax
 from flmjax.config import GROWTH_FAMILIES, ConfigError, GrowthConfig, nearest
 from flmjax.growth import depth, duplicate, masks, perturb, zero
 from flmjax.growth.rules import AxisRule
-from flmjax.model.axes import LeafAxes
+from flmjax.sharding.axes import LeafAxes
 
 EXACT = "exact"
 EXACT_AT_FIRST = "exact until its mask opens"

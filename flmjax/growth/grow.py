@@ -19,8 +19,8 @@ from flmjax.growth.rules import (
     leaf_dims,
     rule_for,
 )
-from flmjax.model.axes import LeafAxes, axis_sizes, map_with_axes
 from flmjax.model.transformer import abstract_params, init_params
+from flmjax.sharding.axes import LeafAxes, axis_sizes, map_with_axes
 
 # How a model computes; may differ between the old and the new one without changing the function.
 EXECUTION = ("dtype", "attention", "remat", "scan_unroll", "vocab_multiple")

@@ -29,8 +29,8 @@ from flmjax.growth.rules import (
     leaf_sizes,
     rule_for,
 )
-from flmjax.model.axes import LeafAxes, map_with_axes
 from flmjax.model.transformer import abstract_params, init_params
+from flmjax.sharding.axes import LeafAxes, map_with_axes
 
 NOT_LEARNED = ("vocab", "length")  # no old word says what a new one means, and the matrix would be huge
 Matrices = dict[str, jax.Array]  # "dimension.role" -> (after, before)

@@ -15,8 +15,8 @@ import numpy as np
 from flmjax.config import GrowthConfig, ModelConfig
 from flmjax.growth import zero
 from flmjax.growth.rules import AxisRule, Growing, Rule, along, at_the_end, growing_dimensions, leaf_dims, leaf_sizes
-from flmjax.model.axes import LeafAxes, map_with_axes
 from flmjax.model.transformer import abstract_params
+from flmjax.sharding.axes import LeafAxes, map_with_axes
 
 
 def keep(role: str, leaf: LeafAxes, g: Growing) -> Rule:

@@ -10,7 +10,7 @@ import optax
 
 from flmjax.config import ModelConfig, OptimizerConfig
 from flmjax.growth.rules import GrowthError
-from flmjax.model.axes import LeafAxes, axis_sizes, map_with_axes, path_name
+from flmjax.sharding.axes import LeafAxes, axis_sizes, map_with_axes, path_name
 
 
 class AdamState(NamedTuple):

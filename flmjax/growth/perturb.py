@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from flmjax.config import GrowthConfig
 from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
-from flmjax.model.axes import AXES as ALL
-from flmjax.model.axes import LeafAxes
+from flmjax.sharding.axes import AXES as ALL
+from flmjax.sharding.axes import LeafAxes
 
 
 def pad(role: str, leaf: LeafAxes, g: Growing) -> Rule:

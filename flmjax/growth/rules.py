@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flmjax.config import GrowthConfig, ModelConfig, split_factor
-from flmjax.model.axes import AXES, LeafAxes, axis_sizes
+from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
 
 # Query heads are groups x heads of a group: both grow at their own end, else a new head would land in a neighbour's
 # group. Every other axis is one dimension.

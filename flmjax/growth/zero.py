@@ -8,7 +8,7 @@ the old entries (LayerNorm, after LEMON, arXiv 2310.07999) or 0 (RMSNorm) in its
 import math
 
 from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
-from flmjax.model.axes import LeafAxes
+from flmjax.sharding.axes import LeafAxes
 
 
 def embed(role: str, leaf: LeafAxes, g: Growing) -> Rule:

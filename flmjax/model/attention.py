@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import ConfigError, nearest
+from flmjax.sharding.rules import Placement
 
 # One place of a query in another segment gets this score: finite, so that no row is ever all -inf (NaN after softmax).
 MASKED = -1e30
@@ -21,7 +22,7 @@ def attend(
     segment_ids_BL: jax.Array | None,
     *,
     implementation: str,
-    placement: Any = None,
+    placement: Placement | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over earlier places of the same segment.
 
@@ -60,13 +61,17 @@ def choose(platform: str, dtype: Any, segmented: bool) -> str:
     return "plain"
 
 
-def _platform(placement: Any) -> str:
+def _platform(placement: Placement | None) -> str:
     """Of the devices that are computed for, which need not be here."""
     return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
 
 
 def _plain(
-    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, placement: Any
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    placement: Placement | None,
 ) -> jax.Array:
     del placement  # the compiler partitions it
     B, L, H, K = q_BLHK.shape
@@ -101,7 +106,11 @@ def _softmax_mix(q_BGRSK: jax.Array, k_BGMK: jax.Array, v_BGMK: jax.Array, keep_
 
 
 def _cudnn(
-    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, placement: Any
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    placement: Placement | None,
 ) -> jax.Array:
     del placement
     if segment_ids_BL is not None:
@@ -110,7 +119,11 @@ def _cudnn(
 
 
 def _splash(
-    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, placement: Any
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    placement: Placement | None,
 ) -> jax.Array:
     kernel = functools.partial(_splash_local, interpret=_platform(placement) != "tpu")
     if placement is None:

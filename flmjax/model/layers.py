@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
 from flmjax.model.attention import attend
-from flmjax.model.axes import declare
 from flmjax.model.positions import Rotation, rotate
+from flmjax.sharding.axes import declare
+from flmjax.sharding.rules import Placement, constrain
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -48,7 +49,7 @@ class Norm(nn.Module):
 
 def projection(
     config: ModelConfig,
-    placement: Any,
+    placement: Placement | None,
     name: str,
     inputs: dict[str, int],
     outputs: dict[str, int],
@@ -114,7 +115,7 @@ class Attention(nn.Module):
     """Grouped-query causal self-attention."""
 
     config: ModelConfig
-    placement: Any = None
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, rotation: Rotation | None, segment_ids_BL: jax.Array | None) -> jax.Array:
@@ -130,11 +131,11 @@ class Attention(nn.Module):
             q_BLHK = rotate(q_BLHK, rotation.query_cos, rotation.query_sin)
             k_BLGK = rotate(k_BLGK, rotation.key_cos, rotation.key_sin)
         # Unpinned, the partitioner lets the backward pass drift to sequence shards: all-to-all of L x L arrays.
-        q_BLHK = pin(self.placement, q_BLHK, "batch", None, "heads", None)
-        k_BLGK = pin(self.placement, k_BLGK, "batch", None, "kv_heads", None)
-        v_BLGK = pin(self.placement, v_BLGK, "batch", None, "kv_heads", None)
+        q_BLHK = constrain(self.placement, q_BLHK, "batch", None, "heads", None)
+        k_BLGK = constrain(self.placement, k_BLGK, "batch", None, "kv_heads", None)
+        v_BLGK = constrain(self.placement, v_BLGK, "batch", None, "kv_heads", None)
         o_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, implementation=c.attention, placement=self.placement)
-        o_BLHK = pin(self.placement, o_BLHK, "batch", None, "heads", None)
+        o_BLHK = constrain(self.placement, o_BLHK, "batch", None, "heads", None)
         return projection(c, self.placement, "output", heads, embed, residual=True)(o_BLHK)
 
 
@@ -142,7 +143,7 @@ class Mlp(nn.Module):
     """GELU or SwiGLU feed-forward network."""
 
     config: ModelConfig
-    placement: Any = None
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -155,10 +156,5 @@ class Mlp(nn.Module):
             h_BLF = activation(projection(c, self.placement, "gate", embed, mlp)(x_BLD)) * h_BLF
         else:
             h_BLF = activation(h_BLF)
-        h_BLF = pin(self.placement, h_BLF, "batch", None, "mlp")
+        h_BLF = constrain(self.placement, h_BLF, "batch", None, "mlp")
         return projection(c, self.placement, "down", mlp, embed, residual=True)(h_BLF)
-
-
-def pin(placement: Any, x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation's sharding by logical axis names; without a placement nothing happens."""
-    return x if placement is None else placement.constrain(x, *names)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
 from flmjax.model.attention import MASKED
-from flmjax.model.axes import axes_of, declare
-from flmjax.model.layers import Attention, Mlp, Norm, pin
+from flmjax.model.layers import Attention, Mlp, Norm
 from flmjax.model.positions import Rotation, rotation
+from flmjax.sharding.axes import axes_of, declare
+from flmjax.sharding.rules import Placement, constrain
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 RESIDUAL = ("batch", "sequence", None)  # between blocks activations are split over the sequence too
@@ -26,7 +27,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: ModelConfig
-    placement: Any = None
+    placement: Placement | None = None
     deterministic: bool = True
 
     @nn.compact
@@ -39,15 +40,15 @@ class Block(nn.Module):
 
         def normed(name: str, x_BLD: jax.Array) -> jax.Array:
             # Normalise the shard, then gather in config.dtype: the other order gathers float32.
-            y_BLD = pin(self.placement, Norm(c, name=name)(x_BLD), *RESIDUAL)
-            return pin(self.placement, y_BLD, *GATHERED)
+            y_BLD = constrain(self.placement, Norm(c, name=name)(x_BLD), *RESIDUAL)
+            return constrain(self.placement, y_BLD, *GATHERED)
 
         y_BLD = Attention(c, self.placement, name="attention")(
             normed("attention_norm", x_BLD), rotation, segment_ids_BL
         )
-        x_BLD = pin(self.placement, x_BLD + dropout(pin(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
+        x_BLD = constrain(self.placement, x_BLD + dropout(constrain(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
         y_BLD = Mlp(c, self.placement, name="mlp")(normed("mlp_norm", x_BLD))
-        x_BLD = pin(self.placement, x_BLD + dropout(pin(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
+        x_BLD = constrain(self.placement, x_BLD + dropout(constrain(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
         return x_BLD, None
 
 
@@ -61,7 +62,7 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    placement: Any = None
+    placement: Placement | None = None
     deterministic: bool = True
 
     @nn.compact
@@ -87,18 +88,18 @@ class Transformer(nn.Module):
         table_shape = (c.padded_vocab_size, c.embed_dim)
         table_VD = self.param("embedding", declare(normal, vocab="index", embed="write"), table_shape, jnp.float32)
         # Whole rows on every device of a vocab shard, else the lookup rematerialises the table.
-        table_VD = pin(self.placement, table_VD.astype(c.dtype), "vocab", None)
-        x_BLD = pin(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(c.embedding_multiplier, c.dtype)
+        table_VD = constrain(self.placement, table_VD.astype(c.dtype), "vocab", None)
+        x_BLD = constrain(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(c.embedding_multiplier, c.dtype)
         if c.position == "learned":
             init = declare(normal, length="index", embed="write")
             positions_CD = self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)
             x_BLD = x_BLD + positions_CD.astype(c.dtype)[positions_BL]
-        x_BLD = pin(self.placement, x_BLD, *RESIDUAL)
+        x_BLD = constrain(self.placement, x_BLD, *RESIDUAL)
         x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         x_BLD, _ = self._layers()(x_BLD, rotation(c, positions_BL), segment_ids_BL)
-        x_BLD = pin(self.placement, Norm(c, last=True, name="final_norm")(x_BLD), *RESIDUAL)
+        x_BLD = constrain(self.placement, Norm(c, last=True, name="final_norm")(x_BLD), *RESIDUAL)
         multiplier = c.output_multiplier / (c.softmax_temperature * c.width_multiplier)
-        x_BLD = pin(self.placement, x_BLD, *GATHERED) * jnp.asarray(multiplier, c.dtype)
+        x_BLD = constrain(self.placement, x_BLD, *GATHERED) * jnp.asarray(multiplier, c.dtype)
         if c.tied_embedding:
             return x_BLD, table_VD
         head_DV = self.param("head", declare(normal, embed="read", vocab="write"), table_shape[::-1], jnp.float32)
@@ -112,7 +113,7 @@ class Transformer(nn.Module):
         logits_BLV = jnp.einsum(
             "bld,vd->blv", x_BLD, table_VD, preferred_element_type=jnp.promote_types(x_BLD.dtype, jnp.float32)
         )
-        logits_BLV = pin(self.placement, logits_BLV, "batch", None, "vocab")
+        logits_BLV = constrain(self.placement, logits_BLV, "batch", None, "vocab")
         return mask_padding(logits_BLV, self.config)
 
     def _layers(self) -> nn.Module:
@@ -138,7 +139,7 @@ def forward(
     tokens_BL: jax.Array,
     segment_ids_BL: jax.Array | None = None,
     positions_BL: jax.Array | None = None,
-    placement: Any = None,
+    placement: Placement | None = None,
 ) -> jax.Array:
     """Transformer(config)'s logits (B, L, V), dropout off."""
     model: Any = Transformer(config, placement)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
+from flmjax.config.validate import validate_mesh
 from flmjax.growth.certificate import comparison
 from flmjax.model.attention import choose
 from flmjax.scaling.hlo import Collective, collectives, matmul_flops
@@ -23,7 +24,6 @@ from flmjax.training.loop import stage_ramp
 from flmjax.training.optimizer import new_warmup
 from flmjax.training.state import StateSpec, state_spec
 from flmjax.training.step import abstract_batch, compile_growth, compile_step
-from flmjax.validation import validate_mesh
 
 
 @dataclasses.dataclass(frozen=True)

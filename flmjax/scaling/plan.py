@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
+from flmjax.config.validate import legal_microbatches
 from flmjax.model.flops import flops_per_token
 from flmjax.scaling import cost
 from flmjax.scaling.cost import Bill, Published, StageCost
 from flmjax.scaling.roofline import StepTime, fused_attention_flops, step_time
 from flmjax.scaling.stderr import captured_stderr
 from flmjax.sharding.chips import Chip, GiB
-from flmjax.validation import legal_microbatches
 
 if TYPE_CHECKING:
     from flmjax.scaling.compile import Compiler, Program

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.config.validate import REMATS, legal_microbatches, validate_mesh
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.scaling import cost
 from flmjax.scaling.hlo import Collective
@@ -25,7 +26,6 @@ from flmjax.scaling.plan import (
 )
 from flmjax.scaling.roofline import fused_attention_flops, step_time
 from flmjax.sharding.chips import Chip, GiB
-from flmjax.validation import REMATS, legal_microbatches, validate_mesh
 
 TENSOR = (1, 2, 4, 8)  # groups that lie whole inside a node of 8
 LARGEST_FSDP = 64  # more has smaller shards and longer rings, which nothing here prices

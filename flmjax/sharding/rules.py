@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flmjax.model.axes import LeafAxes, map_with_axes
+from flmjax.sharding.axes import LeafAxes, map_with_axes
 
 # Layers stay whole, so that depth growth is local. Sharding length would shard a lookup table nobody needs sharded.
 PARAMETER_RULES: dict[str, str | None] = {
@@ -50,6 +50,11 @@ class Placement:
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """Pin `x` to the sharding of its logical axes."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*names)))
+
+
+def constrain(placement: Placement | None, x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with the sharding of its logical axes; without a placement as it is."""
+    return x if placement is None else placement.constrain(x, *names)
 
 
 def leaf_sharding(mesh: Mesh, axes: LeafAxes) -> NamedSharding:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from flmjax.config import HEADER, check_format
-from flmjax.model.axes import path_name
+from flmjax.sharding.axes import path_name
 from flmjax.training.state import TrainState
 
 

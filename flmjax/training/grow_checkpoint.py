@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, from_stored, resize, to_json
+from flmjax.config.validate import check_mesh, validate, validate_mesh
 from flmjax.data.loader import fingerprint, mixture_schedule
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
@@ -21,7 +22,6 @@ from flmjax.training.loop import prove_growth, stage_ramp
 from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
 from flmjax.training.step import compile_growth
 from flmjax.training.workdir import data_directory, with_vocabulary, write_config
-from flmjax.validation import check_mesh, validate, validate_mesh
 
 DURING_TRAINING = {
     "mask": "its mask opens while the model trains",

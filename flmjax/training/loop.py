@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flmjax.config import ConfigError, ModelConfig, RunConfig, to_json
+from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixture_schedule, validation_rows
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import Prepared
@@ -38,7 +39,6 @@ from flmjax.training.step import (
     put_batch,
 )
 from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
-from flmjax.validation import validate, validate_mesh
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
 OF_ALL_ROWS = ("loss", "gradient_norm")  # the others are of the text's rows or the teachers', NaN for a batch without

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
-from flmjax.model.layers import pin
 from flmjax.model.transformer import Transformer, mask_padding
+from flmjax.sharding.rules import Placement, constrain
 
 
 def loss_sums(
     params: Any,
     batch: dict[str, jax.Array],
     config: ModelConfig,
-    placement: Any = None,
+    placement: Placement | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy in nats, summed over the weighted targets of a batch.
@@ -54,7 +54,11 @@ def loss_sums(
 
 
 def teacher_sums(
-    x_BLD: jax.Array, table_VD: jax.Array, loss_B: jax.Array, batch: dict[str, jax.Array], placement: Any = None
+    x_BLD: jax.Array,
+    table_VD: jax.Array,
+    loss_B: jax.Array,
+    batch: dict[str, jax.Array],
+    placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
     """What a batch with teachers adds to its sums; nothing here has a gradient.
 
@@ -97,12 +101,16 @@ def teacher_means(sums: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _logit_difference(x_BLD: jax.Array, table_VD: jax.Array, marks_B2: jax.Array, placement: Any) -> jax.Array:
+def _logit_difference(
+    x_BLD: jax.Array, table_VD: jax.Array, marks_B2: jax.Array, placement: Placement | None
+) -> jax.Array:
     """(B, L) logit of a row's first mark - that of its second, in at least float32 and from these two rows alone."""
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     x_BLD, table_VD = jax.lax.stop_gradient((x_BLD, table_VD))
     # Pinned as the embedding's lookup is: every vocab shard looks up what it has, and no table is gathered.
-    marks_B2D = pin(placement, pin(placement, table_VD, "vocab", None)[marks_B2], "batch", None, None).astype(dtype)
+    marks_B2D = constrain(
+        placement, constrain(placement, table_VD, "vocab", None)[marks_B2], "batch", None, None
+    ).astype(dtype)
     # No matrix multiplication: an accelerator would round its float32 factors.
     return jnp.sum(x_BLD.astype(dtype) * (marks_B2D[:, :1] - marks_B2D[:, 1:]), axis=-1)
 
@@ -114,7 +122,7 @@ def cross_entropy_sum(
     targets_BL: jax.Array,
     weights_BL: jax.Array,
     config: ModelConfig,
-    placement: Any = None,
+    placement: Placement | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """sum of weight * (logsumexp(logits) - logits[target]), and the same of each row (B,), which has no gradient.
 
@@ -127,12 +135,12 @@ def cross_entropy_sum(
 
 
 def _forward(
-    x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, config: Any, placement: Any
+    x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, config: Any, placement: Placement | None
 ) -> Any:
     return _over_chunks(x, table, targets, weights, config, placement, derivative=True)
 
 
-def _backward(config: Any, placement: Any, gradients: Any, scales: tuple[jax.Array, jax.Array]) -> Any:
+def _backward(config: Any, placement: Placement | None, gradients: Any, scales: tuple[jax.Array, jax.Array]) -> Any:
     (dx_BLD, dtable_VD), (scale, _) = gradients, scales
     return (dx_BLD * scale).astype(dx_BLD.dtype), (dtable_VD * scale).astype(config.dtype), None, None
 
@@ -146,7 +154,7 @@ def _over_chunks(
     targets_BL: jax.Array,
     weights_BL: jax.Array,
     config: ModelConfig,
-    placement: Any,
+    placement: Placement | None,
     derivative: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     """((sum, sum of each row), (gradient of x, gradient of the table) or None), parts of the length one by one."""
@@ -176,14 +184,14 @@ def _chunk(
     weights_BL: jax.Array,
     table_VD: jax.Array,
     config: ModelConfig,
-    placement: Any,
+    placement: Placement | None,
     derivative: bool,
 ) -> tuple[jax.Array, Any, Any]:
     """Loss sums (B,) of some places and their gradients by x and table: (softmax - one-hot) * weight times the other
     factor."""
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     logits_BLV = jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=dtype)
-    logits_BLV = mask_padding(pin(placement, logits_BLV, "batch", None, "vocab"), config)
+    logits_BLV = mask_padding(constrain(placement, logits_BLV, "batch", None, "vocab"), config)
     top_BL1 = jnp.max(logits_BLV, axis=-1, keepdims=True)
     exp_BLV = jnp.exp(logits_BLV - top_BL1)
     sum_BL1 = jnp.sum(exp_BLV, axis=-1, keepdims=True)
@@ -195,13 +203,13 @@ def _chunk(
     weights_BL1 = weights_BL[..., None].astype(dtype)
     d_BLV = (exp_BLV * (weights_BL1 / sum_BL1) - jnp.where(is_target_BLV, weights_BL1, 0)).astype(x_BLD.dtype)
     # Made once: fused into both products below, it would be computed for each of their tiles.
-    d_BLV = jax.lax.optimization_barrier(pin(placement, d_BLV, "batch", None, "vocab"))
-    dx_BLD = pin(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
+    d_BLV = jax.lax.optimization_barrier(constrain(placement, d_BLV, "batch", None, "vocab"))
+    dx_BLD = constrain(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
     dtable_DV = jnp.einsum("bld,blv->dv", x_BLD, d_BLV).astype(dtype)
-    return loss_B, dx_BLD, pin(placement, dtable_DV, None, "vocab")
+    return loss_B, dx_BLD, constrain(placement, dtable_DV, None, "vocab")
 
 
-def _num_chunks(rows: int, length: int, vocabulary: int, placement: Any) -> int:
+def _num_chunks(rows: int, length: int, vocabulary: int, placement: Placement | None) -> int:
     """Parts of the length, each of at most 2^21 logits: small enough for a cache. On several devices one part: every
     part's table gradient is a sum over all of them."""
     if placement is not None and placement.mesh.size > 1:

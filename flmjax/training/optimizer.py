@@ -8,7 +8,7 @@ import optax
 
 from flmjax.config import ModelConfig, OptimizerConfig, StageConfig
 from flmjax.growth.optimizer_state import scale_by_adam
-from flmjax.model.axes import LeafAxes
+from flmjax.sharding.axes import LeafAxes
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:

@@ -1,36 +1,26 @@
-"""Every setting of a run: frozen dataclasses, one conversion to and from ml_collections."""
+"""Every setting of a run, as frozen dataclasses."""
 
 import dataclasses
 import difflib
 import math
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
-
-from ml_collections import config_dict
-
-import flmjax
-
-# Of config.json and of checkpoints. It rises when a field or an item is renamed or removed, never when one is added.
-FORMAT = 2
-HEADER = {"version": flmjax.__version__, "format": FORMAT}
 
 GROWTH_FAMILIES = ("zero", "duplicate", "mask", "stack", "interleave", "middle", "perturb", "learned")
 MESH_AXES = ("replica", "fsdp", "tensor")
 STAGE_SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
 
-# Endings of fields that decide how and where a run computes, not what: they may change when it goes on.
-HOW_IT_RUNS = (
-    *("mesh", "checkpoint", "log_every", "evaluate_every", "evaluation_rows", "data.directory", "data.workers"),
-    *("certificate_rows", "certificate_float64_below", "certificate_tolerance", "sample_prompt", "sample_tokens"),
-    *("model.attention", "model.remat", "model.scan_unroll", "microbatches", "peak_flops"),
-)
-
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names the field and what would do. The command line exits with 2."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean a, b?` or, without a near name, the whole list."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else f"; choices: {', '.join(choices)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,125 +262,3 @@ def split_factor(old: ModelConfig, new: ModelConfig) -> int:
         f"{old.num_heads} query heads in {old.kv_heads} groups cannot become {new.num_heads} in {new.kv_heads}: a "
         "group can gain heads, be joined by further groups, or split into equal parts that do"
     )
-
-
-# ---- ml_collections -------------------------------------------------------------------------------------------------
-
-
-def to_config_dict(config: Any) -> config_dict.ConfigDict:
-    """A locked ConfigDict; fields that may be None take any literal, so that each can be set by flag."""
-    hints = typing.get_type_hints(type(config))
-    out = config_dict.ConfigDict()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            value = to_config_dict(value)
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            value = tuple(to_config_dict(item) for item in value)
-        elif types.NoneType in typing.get_args(hints[field.name]):  # object: the flag takes a literal, None too
-            value = config_dict.FieldReference(value, field_type=object)
-        out[field.name] = value
-    return out.lock()
-
-
-def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str = "config") -> Any:
-    """Inverse of to_config_dict, for plain mappings too.
-
-    Raises:
-        ConfigError: for a key that is no field (with the nearest names) or a value of another type.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        if key not in fields:
-            raise ConfigError(f"{path} has no field '{key}'{nearest(key, fields)}")
-        values[key] = _convert(value, hints[key], f"{path}.{key}")
-    return cls(**values)
-
-
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dictionary; from_config_dict reads it back."""
-    return dataclasses.asdict(config)
-
-
-def to_stored(config: RunConfig) -> dict[str, Any]:
-    """The config as config.json holds it, with the version and the format that wrote it."""
-    return {**HEADER, "config": to_json(config)}
-
-
-def from_stored(stored: Any, name: str) -> RunConfig:
-    """Inverse of to_stored, for the meta of a checkpoint too; a field that the stored config lacks has its default.
-
-    Args:
-        stored: the JSON object of the file `name`.
-
-    Raises:
-        ConfigError: for another format (both numbers), or a config that this version cannot read.
-    """
-    check_format(stored, name)
-    try:
-        return from_config_dict(stored["config"])
-    except (ConfigError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{name} cannot be read as a config: {error}") from error
-
-
-def check_format(stored: Any, name: str) -> None:
-    """Raise ConfigError with both numbers unless `stored` is of this version's format."""
-    if not isinstance(stored, Mapping):
-        raise ConfigError(f"{name} is no JSON object")
-    if (number := stored.get("format", 1)) != FORMAT:
-        raise ConfigError(f"{name} has format {number}; flmjax {flmjax.__version__} reads format {FORMAT}")
-
-
-def differences(stored: Any, current: Any, path: str = "") -> list[str]:
-    """`field: stored -> current` for every field that decides what a run computes and is not the same."""
-    if isinstance(stored, Mapping) and isinstance(current, Mapping):
-        keys = dict.fromkeys([*stored, *current])
-        pairs = [(f"{path}.{key}".strip("."), stored.get(key), current.get(key)) for key in keys]
-    elif isinstance(stored, list | tuple) and isinstance(current, list | tuple) and len(stored) == len(current):
-        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, current, strict=True))]
-    else:
-        return [] if stored == current else [f"{path}: {stored} -> {current}"]
-    return [line for name, a, b in pairs if not name.endswith(HOW_IT_RUNS) for line in differences(a, b, name)]
-
-
-def check_path(path: str) -> None:
-    """Raise ConfigError with the nearest names unless `path`, as in `stages[0].steps`, names a field of a run."""
-    hint: Any = RunConfig
-    walked = "config"
-    for word in path.split("."):
-        name = word.split("[")[0]
-        if not dataclasses.is_dataclass(hint):
-            raise ConfigError(f"{walked} has no fields; '{name}' was asked for")
-        hints = typing.get_type_hints(hint)
-        if name not in hints:
-            raise ConfigError(f"{walked} has no field '{name}'{nearest(name, hints)}")
-        hint = typing.get_args(hints[name])[0] if "[" in word else hints[name]
-        walked += f".{word}"
-
-
-def nearest(word: str, choices: typing.Iterable[str]) -> str:
-    """`; did you mean a, b?` or, without a near name, the whole list."""
-    choices = sorted(choices)
-    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else f"; choices: {', '.join(choices)}"
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping | config_dict.ConfigDict):
-            raise ConfigError(f"{path} must be a mapping of fields, not {value!r}")
-        return from_config_dict(value, typing.cast(type, hint), path)
-    args = typing.get_args(hint)
-    if types.NoneType in args:
-        return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), path)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, tuple | list):
-            value = (value,)
-        return tuple(_convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{path} must be of type {hint.__name__}, not {value!r}")
-    return value

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from flmjax.config import (
+from flmjax.config.fields import (
     GROWTH_FAMILIES,
     MESH_AXES,
     STAGE_SIZES,
