@@ -20,7 +20,7 @@ USAGE_GROW = "usage: flmjax grow --config=FILE --source=WORKDIR (--workdir=DIR [
 
 def train(config: RunConfig, workdir: Path) -> None:
     """Train the schedule of stages, or go on with it."""
-    from flmjax.evaluation.report import write_report
+    from flmjax.report.run_page import write_report
     from flmjax.training.loop import train as run
 
     run(config, workdir)
@@ -32,7 +32,7 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
     from flmjax.data.inspection import show_samples, summary
     from flmjax.data.loader import mixture, mixture_schedule
     from flmjax.data.prepare import prepare as run
-    from flmjax.training.workdir import data_directory
+    from flmjax.workdir.paths import data_directory
 
     data = run(config.data, data_directory(config, workdir), progress=True, full_check=True)
     schedule = mixture_schedule(config, data)
@@ -63,8 +63,9 @@ def plan(
     output: str | None,
 ) -> None:
     """Compile a run for a machine that is not here: memory, time, price."""
-    from flmjax.scaling.plan import TooLargeError, make_plan
-    from flmjax.scaling.tables import cost_table, table
+    from flmjax.planning.plan import make_plan
+    from flmjax.planning.topology import TooLargeError
+    from flmjax.report.plan_table import cost_table, table
 
     given = {"--cost-only": cost_only, "--search-layout": search_layout, "--output": output is not None}
     asked = [flag for flag, is_given in given.items() if is_given]
@@ -82,14 +83,14 @@ def plan(
         return
     log = lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True)
     if search_layout:
-        from flmjax.scaling import tune as search
+        from flmjax.planning import layout_search as search
 
         print(search.table(search.tune(config, log)), flush=True)
         return
     made = make_plan(config, price, log)
     print(table(made), flush=True)
     if output is not None:
-        from flmjax.scaling.plan_page import write_plan
+        from flmjax.report.plan_page import write_plan
 
         print(f"plan: {write_plan(made, Path(output))}", flush=True)
     if made.refusals:
@@ -98,7 +99,7 @@ def plan(
 
 def report(workdir: Path) -> None:
     """Write report.html of a run, finished or not."""
-    from flmjax.evaluation.report import write_report
+    from flmjax.report.run_page import write_report
 
     print(f"report: {write_report(workdir)}", flush=True)
 

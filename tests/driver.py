@@ -18,7 +18,7 @@ import numpy as np
 
 from flmjax import cli
 from flmjax.training import loop
-from flmjax.training.checkpoint import Checkpoints
+from flmjax.workdir.checkpoint import Checkpoints
 
 
 def die(*_args, **_kwargs):
@@ -55,13 +55,13 @@ def main() -> int:
 
         return run_stage(state, spec, config, index, logged_rows(), data)
 
-    def counted_save(self, step, state, meta):
+    def counted_save(self, step, items, meta):
         nonlocal saves, checkpoints
         saves, checkpoints = saves + 1, self
         if when == "full" and saves == int(number):
             self.wait()  # the save before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        save(self, step, state, meta)
+        save(self, step, items, meta)
         if when == "saving" and saves == int(number):  # the save before is whole now, this one is being written
             threading.Timer(0.005, die).start()
 

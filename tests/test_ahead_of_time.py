@@ -12,8 +12,8 @@ PROGRAM = """
 import dataclasses, json, sys
 import jax, numpy as np
 from flmjax.config import GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
-from flmjax.scaling.compile import Compiler
-from flmjax.scaling.topology import parse_topology
+from flmjax.planning.compile import Compiler
+from flmjax.planning.topology import parse_topology
 
 topology, mesh, family, start, sizes = json.loads(sys.argv[1])
 model = ModelConfig(head_dim=128, vocab_size=100256, max_length=2048, **start)

@@ -14,9 +14,9 @@ from conftest import TINY, random_batch, with_fields
 import flmjax
 from flmjax.config import FORMAT, ConfigError, MeshConfig, OptimizerConfig, resize
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training.checkpoint import CheckpointError, Checkpoints, remove_incomplete
-from flmjax.training.state import init_state, state_spec
+from flmjax.training.state import from_items, init_state, state_spec, to_items
 from flmjax.training.step import compile_step
+from flmjax.workdir.checkpoint import CheckpointError, Checkpoints, remove_incomplete
 
 CONFIG = with_fields(TINY, num_heads=8)
 
@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
     for i in range(3):
         state, _ = step(state, random_batch(CONFIG, rows=8, seed=i), np.float32(1e-2))
     with Checkpoints(folder, keep=2) as checkpoints:
-        checkpoints.save(3, state, {"stage": 0})
+        checkpoints.save(3, to_items(state), {"stage": 0})
         checkpoints.wait()
     return folder, jax.tree.map(np.asarray, state)
 
@@ -46,7 +46,7 @@ def test_any_mesh_reads_what_another_wrote(saved, shape):  # cases H01, H04
     folder, state = saved
     spec = spec_on(*shape)
     with Checkpoints(folder, keep=2) as checkpoints:
-        restored = checkpoints.restore(3, spec.abstract)
+        restored = from_items(checkpoints.restore(3, to_items(spec.abstract)))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, restored), state)
     chex.assert_trees_all_equal_structs(restored, state)  # optax's own types, not lists and dictionaries
     for found, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(spec.abstract), strict=True):
@@ -59,7 +59,7 @@ def test_weights_are_read_without_the_moments(saved, monkeypatch):  # case H06
         read = []
         inner = checkpoints._read
         monkeypatch.setattr(checkpoints, "_read", lambda step, **items: read.extend(items) or inner(step, **items))
-        params = checkpoints.restore_params(3, spec_on(1, 1, 1).abstract.params)
+        params = checkpoints.restore(3, {"params": spec_on(1, 1, 1).abstract.params})["params"]
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, params), state.params)
     assert sorted(read) == ["meta", "params"]
 
@@ -69,7 +69,7 @@ def test_a_model_of_another_size_is_refused_with_leaf_and_shapes(saved):  # case
     spec = state_spec(larger, OptimizerConfig(), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
     words = r"layers/mlp/\w+/\w+ has shape \(2.*48.*\), the model \(2.*64.*\).*growth"
     with Checkpoints(saved[0], keep=2) as checkpoints, pytest.raises(CheckpointError, match=words):
-        checkpoints.restore(3, spec.abstract)
+        checkpoints.restore(3, to_items(spec.abstract))
 
 
 def test_a_checkpoint_of_another_format_is_refused(saved, tmp_path):
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_format_is_refused(saved, tmp_path):
     with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
         words = f"has format {FORMAT + 1}; flmjax .* reads format {FORMAT}"
         with pytest.raises(ConfigError, match=words):
-            checkpoints.restore(3, spec_on(1, 1, 1).abstract)
+            checkpoints.restore(3, to_items(spec_on(1, 1, 1).abstract))
 
 
 def test_what_is_not_whole_is_removed_and_nothing_else(tmp_path):  # case H02
@@ -98,10 +98,10 @@ def test_a_save_that_orbax_declines_is_an_error(saved, tmp_path):
     spec = spec_on(1, 1, 1)
     state = init_state(spec, 0)
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
-        checkpoints.save(5, state, {})
+        checkpoints.save(5, to_items(state), {})
         checkpoints.wait()
         with pytest.raises(CheckpointError, match=r"step 4 was not saved in .*: the newest there is 5"):
-            checkpoints.save(4, state, {})
+            checkpoints.save(4, to_items(state), {})
 
 
 def test_the_program_does_not_grow_with_depth(one_device_mesh):

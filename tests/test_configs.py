@@ -12,9 +12,9 @@ from flmjax.config import SIZES, ConfigError, RunConfig, from_config_dict
 from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.tokenizers import named_tokenizer
 from flmjax.model.flops import num_parameters
-from flmjax.scaling.cost import cost_from_scratch, saved_at_equal_tokens, stage_costs
-from flmjax.scaling.topology import parse_topology
-from flmjax.training.optimizer import learning_rate
+from flmjax.optimizer.schedule import learning_rate
+from flmjax.planning.cost import cost_from_scratch, saved_at_equal_tokens, stage_costs
+from flmjax.planning.topology import parse_topology
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MACHINES = ("a800", "tpu_v5p", "tpu_v4", "tpu_v6e")

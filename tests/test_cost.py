@@ -12,9 +12,9 @@ import pytest
 from flmjax.config import ConfigError, GrowthConfig, ModelConfig, RunConfig, StageConfig, from_config_dict
 from flmjax.model.flops import num_parameters
 from flmjax.model.transformer import abstract_params, count_parameters
-from flmjax.scaling import cost
-from flmjax.scaling.cost import Machine, bill, saved_at_equal_loss, saved_at_equal_tokens, training_flops
-from flmjax.scaling.tables import cost_table
+from flmjax.planning import cost
+from flmjax.planning.cost import Machine, bill, saved_at_equal_loss, saved_at_equal_tokens, training_flops
+from flmjax.report.plan_table import cost_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

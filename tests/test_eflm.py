@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flmjax.training.metrics import read_metrics
+from flmjax.workdir.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "eflm_16b.py"
 

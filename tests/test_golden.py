@@ -29,10 +29,10 @@ from flmjax.config.validate import validate_mesh
 from flmjax.growth.certificate import comparison
 from flmjax.growth.masks import Ramp
 from flmjax.model.transformer import abstract_params, init_params
+from flmjax.optimizer.adam import make_optimizer
 from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.mesh import MESH_AXES, make_mesh
 from flmjax.sharding.rules import Placement, leaf_sharding
-from flmjax.training.optimizer import make_optimizer
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_growth, compile_step, gradients
 

@@ -20,11 +20,11 @@ from flmjax.growth.certificate import _exactness_failure, certify
 from flmjax.growth.grow import check_growth, grow, grow_params, plan_growth
 from flmjax.growth.learned import expand, first_matrices, fresh_part, tune, tuning_flops
 from flmjax.growth.masks import Ramp, masked, openness
-from flmjax.growth.optimizer_state import AdamState
 from flmjax.growth.rules import AxisRule, GrowthError, Rule
+from flmjax.model.loss import loss_sums
 from flmjax.model.transformer import abstract_params
+from flmjax.optimizer.adam import AdamState
 from flmjax.sharding.axes import map_with_axes
-from flmjax.training.losses import loss_sums
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_step
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
-from flmjax.scaling.hlo import _groups, collectives, matmul_flops
+from flmjax.planning.hlo import _groups, collectives, matmul_flops
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import state_spec
 from flmjax.training.step import abstract_batch, compile_step

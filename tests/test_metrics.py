@@ -20,10 +20,11 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from flmjax.config import ConfigError, ModelConfig
+from flmjax.hardware import peak_flops
 from flmjax.model.flops import flops_per_token, matmul_parameters
 from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import map_with_axes
-from flmjax.training.metrics import MetricsWriter, peak_flops, read_metrics
+from flmjax.workdir.metrics import MetricsWriter, read_metrics
 
 TINY = ModelConfig(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=3, mlp_dim=5, vocab_size=11)
 
@@ -221,7 +222,7 @@ def test_tensorboard_gets_the_numbers_and_hides_what_a_resumed_run_repeats(tmp_p
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-from flmjax.training.metrics import ProgressBar
+from flmjax.workdir.progress import ProgressBar
 with ProgressBar(total=40, initial=10) as bar:
     for step in (20, 30, 40):
         bar.update(step, stage="small", loss=2.5, tokens_per_second=12345.6)

@@ -11,13 +11,13 @@ import reference
 from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import ConfigError
+from flmjax.evaluation.generate import generate
 from flmjax.model.attention import IMPLEMENTATIONS, attend, choose
-from flmjax.model.decode import generate
 from flmjax.model.layers import Norm
+from flmjax.model.loss import loss_sums
 from flmjax.model.positions import rotation
 from flmjax.model.transformer import Transformer, abstract_params, count_parameters, forward, init_params
 from flmjax.sharding.axes import LeafAxes
-from flmjax.training.losses import loss_sums
 
 # Every value of every setting, and every pair of values of norm, activation, position and the four switches.
 SETTINGS = {

@@ -21,18 +21,18 @@ from flmjax.config import (
     RunConfig,
     StageConfig,
 )
-from flmjax.scaling import compile as compile_module
-from flmjax.scaling import plan as plan_module
-from flmjax.scaling.compile import Compiler, Program, _explained
-from flmjax.scaling.cost import Bill, StageCost
-from flmjax.scaling.hlo import Collective
-from flmjax.scaling.plan import GrowthPlan, Plan, StagePlan, TooLargeError, _refusals, _remarks, make_plan
-from flmjax.scaling.plan_page import _draw_memory, write_plan
-from flmjax.scaling.roofline import Assumptions, StepTime, fused_attention_flops, step_time
-from flmjax.scaling.tables import table
-from flmjax.scaling.topology import parse_topology
-from flmjax.scaling.tune import memory
-from flmjax.sharding.chips import A800, GiB, chip_of
+from flmjax.hardware import A800, GiB, chip_of
+from flmjax.planning import compile as compile_module
+from flmjax.planning import plan as plan_module
+from flmjax.planning.compile import Compiler, Program, _explained
+from flmjax.planning.cost import Bill, StageCost
+from flmjax.planning.hlo import Collective
+from flmjax.planning.layout_search import memory
+from flmjax.planning.plan import GrowthPlan, Plan, StagePlan, _refusals, _remarks, make_plan
+from flmjax.planning.roofline import Assumptions, StepTime, fused_attention_flops, step_time
+from flmjax.planning.topology import TooLargeError, parse_topology
+from flmjax.report.plan_page import _draw_memory, write_plan
+from flmjax.report.plan_table import table
 from flmjax.training import loop
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flmjax.training.metrics import read_metrics
+from flmjax.workdir.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,11 +26,11 @@ from flmjax.config import (
     to_stored,
 )
 from flmjax.data.prepare import prepare
-from flmjax.evaluation.page import short
-from flmjax.evaluation.report import _figure, _page, _smooth, write_report
 from flmjax.model.flops import flops_per_token
-from flmjax.training.metrics import read_run
-from flmjax.training.workdir import read_config
+from flmjax.report.page import short
+from flmjax.report.run_page import _figure, _page, _smooth, write_report
+from flmjax.report.run_record import read_run
+from flmjax.workdir.paths import read_config
 
 MODEL = ModelConfig(num_layers=1, embed_dim=4, num_heads=1, head_dim=2, mlp_dim=8, max_length=16, vocab_multiple=1)
 STAGES = (
@@ -522,5 +522,5 @@ def test_metrics_of_another_config_are_refused(tmp_path):
 
 
 def test_importing_the_report_does_not_import_matplotlib():
-    program = "import sys, flmjax.evaluation.report; sys.exit('matplotlib' in sys.modules)"
+    program = "import sys, flmjax.report.run_page; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

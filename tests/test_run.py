@@ -19,12 +19,12 @@ from flmjax.data.loader import validation_rows
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.growth.masks import masked
+from flmjax.model.loss import loss_sums
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training.checkpoint import Checkpoints
 from flmjax.training.grow_checkpoint import check_vocabulary
-from flmjax.training.losses import loss_sums
-from flmjax.training.metrics import read_metrics
 from flmjax.training.state import state_spec
+from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.metrics import read_metrics
 
 CONFIG = """
 from flmjax.config import *
@@ -188,7 +188,7 @@ def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
     config = from_config_dict(checkpoints.meta(20)["config"])
     old, new = config.stage_models
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    params = checkpoints.restore_params(20, state_spec(new, config.optimizer, mesh).abstract.params)
+    params = checkpoints.restore(20, {"params": state_spec(new, config.optimizer, mesh).abstract.params})["params"]
     batch = validation_rows(load(workdir / "data"), config.data, length=new.max_length, rows=8)
     rows = {**batch, "bytes": np.ones(8, np.float32)}
     losses = [

@@ -16,14 +16,14 @@ from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import GrowthConfig, MeshConfig, OptimizerConfig, RunConfig, StageConfig, resize
 from flmjax.growth.masks import Ramp, masked
-from flmjax.growth.optimizer_state import AdamState
+from flmjax.model import loss as losses
+from flmjax.model.loss import cross_entropy_sum, loss_sums, teacher_means, teacher_sums
 from flmjax.model.transformer import forward
+from flmjax.optimizer.adam import AdamState, make_optimizer
+from flmjax.optimizer.schedule import learning_rate, new_warmup
 from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training import loop, losses
-from flmjax.training.losses import cross_entropy_sum, loss_sums, teacher_means, teacher_sums
-from flmjax.training.metrics import MetricsWriter, read_metrics
-from flmjax.training.optimizer import learning_rate, make_optimizer, new_warmup
+from flmjax.training import loop
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import (
     accumulate,
@@ -33,6 +33,7 @@ from flmjax.training.step import (
     nonfinite_leaves,
     put_batch,
 )
+from flmjax.workdir.metrics import MetricsWriter, read_metrics
 
 
 @pytest.fixture(scope="module")

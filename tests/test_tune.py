@@ -10,12 +10,12 @@ import pytest
 from flmjax import cli
 from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
 from flmjax.config.validate import legal_microbatches
+from flmjax.hardware import A800, GiB
 from flmjax.model.flops import num_parameters
-from flmjax.scaling import tune
-from flmjax.scaling.compile import Program
-from flmjax.scaling.plan import USABLE, TooLargeError
-from flmjax.scaling.tune import Setting, estimates, fit, growth_peak, meshes, table
-from flmjax.sharding.chips import A800, GiB
+from flmjax.planning import layout_search as tune
+from flmjax.planning.compile import Program
+from flmjax.planning.layout_search import Setting, estimates, fit, growth_peak, meshes, table
+from flmjax.planning.topology import USABLE, TooLargeError
 
 MODEL = ModelConfig(
     num_layers=4, embed_dim=1024, num_heads=8, head_dim=128, mlp_dim=4096, vocab_size=50_304, max_length=2048,

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flmjax.data.freelm import Marks
 from flmjax.data.packing import COUNTS, DECISIVE
+from flmjax.data.sources.freelm import Marks
 from flmjax.data.spool import NO_JUDGEMENT, Spooled
 from flmjax.data.tokenizers import Tokenizer, load_tokenizer
 

@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data.corpus import text_source
-from flmjax.data.documents import Document, Source
 from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
-from flmjax.data.freelm import marks, teacher_source
 from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta, sha256
+from flmjax.data.sources import text_source
+from flmjax.data.sources.documents import Document, Source
+from flmjax.data.sources.freelm import marks, teacher_source
 from flmjax.data.spool import SPLITS, Spool
 from flmjax.data.tokenizers import (
     MODEL_FILE,
@@ -151,7 +151,7 @@ class _Preparation:
             names = (*data.sources, *data.teachers)
             self.sources = [Source(n, functools.partial(iter, given[n]), n in data.teachers) for n in names]
         elif data.mixture is not None:
-            from flmjax.data.tasks import read_mixture  # TensorFlow: 5 s, and an optional package
+            from flmjax.data.sources.tasks import read_mixture  # TensorFlow: 5 s, and an optional package
 
             mixture = read_mixture(data)
             self.sources, self.rates = list(mixture.sources), mixture.weights

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from flmjax.config import ConfigError
-from flmjax.data.freelm import Marks
+from flmjax.config import ConfigError, RunConfig
+from flmjax.data.sources.freelm import Marks
 from flmjax.data.tokenizers import Tokenizer, load_tokenizer
 
 META_FILE = "meta.json"
@@ -91,6 +91,21 @@ class Prepared:
     def _map(self, name: str, dtype: str) -> np.ndarray:
         path = self.directory / name
         return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)  # mmap refuses 0 bytes
+
+
+def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
+    """Fill in model.vocab_size from the tokenizer, or check it against that."""
+    if config.model.vocab_size not in (None, data.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} but the data's vocabulary has {data.vocab_size} ids; "
+            "leave it None to take the tokenizer's"
+        )
+    if data.marks is not None and config.model.attention == "cudnn":  # of a mixture, known only now
+        raise ConfigError(
+            f"model.attention='cudnn' cannot keep a row's propositions apart, and {data.directory} has teachers; take "
+            "'plain'"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
 
 
 def load(directory: Path, full: bool = False) -> Prepared:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flmjax.config import ConfigError
-from flmjax.data.documents import Document, is_held_out
+from flmjax.data.sources.documents import Document, is_held_out
 
 SPLITS = ("train", "validation")
 NO_JUDGEMENT = 2

@@ -13,15 +13,15 @@ from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, from_store
 from flmjax.config.validate import check_mesh, validate, validate_mesh
 from flmjax.data.loader import fingerprint, mixture_schedule
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import load
+from flmjax.data.prepared import load, with_vocabulary
 from flmjax.data.tokenizers import Tokenizer
 from flmjax.growth.grow import check_growth, plan_growth
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training.checkpoint import Checkpoints, latest_whole_step
 from flmjax.training.loop import prove_growth, stage_ramp
-from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
+from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
 from flmjax.training.step import compile_growth
-from flmjax.training.workdir import data_directory, with_vocabulary, write_config
+from flmjax.workdir.checkpoint import Checkpoints, latest_whole_step
+from flmjax.workdir.paths import data_directory, write_config
 
 DURING_TRAINING = {
     "mask": "its mask opens while the model trains",
@@ -115,7 +115,7 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         "config": to_json(config),
     }
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-        checkpoints.save(0, grown, meta)
+        checkpoints.save(0, to_items(grown), meta)
         checkpoints.wait()
     write_config(asked, workdir)
 
@@ -124,8 +124,8 @@ def _restore(directory: Path, step: int, spec: StateSpec, seed: int, weights_onl
     """The state at `step`; of the weights alone, they in a new state."""
     with Checkpoints(directory, keep=None) as checkpoints:
         if not weights_only:
-            return checkpoints.restore(step, spec.abstract)
-        params = checkpoints.restore_params(step, spec.abstract.params)
+            return from_items(checkpoints.restore(step, to_items(spec.abstract)))
+        params = checkpoints.restore(step, {"params": spec.abstract.params})["params"]
     return dataclasses.replace(init_state(spec, seed), params=params)
 
 

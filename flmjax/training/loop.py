@@ -15,20 +15,19 @@ from flmjax.config import ConfigError, ModelConfig, RunConfig, to_json
 from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixture_schedule, validation_rows
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import Prepared
+from flmjax.data.prepared import Prepared, with_vocabulary
+from flmjax.evaluation.generate import generate
 from flmjax.growth.certificate import Certificate, certify
 from flmjax.growth.learned import tune, tuning_flops
 from flmjax.growth.masks import Ramp
-from flmjax.model.decode import generate
+from flmjax.hardware import peak_flops
 from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
+from flmjax.model.loss import teacher_means
 from flmjax.model.transformer import count_parameters
+from flmjax.optimizer.schedule import learning_rate, new_warmup
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement, whole_rows
-from flmjax.training.checkpoint import Checkpoints
-from flmjax.training.losses import teacher_means
-from flmjax.training.metrics import Clock, MetricsWriter, ProgressBar, peak_flops
-from flmjax.training.optimizer import learning_rate, new_warmup
-from flmjax.training.state import StateSpec, TrainState, init_state, state_spec
+from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
 from flmjax.training.step import (
     compile_evaluation,
     compile_growth,
@@ -38,7 +37,10 @@ from flmjax.training.step import (
     nonfinite_leaves,
     put_batch,
 )
-from flmjax.training.workdir import claim_workdir, data_directory, with_vocabulary
+from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.metrics import MetricsWriter
+from flmjax.workdir.paths import claim_workdir, data_directory
+from flmjax.workdir.progress import Clock, ProgressBar
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
 OF_ALL_ROWS = ("loss", "gradient_norm")  # the others are of the text's rows or the teachers', NaN for a batch without
@@ -151,7 +153,7 @@ class Run:
                 )
             index = meta["stage"]
             spec = self.spec(index)
-            state = self.checkpoints.restore(step, spec.abstract)
+            state = from_items(self.checkpoints.restore(step, to_items(spec.abstract)))
             self.bar.log(f"go on from step {step}: {self.describe(index, state)}")
         self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source}); {FLOPS_CONVENTION}")
         return index, spec, state
@@ -287,7 +289,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "config": to_json(self.config),
         }
-        self.checkpoints.save(step, state, meta)
+        self.checkpoints.save(step, to_items(state), meta)
 
     def grow_into(self, index: int, state: TrainState) -> tuple[StateSpec, TrainState]:
         """Grow to stage `index`, prove it, and store the proof. The checkpoint before it is on disk already."""

@@ -1,6 +1,7 @@
 """The training state: described once, as shapes with shardings; init, restore and growth all fill that description."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ from jax.sharding import Mesh
 
 from flmjax.config import ModelConfig, OptimizerConfig
 from flmjax.model.transformer import abstract_params, init_params
+from flmjax.optimizer.adam import make_optimizer
 from flmjax.sharding.rules import replicated, tree_shardings
-from flmjax.training.optimizer import make_optimizer
 
 
 @struct.dataclass
@@ -32,6 +33,17 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     skipped_updates: jax.Array
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The state as the items of a checkpoint: "params", and "train_state" for everything else."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {"params": fields.pop("params"), "train_state": fields}
+
+
+def from_items(items: Mapping[str, Any]) -> TrainState:
+    """Inverse of to_items."""
+    return TrainState(params=items["params"], **items["train_state"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 from flmjax.config import GrowthConfig, ModelConfig
 from flmjax.growth.grow import grow
 from flmjax.growth.masks import Ramp
+from flmjax.model.loss import loss_sums, teacher_means
 from flmjax.sharding.axes import path_name
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
-from flmjax.training.losses import loss_sums, teacher_means
 from flmjax.training.state import StateSpec, TrainState
 
 Batch = dict[str, jax.Array]

@@ -48,7 +48,7 @@ def main() -> None:
 
 def load_texts(files: list[Path]) -> list[str]:
     """Documents to repeat."""
-    from flmjax.data.corpus import hsk, python_docs, text_files
+    from flmjax.data.sources import hsk, python_docs, text_files
 
     if files:
         return [d.text for f in files for d in text_files.documents(text_files.Files([f], f.parent))]
@@ -128,7 +128,7 @@ def watch(process: subprocess.Popen, peak: list[int]) -> None:
 
 def seqio_speed(folder: Path, texts: list[str]) -> float:
     """Tokens a second of a Task that tokenises in its graph, on documents of one line each."""
-    from flmjax.data.tasks import Cl100kVocabulary, seqio
+    from flmjax.data.sources.tasks import Cl100kVocabulary, seqio
 
     path = folder / "lines.txt"
     path.write_text("".join(f"{' '.join(text.split())}\n" for text in texts * 4))

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from flmjax.config import ConfigError
-from flmjax.data.corpus import hsk, python_docs, text_source
-from flmjax.data.documents import Document
+from flmjax.data.sources import hsk, python_docs, text_source
+from flmjax.data.sources.documents import Document
 
 
 def read_source(name, split_by="text"):

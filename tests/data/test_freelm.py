@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flmjax.config import ConfigError, DataConfig, ModelConfig, RunConfig
-from flmjax.data.corpus import hsk
-from flmjax.data.documents import Document, is_held_out
-from flmjax.data.freelm import (
+from flmjax.data.loader import Segment, fingerprint, mixture, validation_rows
+from flmjax.data.packing import make_proposition_row, proposition_rows
+from flmjax.data.prepare import prepare
+from flmjax.data.prepared import with_vocabulary
+from flmjax.data.sources import hsk
+from flmjax.data.sources.documents import Document, is_held_out
+from flmjax.data.sources.freelm import (
     PAIRS,
     TEMPLATES,
     Marks,
@@ -21,11 +25,7 @@ from flmjax.data.freelm import (
     propositions,
     teacher_source,
 )
-from flmjax.data.loader import Segment, fingerprint, mixture, validation_rows
-from flmjax.data.packing import make_proposition_row, proposition_rows
-from flmjax.data.prepare import prepare
 from flmjax.data.tokenizers import ByteTokenizer, Cl100kTokenizer, SentencePieceTokenizer
-from flmjax.training.workdir import with_vocabulary
 
 DATA = DataConfig(sources=("text",), teachers=("teacher",), vocabulary="bytes", validation_fraction=0.2)
 TRUE, FALSE = "😈".encode(), "😡".encode()

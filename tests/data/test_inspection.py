@@ -9,10 +9,10 @@ import pytest
 from flmjax import cli
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import prepared as prepared_module
-from flmjax.data.documents import Document
 from flmjax.data.inspection import show_row, summary
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import VERIFIED_FILE, load
+from flmjax.data.sources.documents import Document
 from flmjax.data.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()

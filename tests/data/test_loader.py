@@ -11,10 +11,10 @@ import pytest
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import loader
-from flmjax.data.documents import is_held_out
 from flmjax.data.loader import Segment, batches, check_size, default_weights, fingerprint, mixture, validation_rows
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
+from flmjax.data.sources.documents import is_held_out
 
 LENGTH = 8  # "0000123" and the end token: a row is a document, and its id can be read from it
 ONE = [Segment((1.0,), None)]

@@ -15,9 +15,9 @@ import pytest
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import prepare as module
-from flmjax.data.documents import Document
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
+from flmjax.data.sources.documents import Document
 
 BYTES = DataConfig(sources=("a", "b"), vocabulary="bytes", validation_fraction=0.2)
 DOCUMENTS = {
@@ -174,7 +174,7 @@ import os, sys, time
 from pathlib import Path
 from flmjax.config import DataConfig
 from flmjax.data import prepare as module
-from flmjax.data.documents import Document
+from flmjax.data.sources.documents import Document
 
 def stop(*_):
     print("here", flush=True)

@@ -16,10 +16,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data import tasks
-from flmjax.data.documents import Document
-from flmjax.data.freelm import TEMPLATES, Template
 from flmjax.data.prepare import prepare
+from flmjax.data.sources import tasks
+from flmjax.data.sources.documents import Document
+from flmjax.data.sources.freelm import TEMPLATES, Template
 from flmjax.data.tokenizers import ByteTokenizer, Cl100kTokenizer, SentencePieceTokenizer
 
 TEXTS = ["One two.", "第二篇 with a\nline break", "  spaces kept  ", "Four, five! 🙂"]
@@ -73,7 +73,7 @@ def test_a_module_in_the_current_directory_registers_a_task_whose_text_comes_out
     (tmp_path / "b.md").write_text("# Third\n\n\nstill", encoding="utf-8")
     (tmp_path / "held.txt").write_text("Held out", encoding="utf-8")
     (tmp_path / "own_tasks_of_a_test.py").write_text(
-        "from flmjax.data.tasks import add_text_task, local_files_source\n"
+        "from flmjax.data.sources.tasks import add_text_task, local_files_source\n"
         "add_text_task('own', local_files_source({'train': ['a.txt', 'b.md'], 'validation': 'held.txt'}))\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -416,6 +416,8 @@ def test_weights_that_are_not_one_for_each_task_are_refused_before_anything_is_r
 
 
 def test_tensorflow_takes_no_gpu_and_writes_nothing_to_standard_error():
-    code = "import flmjax.data.tasks as t; print(t.tf.config.get_visible_devices('GPU'), 'GPU' in str(t.tf.zeros(1)))"
+    code = (
+        "from flmjax.data.sources.tasks import tf; print(tf.config.get_visible_devices('GPU'), tf.ones(1).device[-5:])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     assert (done.stdout, done.stderr) == ("[] False\n", "")

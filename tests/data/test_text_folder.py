@@ -11,8 +11,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data import tasks, text_folder
-from flmjax.data.corpus import text_files
+from flmjax.data.sources import tasks, text_files, text_folder
 
 FILES = {
     "b.txt": "First\ntext\n\n\n第二篇\n",

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from flmjax.data.corpus import hsk, python_docs, text_files
-from flmjax.data.documents import Document, Source
+from flmjax.data.sources import hsk, python_docs, text_files
+from flmjax.data.sources.documents import Document, Source
 
 BUILT_IN: dict[str, Callable[[], Iterator[Document | str]]] = {
     "python_docs": python_docs.documents,

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flmjax.evaluation.page import escaped, page, picture, png, short, table, tiles
-from flmjax.scaling.plan import Plan
-from flmjax.scaling.tables import Row, closing, growth_rows, stage_rows
-from flmjax.sharding.chips import GiB
+from flmjax.hardware import GiB
+from flmjax.planning.plan import Plan
+from flmjax.report.page import escaped, page, picture, png, short, table, tiles
+from flmjax.report.plan_table import Row, closing, growth_rows, stage_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError, DataConfig, nearest
-from flmjax.data.corpus import text_source
-from flmjax.data.documents import Document, Source
-from flmjax.data.freelm import TEMPLATES, Template, propositions
+from flmjax.data.sources import text_source
+from flmjax.data.sources.documents import Document, Source
+from flmjax.data.sources.freelm import TEMPLATES, Template, propositions
 from flmjax.data.tokenizers import ByteTokenizer, Cl100kTokenizer, SentencePieceTokenizer, Tokenizer
 
 
@@ -303,7 +303,7 @@ def _tokenizer(task: seqio.Task) -> Tokenizer | None:
             return vocabulary.tokenizer
     raise ConfigError(
         f"its vocabulary is a {type(vocabulary).__name__}; those that can be read are SentencePieceVocabulary, "
-        "ByteVocabulary, flmjax.data.tasks.Cl100kVocabulary and PassThroughVocabulary, or set data.vocabulary"
+        "ByteVocabulary, flmjax.data.sources.tasks.Cl100kVocabulary and PassThroughVocabulary, or set data.vocabulary"
     )
 
 

@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from flmjax.config import ConfigError, RunConfig
-from flmjax.evaluation.page import short
-from flmjax.scaling import cost
-from flmjax.scaling.plan import PACKAGES, Plan, StagePlan, machine_of, tflops, tuning_words
-from flmjax.scaling.roofline import Assumptions
-from flmjax.sharding.chips import A800, Chip, GiB
+from flmjax.hardware import A800, Chip, GiB
+from flmjax.planning import cost
+from flmjax.planning.plan import Plan, StagePlan, machine_of, tflops, tuning_words
+from flmjax.planning.roofline import Assumptions
+from flmjax.planning.topology import PACKAGES
+from flmjax.report.page import short
 
 if TYPE_CHECKING:
-    from flmjax.scaling.compile import Program
+    from flmjax.planning.compile import Program
 
 Row = tuple[str, list[str]]
 

@@ -14,14 +14,13 @@ from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.config.validate import validate_mesh
 from flmjax.growth.certificate import comparison
 from flmjax.model.attention import choose
-from flmjax.scaling.hlo import Collective, collectives, matmul_flops
-from flmjax.scaling.plan import PACKAGES, TooLargeError
-from flmjax.scaling.stderr import captured_stderr
-from flmjax.scaling.topology import Topology, devices_of
+from flmjax.optimizer.schedule import new_warmup
+from flmjax.planning.hlo import Collective, collectives, matmul_flops
+from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement, whole_rows
+from flmjax.stderr import captured_stderr
 from flmjax.training.loop import stage_ramp
-from flmjax.training.optimizer import new_warmup
 from flmjax.training.state import StateSpec, state_spec
 from flmjax.training.step import abstract_batch, compile_growth, compile_step
 

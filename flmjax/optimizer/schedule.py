@@ -1,33 +1,10 @@
-"""AdamW and the learning rate of every stage."""
+"""The learning rate of every stage."""
 
 import dataclasses
-from typing import Any
 
-import jax
 import optax
 
-from flmjax.config import ModelConfig, OptimizerConfig, StageConfig
-from flmjax.growth.optimizer_state import scale_by_adam
-from flmjax.sharding.axes import LeafAxes
-
-
-def make_optimizer(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, Adam, decay on matrices. The step multiplies by the learning rate, which is an argument
-    of the compiled step: another schedule compiles nothing anew.
-
-    Under muP matrices inside the blocks take rate / m and decay * m; their product does not change.
-
-    Args:
-        model: gives the sizes of the axes and the width multiplier m.
-        axes: tree of LeafAxes of the parameters; biases, gains and shifts do not decay.
-    """
-    matrices = jax.tree.map(lambda leaf: leaf.is_matrix, axes, is_leaf=lambda x: isinstance(x, LeafAxes))
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
-        clip,
-        scale_by_adam(config, model, axes),
-        optax.masked(optax.add_decayed_weights(config.weight_decay), matrices),
-    )
+from flmjax.config import StageConfig
 
 
 def stage_schedule(stage: StageConfig) -> optax.Schedule:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError, DataConfig, nearest
-from flmjax.data.corpus import hsk, source_files, text_source
-from flmjax.data.corpus.text_files import json_lines, row_key, stamp
-from flmjax.data.documents import Document, Source, is_held_out
+from flmjax.data.sources import hsk, source_files, text_source
+from flmjax.data.sources.documents import Document, Source, is_held_out
+from flmjax.data.sources.text_files import json_lines, row_key, stamp
 from flmjax.data.tokenizers import Tokenizer
 
 RESERVOIR = 1000  # earlier partners that a false pair is drawn from

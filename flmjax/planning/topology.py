@@ -5,12 +5,14 @@ import math
 import re
 from typing import Any
 
-from jax.experimental import topologies
-
 from flmjax.config import ConfigError
-from flmjax.sharding.chips import Chip, chip_of
+from flmjax.hardware import Chip, chip_of
 
 NODE = 8  # GPUs that NVLink joins
+# Of a device's memory, what a program can have: the rest is for the driver, communication buffers and, on GPUs, the
+# workspace of cuDNN, which is in no compiler's count.
+USABLE = {"cuda": 0.92, "tpu": 0.96}
+PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
 
 # name: (what JAX calls the chip, options, shape of an example, chips of a pod)
 _TPUS: dict[str, tuple[str, dict[str, Any], str, int]] = {
@@ -48,6 +50,10 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}
 device_description_str: "{kind}"
 """
+
+
+class TooLargeError(RuntimeError):
+    """A program that the machine's compiler refuses for its memory; says how much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +105,8 @@ def devices_of(topology: Topology) -> list[Any] | None:
     Raises:
         ConfigError: when the compiler knows no such shape.
     """
+    from jax.experimental import topologies  # imported here: a cost alone needs no JAX
+
     try:
         devices = list(topologies.get_topology_desc(**topology.arguments).devices)
     except NotImplementedError:  # what JAX says without the CUDA plugin

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flmjax.evaluation.page import duration, escaped, finite, number, page, picture, png, short, table, tiles
 from flmjax.model.flops import FLOPS_CONVENTION
-from flmjax.training.metrics import Record, Run, latest, read_run
+from flmjax.report.page import duration, escaped, finite, number, page, picture, png, short, table, tiles
+from flmjax.report.run_record import RunRecord, latest, read_run
+from flmjax.workdir.metrics import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ LEGEND: Record = {"fontsize": 8, "labelcolor": INK, "edgecolor": "none", "framea
 CHANCE = 0.5  # of judging right: a proposition is true or false
 
 
-def _figure(run: Run, columns: int) -> "Figure":
+def _figure(run: RunRecord, columns: int) -> "Figure":
     """Six panels in `columns` columns, two for a desk, one for a phone; with teachers two more, of their rows."""
     from matplotlib.figure import Figure  # without pyplot: no global state, and the canvas is Agg's
 
@@ -81,7 +82,7 @@ def _figure(run: Run, columns: int) -> "Figure":
     return figure
 
 
-def _frame(panel: "Axes", run: Run, title: str, field: str, letters: float) -> None:
+def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float) -> None:
     """Title, axes and stages: a tint each, a line where the model grew, the name above (slanted where it is narrow).
 
     About `letters` letters of a stage's name fit over the panel.
@@ -109,7 +110,7 @@ def _frame(panel: "Axes", run: Run, title: str, field: str, letters: float) -> N
         panel.text(y=1.02, s=stage.config.name, transform=transform, fontsize=8, color=INK, parse_math=False, **place)
 
 
-def _draw_teachers(panels: Sequence["Axes"], run: Run, letters: float) -> None:
+def _draw_teachers(panels: Sequence["Axes"], run: RunRecord, letters: float) -> None:
     """What the model learns from the teachers' rows: how often it judges right, and the loss of the marks."""
     judgements, loss = panels
     _frame(judgements, run, "Judgement accuracy", "tokens", letters)
@@ -123,7 +124,7 @@ def _draw_teachers(panels: Sequence["Axes"], run: Run, letters: float) -> None:
     loss.legend(loc="upper right", **LEGEND)
 
 
-def _draw_curve(panel: "Axes", run: Run, x_field: str, y_field: str) -> None:
+def _draw_curve(panel: "Axes", run: RunRecord, x_field: str, y_field: str) -> None:
     x, y = _series(_train_lines(run, y_field), x_field, y_field)
     if len(x) > 40:
         panel.plot(x, y, color=TRAIN, alpha=0.35, linewidth=0.8, label="train")
@@ -140,11 +141,11 @@ def _series(records: Sequence[Record], x: str, y: str) -> tuple[list[float], lis
     return [record[x] for record in records], [finite(record.get(y)) for record in records]
 
 
-def _has_teachers(run: Run) -> bool:
+def _has_teachers(run: RunRecord) -> bool:
     return any("judgement_accuracy" in record for record in (*run.train, *run.validation))
 
 
-def _train_lines(run: Run, y: str) -> list[Record]:
+def _train_lines(run: RunRecord, y: str) -> list[Record]:
     """The train lines to read `y` from. With teachers "loss" is that of the language rows, as in validation, and lines
     whose batch had no row of y's kind are left out: they are no gap in the curve, as a loss that is not finite is."""
     if not _has_teachers(run):
@@ -167,7 +168,7 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
 # ---- page -----------------------------------------------------------------------------------------------------------
 
 
-def _page(run: Run, name: str, wide: bytes, narrow: bytes) -> str:
+def _page(run: RunRecord, name: str, wide: bytes, narrow: bytes) -> str:
     judgements = ", judgement accuracy" if _has_teachers(run) else ""
     words = f"Loss, bits per byte{judgements}, parameters, learning rate and throughput of the run"
     body = f"""<h1>{escaped(name)}</h1>
@@ -186,7 +187,7 @@ def _page(run: Run, name: str, wide: bytes, narrow: bytes) -> str:
     return page(f"{name} - flmjax report", body)
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RunRecord) -> str:
     step, total = run.last["step"], run.config.total_steps
     bits = finite(latest(run.validation).get("bits_per_byte"))
     against_gzip = f"bits per byte; gzip -9 of the same text: {number(run.gzip)}"
@@ -215,7 +216,7 @@ def _judgements(validation: Record) -> tuple[str, str]:
     return number(validation.get("judgement_accuracy"), ".1%"), number(validation.get("judged"), ",")
 
 
-def _warnings(run: Run) -> list[str]:
+def _warnings(run: RunRecord) -> list[str]:
     """What a reader must know before believing the numbers."""
     out = []
     skipped = sum(bool(record.get("skipped_updates")) for record in run.train)  # each skipped update has its line
@@ -228,7 +229,7 @@ def _warnings(run: Run) -> list[str]:
     return out
 
 
-def _stage_table(run: Run) -> str:
+def _stage_table(run: RunRecord) -> str:
     head = "stage,layers,embed,heads,MLP,parameters,steps,batch,tokens,FLOPs,train loss,val. loss,val. bits/byte"
     head += ",val. teacher loss,val. judgements" if _has_teachers(run) else ""
     losses = _train_lines(run, "loss")
@@ -252,7 +253,7 @@ def _stage_table(run: Run) -> str:
     return table(head.split(","), rows, TINTS)
 
 
-def _equal_tokens(run: Run) -> str:
+def _equal_tokens(run: RunRecord) -> str:
     """The saving by the schedule; a saving at equal loss is another number, and no single run can show it."""
     whole = run.flops_without_growth
     if whole is None:
@@ -266,7 +267,7 @@ def _equal_tokens(run: Run) -> str:
     )
 
 
-def _certificate_table(run: Run) -> str:
+def _certificate_table(run: RunRecord) -> str:
     if not run.growth and not run.certificates:
         return ""
     head = "growth,step,result,float32,float64,run,tolerance,max |logit|,loss,KL,gradient norm,compared,family,sizes"
@@ -303,7 +304,7 @@ def _verdict(certificate: Record) -> str:
     return "✓ exact" if finite(difference) <= finite(tolerance) else "✗ not shown exact"  # NaN is not <= anything
 
 
-def _samples(run: Run) -> str:
+def _samples(run: RunRecord) -> str:
     """The last sample of every stage."""
     last = {record["stage"]: record for record in run.sample}
     out = ["<h2>Text samples</h2>"] if last else []

@@ -1,31 +1,14 @@
 """The folder of a run: whose it is, and where its data are."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 from flmjax.config import ConfigError, RunConfig, differences, from_stored, to_json, to_stored
-from flmjax.data.prepared import Prepared
 
 
 def data_directory(config: RunConfig, workdir: Path) -> Path:
     """Where the run's token files are."""
     return Path(config.data.directory) if config.data.directory else workdir / "data"
-
-
-def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
-    """Fill in model.vocab_size from the tokenizer, or check it against that."""
-    if config.model.vocab_size not in (None, data.vocab_size):
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} but the data's vocabulary has {data.vocab_size} ids; "
-            "leave it None to take the tokenizer's"
-        )
-    if data.marks is not None and config.model.attention == "cudnn":  # of a mixture, known only now
-        raise ConfigError(
-            f"model.attention='cudnn' cannot keep a row's propositions apart, and {data.directory} has teachers; take "
-            "'plain'"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
 
 
 def claim_workdir(config: RunConfig, workdir: Path) -> None:

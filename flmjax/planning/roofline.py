@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from flmjax.config import MeshConfig, ModelConfig
-from flmjax.scaling.hlo import Collective
-from flmjax.sharding.chips import Chip
+from flmjax.hardware import Chip
+from flmjax.planning.hlo import Collective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 
 from flmjax.config import ConfigError
-from flmjax.data.documents import Document
+from flmjax.data.sources.documents import Document
 
 PAIRS_PER_DOCUMENT = 8  # about 8 x (26 + 28) = 430 bytes
 

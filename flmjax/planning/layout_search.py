@@ -9,23 +9,13 @@ from typing import Any
 
 from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
 from flmjax.config.validate import REMATS, legal_microbatches, validate_mesh
+from flmjax.hardware import Chip, GiB
 from flmjax.model.flops import block_matrices, num_parameters
-from flmjax.scaling import cost
-from flmjax.scaling.hlo import Collective
-from flmjax.scaling.plan import (
-    PACKAGES,
-    USABLE,
-    TooLargeError,
-    compiler_for,
-    growth_plan,
-    growth_refusals,
-    machine_of,
-    refusals,
-    stage_plan,
-    step_of,
-)
-from flmjax.scaling.roofline import fused_attention_flops, step_time
-from flmjax.sharding.chips import Chip, GiB
+from flmjax.planning import cost
+from flmjax.planning.hlo import Collective
+from flmjax.planning.plan import compiler_for, growth_plan, growth_refusals, machine_of, refusals, stage_plan, step_of
+from flmjax.planning.roofline import fused_attention_flops, step_time
+from flmjax.planning.topology import PACKAGES, USABLE, TooLargeError
 
 TENSOR = (1, 2, 4, 8)  # groups that lie whole inside a node of 8
 LARGEST_FSDP = 64  # more has smaller shards and longer rings, which nothing here prices

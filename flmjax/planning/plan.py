@@ -10,28 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.config.validate import legal_microbatches
+from flmjax.hardware import Chip, GiB
 from flmjax.model.flops import flops_per_token
-from flmjax.scaling import cost
-from flmjax.scaling.cost import Bill, Published, StageCost
-from flmjax.scaling.roofline import StepTime, fused_attention_flops, step_time
-from flmjax.scaling.stderr import captured_stderr
-from flmjax.sharding.chips import Chip, GiB
+from flmjax.planning import cost
+from flmjax.planning.cost import Bill, Published, StageCost
+from flmjax.planning.roofline import StepTime, fused_attention_flops, step_time
+from flmjax.planning.topology import USABLE, TooLargeError
+from flmjax.stderr import captured_stderr
 
 if TYPE_CHECKING:
-    from flmjax.scaling.compile import Compiler, Program
-    from flmjax.scaling.topology import Topology
+    from flmjax.planning.compile import Compiler, Program
+    from flmjax.planning.topology import Topology
 
-# Of a device's memory, what a program can have: the rest is for the driver, communication buffers and, on GPUs, the
-# workspace of cuDNN, which is in no compiler's count.
-USABLE = {"cuda": 0.92, "tpu": 0.96}
-PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
 # Rows of a TPU's tile: it moves shards of whole tiles as they are, and no others.
 TILE_ROWS = {"bfloat16": 16, "float32": 8}
 MORE_DEVICES = "take more devices along fsdp or tensor"
-
-
-class TooLargeError(RuntimeError):
-    """A program that the machine's compiler refuses for its memory; says how much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +157,8 @@ def compiler_for(config: RunConfig) -> "tuple[Callable[[RunConfig], Compiler], T
     if config.mesh.topology is None:
         raise ConfigError("mesh.topology is None; name the machine: --config.mesh.topology=a800:24x8")
     with captured_stderr():  # the CUDA plugin says that no GPU is here
-        from flmjax.scaling.compile import Compiler
-        from flmjax.scaling.topology import parse_topology
+        from flmjax.planning.compile import Compiler
+        from flmjax.planning.topology import parse_topology
     topology = parse_topology(config.mesh.topology)
     return lambda chosen: Compiler(chosen, topology), topology
 

@@ -1,7 +1,11 @@
-"""Checkpoints of a run: Orbax, asynchronous, whole or not there."""
+"""Checkpoints of a run, written by Orbax in the background: a step is complete on disk or it does not count.
 
-import dataclasses
+A checkpoint has items by name: `params` and `train_state` are trees of arrays, `meta` is JSON. Parameters are an item
+of their own, so that reading them for evaluation or export leaves the moments on disk.
+"""
+
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from chex import ArrayTree
 
 from flmjax.config import HEADER, check_format
 from flmjax.sharding.axes import path_name
-from flmjax.training.state import TrainState
 
 
 class CheckpointError(RuntimeError):
@@ -20,9 +24,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """Steps under one folder. Each holds `params`, `train_state` (the TrainState without them) and `meta` (JSON).
-
-    Weights are an item of their own, so that reading them for evaluation or export leaves the moments on disk.
+    """The checkpoints under one folder, one for each saved step.
 
     Args:
         keep: newest steps that stay; None only reads: nothing is deleted, another process may be writing there.
@@ -66,20 +68,31 @@ class Checkpoints:
         check_format(meta, f"checkpoint {self.directory / str(step)}")
         return meta
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state in the shapes and shardings of `abstract`, whatever mesh wrote it.
+    def restore(self, step: int, abstract: Mapping[str, ArrayTree]) -> dict[str, Any]:
+        """Items of a checkpoint, in the shapes and shardings of their abstract trees, whatever mesh wrote them.
+
+        Args:
+            abstract: "params" alone, or with "train_state"; what is not named is not read.
 
         Raises:
-            CheckpointError: unreadable, or of another model (the leaf and both shapes are in the message).
+            CheckpointError: unreadable, damaged, or of another model (the message has the leaf and both shapes).
+            ConfigError: of another format.
         """
-        return TrainState(**self._restore(step, {"params": abstract.params, "train_state": _train_state(abstract)}))
+        expected = self.meta(step)["checksums"]
+        for name, tree in abstract.items():
+            self._check_shapes(step, name, tree)
+        items = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        restored = {name: items[name] for name in abstract}
+        damaged = [path for path, value in _checksums(restored).items() if expected[path] != value]
+        if damaged:
+            raise self._read_error(step, f"damaged on disk: {', '.join(damaged[:3])}")
+        return restored
 
-    def restore_params(self, step: int, abstract: Any) -> Any:
-        """Weights alone."""
-        return self._restore(step, {"params": abstract})["params"]
-
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(self, step: int, items: Mapping[str, ArrayTree], meta: dict[str, Any]) -> None:
         """Start writing; an error of the save before is raised here.
+
+        Args:
+            items: "params" and "train_state". meta: what is stored as JSON beside them.
 
         Raises:
             CheckpointError: the disk refuses, or a newer step is there (Orbax would keep both, and resume from that).
@@ -91,10 +104,9 @@ class Checkpoints:
             raise CheckpointError(f"step {step} was not saved in {self.directory}: the newest there is {newest}")
         try:
             self._manager.check_for_errors()
-            state_items = {"params": state.params, "train_state": _train_state(state)}
             args = ocp.args.Composite(
-                **{name: ocp.args.StandardSave(tree) for name, tree in state_items.items()},
-                meta=ocp.args.JsonSave({**HEADER, **meta, "checksums": _checksums(state_items)}),
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                meta=ocp.args.JsonSave({**HEADER, **meta, "checksums": _checksums(items)}),
             )
             self._manager.save(step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -107,18 +119,6 @@ class Checkpoints:
             self._manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(self.latest_step(), error) from error
-
-    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        """Read items into the shapes of their abstract trees and compare them with the sums taken before saving."""
-        expected = self.meta(step)["checksums"]
-        for name, abstract in items.items():
-            self._check_shapes(step, name, abstract)
-        found = self._read(step, **{name: ocp.args.StandardRestore(abstract) for name, abstract in items.items()})
-        sums = _checksums({name: found[name] for name in items})
-        damaged = [path for path, value in sums.items() if expected[path] != value]
-        if damaged:
-            raise self._read_error(step, f"damaged on disk: {', '.join(damaged[:3])}")
-        return {"params": found["params"], **found.get("train_state", {})}
 
     def _check_shapes(self, step: int, name: str, abstract: Any) -> None:
         """Raise CheckpointError naming the leaf and both shapes if the stored model has another size."""
@@ -176,10 +176,6 @@ def remove_incomplete(directory: Path) -> list[Path]:
 
 def _is_whole(folder: Path) -> bool:
     return (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
-
-
-def _train_state(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
 def _paths(tree: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from flmjax.config import ConfigError, nearest
-from flmjax.data.documents import Document
+from flmjax.data.sources.documents import Document
 
 SUFFIXES = (".txt", ".md", ".jsonl")  # what a folder is searched for, plain or compressed
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}

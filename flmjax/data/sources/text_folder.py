@@ -1,6 +1,6 @@
 """A folder of text files as a TFDS dataset: `build(FOLDER, DIRECTORY)` for seqio and Grain, or for Grain alone
 
-    tfds build flmjax/data/text_folder.py --manual_dir=FOLDER --data_dir=DIRECTORY --file_format=array_record
+    tfds build flmjax/data/corpus/text_folder.py --manual_dir=FOLDER --data_dir=DIRECTORY --file_format=array_record
 
 which, in TFDS 4.9.10, needs the packages apache-beam, mlcroissant and importlib_resources.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError
-from flmjax.data.corpus import text_files
+from flmjax.data.sources import text_files
 
 SPLITS = ("train", "validation")
 

@@ -1,0 +1,112 @@
+"""The metrics of a run: metrics.jsonl and TensorBoard events."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from flmjax.config import ConfigError
+
+Record = dict[str, Any]
+
+METRICS_FILE = "metrics.jsonl"
+SURROGATES = "backslashreplace"  # half a UTF-16 pair in a sample becomes a JSON escape instead of ending the run
+
+
+class MetricsWriter:
+    """Appends to WORKDIR/metrics.jsonl and to the TensorBoard events in WORKDIR/tensorboard.
+
+    A run that goes on from step s has written lines past s before it was cut off; they are removed on opening, so that
+    the file holds one line per kind and step however often the run was interrupted.
+
+    Args:
+        workdir: made if absent.
+        resume_step: updates done before this process starts; 0 for a fresh run.
+
+    Raises:
+        ConfigError: if a line of metrics.jsonl that is not the last one is not a metric line.
+        OSError: if the folder cannot be written.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int) -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._repeated = _truncate(workdir, resume_step)
+        self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8", errors=SURROGATES)
+        # Imported here: it takes PyTorch along where that is installed.
+        from tensorboardX import SummaryWriter
+
+        # tensorboardX names files by the second and overwrites: a quick restart would lose the first one's events.
+        suffix = f".{os.getpid()}.{time.time_ns()}"
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=suffix)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line {"kind": kind, "step": step, **values}; numbers go to TensorBoard too, as kind/name.
+
+        Values are numbers, strings or None; arrays of one element count as numbers. JSON has no NaN and no infinity:
+        both become null. What the step resumed from had left in the file already is not written again.
+        """
+        if (kind, step) in self._repeated:
+            return
+        line = {"kind": kind, "step": int(step), **{name: _plain(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._board.add_scalar(f"{kind}/{name}", value, global_step=line["step"])
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(workdir: Path) -> list[Record]:
+    """The lines of WORKDIR/metrics.jsonl in order; [] without the file. A half-written last line is left out.
+
+    Raises:
+        ConfigError: naming an earlier line that is not a JSON object with "kind" and "step".
+    """
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["kind"], record["step"] = str(record["kind"]), int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):  # a newline follows, so this line was written to its end
+                raise ConfigError(f"{path}: line {number} is not a line of metrics: {line[:60]!r}") from error
+        else:
+            records.append(record)
+    return records
+
+
+def _truncate(workdir: Path, resume_step: int) -> set[tuple[str, int]]:
+    """Remove lines past `resume_step` and a half line; returns (kind, step) of the lines kept at `resume_step`."""
+    path = workdir / METRICS_FILE
+    kept = [record for record in read_metrics(workdir) if record["step"] <= resume_step]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    if path.exists() and path.read_bytes() != text.encode(errors=SURROGATES):
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8", errors=SURROGATES) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)  # atomic: a kill leaves the old file or the new one
+    return {(record["kind"], record["step"]) for record in kept if record["step"] == resume_step}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):  # a scalar array of JAX or NumPy
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

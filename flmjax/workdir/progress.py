@@ -1,0 +1,76 @@
+"""What a terminal shows of a run, and the clock behind it."""
+
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Clock:
+    """Time per step, without the step after a restart: that one may compile, or follows an evaluation."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._steps = 0
+
+    def restart(self) -> None:
+        """Forget what was timed."""
+        self._start, self._steps = None, 0
+
+    def tick(self) -> None:
+        """A step's result has arrived."""
+        if self._start is None:
+            self._start = time.monotonic()
+        else:
+            self._steps += 1
+
+    def rate(self, tokens: int) -> float | None:
+        """Tokens per second since the last call, `tokens` a step; None if no whole step was timed."""
+        if self._start is None or not self._steps:
+            return None
+        now = time.monotonic()
+        rate = self._steps * tokens / max(now - self._start, 1e-9)
+        self._start, self._steps = now, 0
+        return rate
+
+
+class ProgressBar:
+    """Stage, step, loss, tokens/s and time left: a bar on a terminal, plain lines where stderr is a file or a pipe.
+
+    Args:
+        total: steps of the run.
+        initial: steps done before this process started.
+    """
+
+    def __init__(self, total: int, initial: int = 0) -> None:
+        self._total, self._initial, self._start = total, initial, time.monotonic()
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # some containers say 0
+            layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}"
+            self._bar = tqdm(total=total, initial=initial, dynamic_ncols=True, bar_format=layout)
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, step: int, stage: str, loss: float, tokens_per_second: float) -> None:
+        """Show that `step` steps of the run are done; off a terminal every call prints one line."""
+        numbers = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+        if self._bar is None:
+            left = (time.monotonic() - self._start) / max(step - self._initial, 1) * (self._total - step)
+            print(f"{stage} {step}/{self._total} {numbers}, {tqdm.format_interval(left)} left", flush=True)
+            return
+        self._bar.set_description_str(stage, refresh=False)
+        self._bar.set_postfix_str(numbers, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def log(self, text: str) -> None:
+        """Print a line; a bar stays whole below it."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
