@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 GROWTH_FAMILIES = ("zero", "duplicate", "mask", "stack", "interleave", "middle", "perturb", "learned")
 MESH_AXES = ("replica", "fsdp", "tensor")
@@ -209,21 +210,29 @@ class RunConfig:
     sample_tokens: int = 64
     peak_flops: float | None = None  # FLOP/s per device; None: table of known chips, else measured
 
-    @property
-    def stage_models(self) -> tuple[ModelConfig, ...]:
-        """The model of every stage.
+    @functools.cached_property
+    def schedule(self) -> "tuple[Stage, ...]":
+        """The stages in order, each with its model, its layout and its steps.
 
         Width growth keeps the function only if the norm's epsilon shrinks with it: eps' = eps d / d' (the new entries
         add nothing to the sum that the variance divides by d'), so later stages derive theirs from the first.
         """
-        models = []
+        schedule: list[Stage] = []
         multiple = math.lcm(self.model.vocab_multiple, self.mesh.tensor)
         model = dataclasses.replace(self.model, vocab_multiple=multiple)
-        for i, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages):
             sizes = {name: getattr(stage, name) for name in STAGE_SIZES if getattr(stage, name) is not None}
-            model = resize(model, stage.growth.family, **sizes) if i else dataclasses.replace(model, **sizes)
-            models.append(model)
-        return tuple(models)
+            model = resize(model, stage.growth.family, **sizes) if index else dataclasses.replace(model, **sizes)
+            previous = schedule[-1] if schedule else None
+            start = previous.end if previous else 0
+            layout = Layout(self.mesh, model.remat, model.attention, stage.microbatches)
+            schedule.append(Stage(index, stage, model, layout, start, start + stage.steps, previous))
+        return tuple(schedule)
+
+    @property
+    def stage_models(self) -> tuple[ModelConfig, ...]:
+        """The model of every stage."""
+        return tuple(stage.model for stage in self.schedule)
 
     @property
     def total_steps(self) -> int:
@@ -233,6 +242,54 @@ class RunConfig:
     def stage_starts(self) -> tuple[int, ...]:
         """First step of every stage; a last entry holds the end of the run."""
         return tuple(sum(s.steps for s in self.stages[:i]) for i in range(len(self.stages) + 1))
+
+
+class Layout(NamedTuple):
+    """How a stage lies on the devices: decides speed and memory, not results."""
+
+    mesh: MeshConfig
+    remat: str
+    attention: str
+    microbatches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a run's schedule, with what follows from the stages before it.
+
+    Attributes:
+        index: number of stages before it.
+        config: the stage's settings.
+        model: the configuration of its model.
+        layout: how it lies on the devices.
+        start, end: optimizer updates of the run before the stage, and at its end.
+        previous: the stage that it grows from; None for the first.
+    """
+
+    index: int
+    config: StageConfig
+    model: ModelConfig
+    layout: Layout
+    start: int
+    end: int
+    previous: "Stage | None" = None
+
+    @property
+    def name(self) -> str:
+        """The stage's name in messages and metrics."""
+        return self.config.name
+
+    @property
+    def ramp(self) -> range:
+        """Updates during which the mask of this stage's growth opens; empty without a mask."""
+        masked = self.previous is not None and self.config.growth.family == "mask"
+        return range(self.start, self.start + self.config.growth.ramp_steps) if masked else range(0)
+
+    @property
+    def tuning_steps(self) -> int:
+        """Batches that this stage's growth learns from before the first update."""
+        learned = self.previous is not None and self.config.growth.family == "learned"
+        return self.config.growth.tuning_steps if learned else 0
 
 
 def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfig:
