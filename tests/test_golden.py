@@ -1,6 +1,7 @@
 """Golden text: what every config's parameters are, how it resolves, and what tiny models compute, as files in a diff.
 
-`python tests/test_golden.py` writes tests/golden/ anew; a changed file is read in review:
+`python tests/test_golden.py [WORD...]` writes the files of tests/golden/ whose names hold one of the words, or all of
+them; what changed is read in review:
     leaves/CONFIG.txt: each parameter of a config's largest stage.
     configs/CONFIG.json: each argument of a config, resolved.
     numbers/MODEL.txt: losses, gradient norms and grown parameters of a tiny model, bitwise.
@@ -12,6 +13,7 @@ import hashlib
 import json
 import platform
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -299,6 +301,8 @@ def test_programs_are_the_golden_ones(name, program):
 
 if __name__ == "__main__":
     for file, write in {**WRITERS, **BITWISE, "machine.txt": machine}.items():
+        if sys.argv[1:] and not any(word in file for word in sys.argv[1:]):
+            continue
         (GOLDEN / file).parent.mkdir(parents=True, exist_ok=True)
         (GOLDEN / file).write_text(write())
         print(GOLDEN / file)

@@ -16,6 +16,7 @@ from flmjax.growth.families import TUNED, family_of
 from flmjax.growth.grow import grow_params
 from flmjax.growth.masks import masked
 from flmjax.growth.rules import GrowthError
+from flmjax.model.loss import divisor, token_cross_entropy
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
 from flmjax.sharding.axes import path_name
 from flmjax.sharding.rules import Placement, tree_shardings
@@ -219,9 +220,8 @@ def comparison(
         if config is after and is_masked:
             params = masked(params, old, new, 0.0)
         y_BLV = logits(params, config, batch)
-        log_probs = jax.nn.log_softmax(y_BLV, axis=-1)
-        nll_BL = -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
-        return _mean(nll_BL, batch["weights"]), (y_BLV, log_probs)
+        loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
+        return _weighted_mean(loss_BL, batch["weights"]), (y_BLV, log_probs_BLV)
 
     def compare(params: tuple[Any, Any], batch: Mapping[str, jax.Array]) -> Any:
         results = []
@@ -247,7 +247,7 @@ def comparison(
             jnp.max(jnp.where(real, jnp.abs(y_a - y_b), 0)),
             jnp.max(jnp.where(real, jnp.abs(y_a), 0)),
             removed,
-            _mean(kl_BL, batch["weights"]),
+            _weighted_mean(kl_BL, batch["weights"]),
             (loss_a, loss_b),
             (norm_a, norm_b),
         )
@@ -288,5 +288,5 @@ def _learning_failure(found: Comparison, old_params: Any, new_params: Any) -> st
     )
 
 
-def _mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-    return jnp.sum(values_BL * weights_BL) / jnp.maximum(jnp.sum(weights_BL), 1.0)
+def _weighted_mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    return jnp.sum(values_BL * weights_BL) / divisor(jnp.sum(weights_BL))

@@ -53,6 +53,17 @@ def loss_sums(
     return loss, sums
 
 
+def token_cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of every target (B, L) in nats, and log-probabilities (B, L, V), for who needs all logits anyway."""
+    log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
+    return -jnp.take_along_axis(log_probs_BLV, targets_BL[..., None], axis=-1)[..., 0], log_probs_BLV
+
+
+def divisor(weight: jax.Array) -> jax.Array:
+    """The weight to divide a sum by; 1 in place of 0, whose sum is 0."""
+    return jnp.where(weight > 0, weight, 1.0)
+
+
 def teacher_sums(
     x_BLD: jax.Array,
     table_VD: jax.Array,

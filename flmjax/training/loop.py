@@ -22,7 +22,7 @@ from flmjax.growth.learned import tune, tuning_flops
 from flmjax.growth.masks import Ramp
 from flmjax.hardware import peak_flops
 from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
-from flmjax.model.loss import teacher_means
+from flmjax.model.loss import divisor, teacher_means
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate, new_warmup
 from flmjax.sharding.mesh import make_mesh
@@ -32,7 +32,6 @@ from flmjax.training.step import (
     compile_evaluation,
     compile_growth,
     compile_step,
-    divisor,
     gradients,
     nonfinite_leaves,
     put_batch,

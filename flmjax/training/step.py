@@ -12,7 +12,7 @@ import numpy as np
 from flmjax.config import GrowthConfig, ModelConfig
 from flmjax.growth.grow import grow
 from flmjax.growth.masks import Ramp
-from flmjax.model.loss import loss_sums, teacher_means
+from flmjax.model.loss import divisor, loss_sums, teacher_means
 from flmjax.sharding.axes import path_name
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
 from flmjax.training.state import StateSpec, TrainState
@@ -41,11 +41,6 @@ def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callabl
         return jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))[0]
 
     return summed
-
-
-def divisor(weight: jax.Array) -> jax.Array:
-    """The weight to divide a sum by; 1 for none, whose sum is 0."""
-    return jnp.where(weight > 0, weight, 1.0)
 
 
 def gradients(
