@@ -54,7 +54,7 @@ def loss_sums(
 
 
 def token_cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of every target (B, L) in nats, and log-probabilities (B, L, V), for who needs all logits anyway."""
+    """Cross-entropy of every target (B, L) in nats, and the log-probabilities (B, L, V) that it is read from."""
     log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
     return -jnp.take_along_axis(log_probs_BLV, targets_BL[..., None], axis=-1)[..., 0], log_probs_BLV
 
