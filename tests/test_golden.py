@@ -251,7 +251,7 @@ def program_text(name: str, program: str) -> str:
     text = re.sub(names, "", lowered.as_text())
     # Values without their numbers, which one more operation would all change; the checksum is of the numbered text.
     checksum = hashlib.sha256(text.encode()).hexdigest()
-    return re.sub(r"%(\d+|c\w*|cst\w*|iterArg\w*|arg\d+)", "%", text) + f"\nsha256 {checksum}\n"
+    return re.sub(r"%\w+(#\d+)?", "%", text) + f"\nsha256 {checksum}\n"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 from flmjax.config import ModelConfig
 from flmjax.growth import zero
 from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
+from flmjax.model.mup import logit_growth
 from flmjax.sharding.axes import LeafAxes
 
 
@@ -48,7 +49,7 @@ def same_frequency(before: int, after: int, old: ModelConfig, new: ModelConfig) 
 def embed(role: str, leaf: LeafAxes, g: Growing) -> Rule:
     """Residual width, r = d/d', c copies with shares a. A tied embedding reads what it writes: the last norm's gain
     carries the shares that it cannot carry itself, and the width that muP divides logits by."""
-    r, width = g.old.embed_dim / g.new.embed_dim, g.new.width_multiplier / g.old.width_multiplier
+    r, width = g.old.embed_dim / g.new.embed_dim, logit_growth(g.old, g.new)
     root, gain, a = np.sqrt(g.copies), np.sqrt(r * g.copies), g.share
     tied = {
         "output_scale": Rule("fresh", gain * root * a * width, 1 / (gain * root * width)),

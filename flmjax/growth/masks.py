@@ -15,13 +15,14 @@ import numpy as np
 from flmjax.config import GrowthConfig, ModelConfig
 from flmjax.growth import zero
 from flmjax.growth.rules import AxisRule, Growing, Rule, along, at_the_end, growing_dimensions, leaf_dims, leaf_sizes
+from flmjax.model.mup import logit_growth
 from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import LeafAxes, map_with_axes
 
 
 def keep(role: str, leaf: LeafAxes, g: Growing) -> Rule:
     """Old entries as they are, new ones fresh. Only the width that muP divides logits by is taken back for good."""
-    width = g.new.width_multiplier / g.old.width_multiplier
+    width = logit_growth(g.old, g.new)
     return Rule("fresh", width if role.startswith("output_") else 1.0)
 
 

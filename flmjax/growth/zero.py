@@ -8,6 +8,7 @@ the old entries (LayerNorm, after LEMON, arXiv 2310.07999) or 0 (RMSNorm) in its
 import math
 
 from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
+from flmjax.model.mup import logit_growth
 from flmjax.sharding.axes import LeafAxes
 
 
@@ -17,7 +18,7 @@ def embed(role: str, leaf: LeafAxes, g: Growing) -> Rule:
     Under muP the logits are divided by the width; the last norm, not the multiplier, takes that back.
     """
     root = math.sqrt(g.old.embed_dim / g.new.embed_dim)
-    width = g.new.width_multiplier / g.old.width_multiplier
+    width = logit_growth(g.old, g.new)
     return {
         "write": Rule("mean" if g.new.norm == "layernorm" else "zero"),
         "read": Rule("fresh"),

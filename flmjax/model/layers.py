@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
 from flmjax.model.attention import attend
+from flmjax.model.mup import scaling_table
 from flmjax.model.positions import Rotation, rotate
 from flmjax.sharding.axes import declare
 from flmjax.sharding.rules import Placement, constrain
@@ -53,16 +54,11 @@ def projection(
     name: str,
     inputs: dict[str, int],
     outputs: dict[str, int],
-    residual: bool = False,
     **roles: str,
 ) -> nn.DenseGeneral:
-    """A linear map from named input axes to named output axes; `roles` of outputs that are not just written.
-
-    Those that write to the residual stream start smaller by sqrt(2 N): each of the 2 N branches adds its variance.
-    Under muP all start smaller by the root of the width multiplier.
-    """
-    std = config.init_std / math.sqrt(config.width_multiplier * (2 * config.num_layers if residual else 1))
+    """A linear map from named input axes to named output axes; `roles` of outputs that are not just written."""
     reads, writes = dict.fromkeys(inputs, "read"), {**dict.fromkeys(outputs, "write"), **roles}
+    std = scaling_table(config)["residual" if writes.get("embed") == "write" else "hidden"].init_std
     return nn.DenseGeneral(
         features=tuple(outputs.values()),
         axis=tuple(range(-len(inputs), 0)),
@@ -136,7 +132,7 @@ class Attention(nn.Module):
         v_BLGK = constrain(self.placement, v_BLGK, "batch", None, "kv_heads", None)
         o_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, implementation=c.attention, placement=self.placement)
         o_BLHK = constrain(self.placement, o_BLHK, "batch", None, "heads", None)
-        return projection(c, self.placement, "output", heads, embed, residual=True)(o_BLHK)
+        return projection(c, self.placement, "output", heads, embed)(o_BLHK)
 
 
 class Mlp(nn.Module):
@@ -157,4 +153,4 @@ class Mlp(nn.Module):
         else:
             h_BLF = activation(h_BLF)
         h_BLF = constrain(self.placement, h_BLF, "batch", None, "mlp")
-        return projection(c, self.placement, "down", mlp, embed, residual=True)(h_BLF)
+        return projection(c, self.placement, "down", mlp, embed)(h_BLF)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flmjax.config import ModelConfig
 from flmjax.model.attention import MASKED
 from flmjax.model.layers import Attention, Mlp, Norm
+from flmjax.model.mup import scaling_table
 from flmjax.model.positions import Rotation, rotation
 from flmjax.sharding.axes import axes_of, declare
 from flmjax.sharding.rules import Placement, constrain
@@ -82,14 +83,15 @@ class Transformer(nn.Module):
                 f"positions ({c.max_length}, {c.embed_dim}): learned positions end there, a row has "
                 f"{tokens_BL.shape[1]} tokens; grow max_length first"
             )
-        normal = nn.initializers.normal(c.init_std)
+        table = scaling_table(c)
+        normal = nn.initializers.normal(table["input"].init_std)
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1])[None]
         table_shape = (c.padded_vocab_size, c.embed_dim)
         table_VD = self.param("embedding", declare(normal, vocab="index", embed="write"), table_shape, jnp.float32)
         # Whole rows on every device of a vocab shard, else the lookup rematerialises the table.
         table_VD = constrain(self.placement, table_VD.astype(c.dtype), "vocab", None)
-        x_BLD = constrain(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(c.embedding_multiplier, c.dtype)
+        x_BLD = constrain(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(table["input"].forward, c.dtype)
         if c.position == "learned":
             init = declare(normal, length="index", embed="write")
             positions_CD = self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)
@@ -98,10 +100,10 @@ class Transformer(nn.Module):
         x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         x_BLD, _ = self._layers()(x_BLD, rotation(c, positions_BL), segment_ids_BL)
         x_BLD = constrain(self.placement, Norm(c, last=True, name="final_norm")(x_BLD), *RESIDUAL)
-        multiplier = c.output_multiplier / (c.softmax_temperature * c.width_multiplier)
-        x_BLD = constrain(self.placement, x_BLD, *GATHERED) * jnp.asarray(multiplier, c.dtype)
+        x_BLD = constrain(self.placement, x_BLD, *GATHERED) * jnp.asarray(table["output"].forward, c.dtype)
         if c.tied_embedding:
             return x_BLD, table_VD
+        normal = nn.initializers.normal(table["output"].init_std)
         head_DV = self.param("head", declare(normal, embed="read", vocab="write"), table_shape[::-1], jnp.float32)
         return x_BLD, head_DV.astype(c.dtype).T
 

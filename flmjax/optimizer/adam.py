@@ -9,26 +9,31 @@ import jax.numpy as jnp
 import optax
 
 from flmjax.config import ModelConfig, OptimizerConfig
+from flmjax.model.mup import scaling_of
 from flmjax.sharding.axes import LeafAxes, axis_sizes, map_with_axes
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, Adam, decay on matrices. The step multiplies by the learning rate, which is an argument
-    of the compiled step: another schedule compiles nothing anew.
+    """Clip by global norm, Adam, weight decay; how each leaf's part scales is said by model/mup.py.
 
-    Under muP matrices inside the blocks take rate / m and decay * m; their product does not change.
+    The training step multiplies by the learning rate, which is an argument of the compiled step, so that another
+    schedule compiles nothing anew.
 
     Args:
-        model: gives the sizes of the axes and the width multiplier m.
-        axes: tree of LeafAxes of the parameters; biases, gains and shifts do not decay.
+        model: gives the sizes of the axes and the scaling table.
+        axes: tree of LeafAxes of the parameters.
     """
-    matrices = jax.tree.map(lambda leaf: leaf.is_matrix, axes, is_leaf=lambda x: isinstance(x, LeafAxes))
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
-        clip,
-        scale_by_adam(config, model, axes),
-        optax.masked(optax.add_decayed_weights(config.weight_decay), matrices),
-    )
+    decay = functools.partial(_add_decay, config, model, axes)
+    return optax.chain(clip, scale_by_adam(config, model, axes), optax.stateless(decay))
+
+
+def _add_decay(config: OptimizerConfig, model: ModelConfig, axes: Any, updates: Any, params: Any) -> Any:
+    def add(_: str, leaf: LeafAxes, update: jax.Array, parameter: jax.Array) -> jax.Array:
+        factor = config.weight_decay * scaling_of(model, leaf).weight_decay
+        return update + factor * parameter if factor else update
+
+    return map_with_axes(add, axes, updates, params)
 
 
 class AdamState(NamedTuple):
@@ -75,10 +80,10 @@ def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: Any) -> opt
         }
 
         def direction(_: str, leaf: LeafAxes, mu: jax.Array, nu: jax.Array) -> jax.Array:
+            scaling = scaling_of(model, leaf)
             mean = mu * over_axes(jnp.maximum, first, leaf)
-            scale = jnp.sqrt(nu * over_axes(jnp.maximum, second, leaf)) + config.eps
-            width = model.width_multiplier if leaf.is_hidden else 1.0
-            return mean / scale * (over_axes(jnp.minimum, rate, leaf) / width)
+            scale = jnp.sqrt(nu * over_axes(jnp.maximum, second, leaf)) + config.eps * scaling.eps
+            return mean / scale * (over_axes(jnp.minimum, rate, leaf) / scaling.rate_divisor)
 
         return map_with_axes(direction, axes, moments.mu, moments.nu), AdamState(moments, state.births)
 

@@ -42,11 +42,6 @@ class LeafAxes(NamedTuple):
         """Whether it maps between axes; gains, shifts and biases do not (weight decay and FSDP leave those alone)."""
         return "read" in self.roles or "index" in self.roles
 
-    @property
-    def is_hidden(self) -> bool:
-        """Whether it is a matrix inside the blocks, whose fan-in grows with the width: what muP scales."""
-        return self.is_matrix and "layers" in self.names
-
 
 class Box(nn.LogicallyPartitioned):
     """Flax's box of logical axis names with the roles beside them."""

@@ -1,0 +1,81 @@
+"""How each kind of parameter scales with width and depth: one table that model, optimizer and growth read.
+
+muP (arXiv 2203.03466) as FLM-101B uses it: m = embed_dim / base_embed_dim is the width multiplier, N the number of
+layers, s the configured init_std. In the standard parametrisation m is 1.
+
+    kind        init_std           forward                   rate_divisor   weight_decay   eps
+    input       s                  embedding_multiplier      1              1              1
+    hidden      s / sqrt(m)        1                         m              1              1
+    residual    s / sqrt(2 N m)    1                         m              1              1
+    output      s                  output_multiplier         1              1              1
+                                   / (m softmax_temperature)
+    vector      -                  1                         1              0              1
+
+"residual" matrices write to the residual stream, to which each of the 2 N branches adds its variance. A tied embedding
+has the row "input"; where it is the output head, its products take the factor of the row "output".
+Example: embed_dim 512 over base_embed_dim 256 is m = 2; a hidden matrix starts with deviation s / 1.414, and a run's
+learning rate of 4e-4 is 2e-4 for it.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+from flmjax.config import ModelConfig
+from flmjax.sharding.axes import LeafAxes
+
+Kind = Literal["input", "hidden", "residual", "output", "vector"]
+
+
+class Scaling(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        init_std: standard deviation of the initial values; 0 for vectors, which start as ones (gains) or zeros.
+        forward: factor on what the parameter's product or lookup gives.
+        rate_divisor: the run's learning rate is divided by it; a divisor, since 1 / m is rarely a binary number.
+        weight_decay: factor on the optimizer's weight decay. An update shrinks by the run's learning rate times this,
+            not by the leaf's own rate: shrinking does not depend on width.
+        eps: factor on Adam's eps.
+    """
+
+    init_std: float
+    forward: float = 1.0
+    rate_divisor: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+
+def scaling_table(config: ModelConfig) -> dict[Kind, Scaling]:
+    """The table of a model."""
+    s, m = config.init_std, config.width_multiplier
+    return {
+        "input": Scaling(s, forward=config.embedding_multiplier),
+        "hidden": Scaling(s / math.sqrt(m), rate_divisor=m),
+        "residual": Scaling(s / math.sqrt(m * (2 * config.num_layers)), rate_divisor=m),
+        "output": Scaling(s, forward=config.output_multiplier / (config.softmax_temperature * m)),
+        "vector": Scaling(0.0, weight_decay=0.0),
+    }
+
+
+def kind_of(leaf: LeafAxes) -> Kind:
+    """The row of a parameter, by the roles of its axes."""
+    if not leaf.is_matrix:
+        return "vector"
+    if "index" in leaf.roles:
+        return "input"
+    if "layers" not in leaf.names:
+        return "output"
+    return "residual" if leaf.role("embed") == "write" else "hidden"
+
+
+def scaling_of(config: ModelConfig, leaf: LeafAxes) -> Scaling:
+    """The row of a parameter in a model's table."""
+    return scaling_table(config)[kind_of(leaf)]
+
+
+def logit_growth(old: ModelConfig, new: ModelConfig) -> float:
+    """Factor by which growth from `old` to `new` divides the forward factor of the output: the last norm takes it back.
+
+    The temperature and the output multiplier do not change in growth.
+    """
+    return new.width_multiplier / old.width_multiplier
