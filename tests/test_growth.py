@@ -23,7 +23,7 @@ from flmjax.growth.masks import Ramp, masked, openness
 from flmjax.growth.rules import AxisRule, GrowthError, Rule
 from flmjax.model.loss import loss_sums
 from flmjax.model.transformer import abstract_params
-from flmjax.optimizer.adam import AdamState
+from flmjax.optimizer.adam import FIRST, AdamState
 from flmjax.sharding.axes import map_with_axes
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import compile_step
@@ -322,8 +322,8 @@ def test_growing_moments_is_training_the_grown_model(family, split, fields, embe
             _, _, loss = states[name]
             gradient = jax.grad(loss)(params)
             adam = optax.ScaleByAdamState(jnp.ones((), jnp.int32), gradient, jax.tree.map(jnp.square, gradient))
-            births = {k: jnp.full(n, -1, jnp.int32) for k, n in sizes_of(states[name][0]).items()}
-            return AdamState(adam, births)
+            births = {k: jnp.full(n, FIRST, jnp.int32) for k, n in sizes_of(states[name][0]).items()}
+            return AdamState(adam, births, jnp.zeros((), jnp.int32))
 
         def both(params):
             state = State(params, (moments("old", params),))
@@ -434,9 +434,9 @@ def test_moments_can_be_forgotten(grown_state):
     operator = GrowthConfig(moments="reset")
     grown = jax.jit(lambda s: grow(s, old, new, operator, KEY))(state)
     assert not any(x.any() for x in jax.tree.leaves((adam(grown).adam.mu, adam(grown).adam.nu)))
-    births = adam(grown).births
-    assert set(np.asarray(births["embed"])) == {-21, 20}  # moments start anew, of what is old without a warm-up
-    assert set(np.asarray(births["vocab"])) == {-21}
+    assert int(adam(grown).reset) == 20
+    assert set(np.asarray(adam(grown).births["embed"])) == {FIRST, 20}
+    assert set(np.asarray(adam(grown).births["vocab"])) == {FIRST}
 
 
 def test_births_date_every_axis(grown_state):
@@ -515,6 +515,29 @@ def test_only_the_newest_weights_warm_up(one_device_mesh):
     moved = np.abs(np.asarray(state.params["layers"]["mlp"]["down"]["kernel"]) - before)
     assert moved[:2, 29:].max() > 0.3 * rate
     assert 0 < moved[2].max() < 1.01e-3 * rate
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_reset_ends_the_warm_up_of_earlier_growth(grows, one_device_mesh):
+    """After a reset every age starts at 0; only what that growth creates warms up, not what an earlier one created."""
+    old = with_fields(GROWN, norm_eps=1e-5)
+    middle = resize(old, mlp_dim=35)
+    new = resize(middle, num_layers=3) if grows else middle
+    optimizer, rate = OptimizerConfig(weight_decay=0.0, clip_norm=None), 1e-3
+    _, state = trained_state(old, one_device_mesh, steps=2, optimizer=optimizer)
+    state = jax.jit(lambda s: grow(s, old, middle, GrowthConfig(), KEY))(state)
+    state, _ = compile_step(state_spec(middle, optimizer, one_device_mesh), 1)(
+        state, random_batch(old), np.float32(rate)
+    )
+    spec = state_spec(new, optimizer, one_device_mesh)
+    reset = GrowthConfig(moments="reset")
+    state = jax.jit(lambda s: grow(s, middle, new, reset, KEY), out_shardings=spec.shardings)(state)
+    before = np.asarray(state.params["layers"]["mlp"]["down"]["kernel"])
+    state, _ = compile_step(spec, 1, new_warmup=1000)(state, random_batch(old, seed=9), np.float32(rate))
+    moved = np.abs(np.asarray(state.params["layers"]["mlp"]["down"]["kernel"]) - before)
+    assert moved[:2].max() == pytest.approx(rate, rel=1e-3)  # a first update, at the full rate
+    assert moved[:2, 29:].max() == pytest.approx(rate, rel=1e-3)
+    assert not grows or 0 < moved[2].max() < 1.01e-3 * rate
 
 
 def test_copies_are_the_same_in_both_precisions():

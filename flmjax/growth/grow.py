@@ -75,11 +75,9 @@ def grow_opt_state(opt_state: Any, old: ModelConfig, new: ModelConfig, operator:
         return map_with_axes(grow_one, axes, moments)
 
     def grow_births(births: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
-        if operator.moments == "reset":
-            births = {name: jax.numpy.full_like(birth, -1 - count) for name, birth in births.items()}
         return {name: _grow_births(name, births[name], count, growing, old, new) for name in births}
 
-    return map_adam(opt_state, grow_moment, grow_births)
+    return map_adam(opt_state, grow_moment, grow_births, reset=operator.moments == "reset")
 
 
 class LeafPlan(NamedTuple):

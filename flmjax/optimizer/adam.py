@@ -36,16 +36,24 @@ def _add_decay(config: OptimizerConfig, model: ModelConfig, axes: Any, updates: 
     return map_with_axes(add, axes, updates, params)
 
 
-class AdamState(NamedTuple):
-    """Adam's moments and count; per axis, when each of its places was made: (size,) int32.
+FIRST = -1  # the birth of what no growth created
 
-    A place that growth made holds the count of that moment; any other one -1 - n, where n is the count at which its
-    moments started. A weight is as old as the youngest of its places: one vector per axis dates every weight of every
+
+class AdamState(NamedTuple):
+    """Adam's moments and count, and the ages of all parameters.
+
+    A parameter is as old as the youngest of its places along its axes: one vector per axis dates every entry of every
     leaf.
+
+    Attributes:
+        births: per axis (size,) int32, the count at which growth created each place; FIRST for places of the first
+            model.
+        reset: int32, the count at which growth last set all moments to 0; 0 if it never did.
     """
 
     adam: optax.ScaleByAdamState
     births: dict[str, jax.Array]
+    reset: jax.Array
 
 
 def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
@@ -53,26 +61,27 @@ def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: Any) -> opt
 
     With the run's count a weight that growth has just made would take a first update of (1 - b1) / sqrt(1 - b2): 0.45
     at (0.9, 0.95) but 3.2 at (0.9, 0.999). With its own it is at most 1, as a model's first update is.
-    update(..., new_warmup=n): weights made by the newest growth reach their full rate at their n-th update.
+    update(..., new_warmup=n): parameters that the newest growth created reach their full rate at their n-th update; if
+    that growth reset all moments and created nothing, nothing warms up.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
 
     def init(params: Any) -> AdamState:
-        births = {name: jnp.full(size, -1, jnp.int32) for name, size in axis_sizes(model).items()}
-        return AdamState(adam.init(params), births)
+        births = {name: jnp.full(size, FIRST, jnp.int32) for name, size in axis_sizes(model).items()}
+        return AdamState(adam.init(params), births, jnp.zeros((), jnp.int32))
 
     def update(
         grads: Any, state: AdamState, params: Any = None, *, new_warmup: Any = 0, **_: Any
     ) -> tuple[Any, AdamState]:
         _, moments = adam.update(grads, state.adam, params)
-        ages = {name: moments.count - jnp.where(birth < 0, -1 - birth, birth) for name, birth in state.births.items()}
+        ages = {name: moments.count - jnp.maximum(birth, state.reset) for name, birth in state.births.items()}
         newest = functools.reduce(jnp.maximum, [jnp.max(birth) for birth in state.births.values()])
         # Corrections fall with age and rates rise: the youngest place decides by the largest and by the smallest.
         first = {name: 1 / (1 - config.b1**age) for name, age in ages.items()}
         second = {name: 1 / (1 - config.b2**age) for name, age in ages.items()}
         rate = {
             name: jnp.where(
-                (state.births[name] >= 0) & (state.births[name] == newest),
+                (state.births[name] >= state.reset) & (state.births[name] == newest),
                 jnp.minimum(1.0, age / jnp.maximum(new_warmup, 1)),
                 1.0,
             )
@@ -85,7 +94,7 @@ def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: Any) -> opt
             scale = jnp.sqrt(nu * over_axes(jnp.maximum, second, leaf)) + config.eps * scaling.eps
             return mean / scale * (over_axes(jnp.minimum, rate, leaf) / scaling.rate_divisor)
 
-        return map_with_axes(direction, axes, moments.mu, moments.nu), AdamState(moments, state.births)
+        return map_with_axes(direction, axes, moments.mu, moments.nu), state._replace(adam=moments)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
