@@ -28,8 +28,9 @@ from test_configs import ARGUMENTS, load
 
 from flmjax.config import GrowthConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, resize, to_json
 from flmjax.config.validate import validate_mesh
-from flmjax.growth.certificate import comparison
-from flmjax.growth.masks import Ramp
+from flmjax.growth.certificate import jit_comparison
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import Ramp
 from flmjax.model.transformer import abstract_params, init_params
 from flmjax.optimizer.adam import make_optimizer
 from flmjax.sharding.axes import map_with_axes
@@ -197,7 +198,7 @@ def numbers_text(name: str) -> str:
         state.params, batch_of(tiny, 0)
     )
     lines = [f"gradient {p} {float(jnp.sqrt(jnp.sum(g * g))).hex()}" for p, g in paths(norms)]
-    ramp = Ramp(tiny.growth, tiny.model, tiny.larger, 5) if tiny.growth.family == "mask" else None
+    ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
     for stage, spec in enumerate(specs):
         if stage:
             state = compile_growth(specs[0], spec, tiny.growth)(state, key)
@@ -238,14 +239,13 @@ def program_text(name: str, program: str) -> str:
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch_of(tiny, 0).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     if program == "step":
-        ramp = Ramp(tiny.growth, tiny.model, tiny.larger, 5) if tiny.growth.family == "mask" else None
+        ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
         lowered = compile_step(new, 2, new_warmup=3, ramp=ramp).lower(new.abstract, batch, np.float32(0))
     elif program == "growth":
         lowered = compile_growth(old, new, tiny.growth).lower(old.abstract, key)
     else:
-        compare = comparison(
-            tiny.model, tiny.larger, tiny.growth, dtype="float32", placement=Placement(mesh), gradients=True
-        )
+        growth = Growth(tiny.model, tiny.larger, tiny.growth)
+        compare = jit_comparison(growth, dtype="float32", placement=Placement(mesh), gradients=True)
         lowered = compare.lower((old.abstract.params, new.abstract.params), batch)
     names = r"""(?<=module) @\w+|, jax\.result_info = "[^"]*"|jax\.result_info = "[^"]*"(, )?"""
     text = re.sub(names, "", lowered.as_text())

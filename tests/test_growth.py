@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from flmjax.config import ConfigError, GrowthConfig, OptimizerConfig, resize
 from flmjax.growth import certificate, duplicate, families, zero
-from flmjax.growth.certificate import _exactness_failure, certify
-from flmjax.growth.grow import check_growth, grow, grow_params, plan_growth
+from flmjax.growth.certificate import GrowthPoint, certify, exactness_failure
+from flmjax.growth.grow import grow, grow_params, plan_growth
+from flmjax.growth.growth import Growth
 from flmjax.growth.learned import expand, first_matrices, fresh_part, tune, tuning_flops
-from flmjax.growth.masks import Ramp, masked, openness
+from flmjax.growth.ramp import Ramp, masked, openness
 from flmjax.growth.rules import AxisRule, GrowthError, Rule
 from flmjax.model.loss import loss_sums
 from flmjax.model.transformer import abstract_params
@@ -64,8 +65,8 @@ def grow64(params, old, new, family="zero", **fields):
     operator = GrowthConfig(family, **fields)
 
     def grown(params):
-        grown = grow_params(params, old, new, operator, KEY)
-        return masked(grown, old, new, 0.0) if family == "mask" else grown
+        grown = grow_params(params, Growth(old, new, operator, KEY))
+        return masked(grown, Growth(old, new, GrowthConfig("mask")), 0.0) if family == "mask" else grown
 
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
@@ -196,13 +197,13 @@ def test_wrong_recipes_are_found(recipe, monkeypatch):
     family, dim, rule, fields = WRONG[recipe]
     old = with_fields(GROWN, **fields)
     assert growth_error(old, family, SIZES[dim]) <= 1e-12
-    monkeypatch.setattr("flmjax.growth.grow.family_of", lambda o: with_rule(family, dim, rule)[o.family])
+    monkeypatch.setattr("flmjax.growth.growth.family_of", lambda o: with_rule(family, dim, rule)[o.family])
     assert growth_error(old, family, SIZES[dim]) > 1e-5  # seven orders above what is exact
 
 
 def test_uneven_copies_under_layernorm_are_found(monkeypatch):
     uneven = with_rule("duplicate", "embed", source=duplicate.cyclic)
-    monkeypatch.setattr("flmjax.growth.grow.family_of", lambda o: uneven[o.family])
+    monkeypatch.setattr("flmjax.growth.growth.family_of", lambda o: uneven[o.family])
     assert growth_error(GROWN, "duplicate", {"embed_dim": 37}) > 1e-3
     assert growth_error(with_fields(GROWN, norm="rmsnorm"), "duplicate", {"embed_dim": 37}) <= 1e-12
 
@@ -244,7 +245,9 @@ def test_an_open_mask_is_no_mask(block):
     new = resize(old, "mask", **ALL | ({"num_kv_heads": 3} if old.num_kv_heads else {}))
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), random_params(new, spread=0.3))
-        opened, half = (jax.tree.map(np.asarray, masked(params, old, new, c)) for c in (1.0, 0.5))
+        opened, half = (
+            jax.tree.map(np.asarray, masked(params, Growth(old, new, GrowthConfig("mask")), c)) for c in (1.0, 0.5)
+        )
     assert error(params, opened, new, new) <= 1e-12
     assert error(params, half, new, new) > 1e-3
 
@@ -273,7 +276,7 @@ def test_gradient_pulled_back_through_growth_is_the_old_gradient(family, block):
 
         def both(params):
             operator = GrowthConfig(family)
-            grown, pull_back = jax.vjp(lambda p: grow_params(p, old, new, operator, KEY), params)
+            grown, pull_back = jax.vjp(lambda p: grow_params(p, Growth(old, new, operator, KEY)), params)
             new_gradient = jax.grad(lambda p: loss_sums(p, batch, new)[0])(grown)
             return jax.grad(lambda p: loss_sums(p, batch, old)[0])(params), pull_back(new_gradient)[0]
 
@@ -313,7 +316,7 @@ def test_growing_moments_is_training_the_grown_model(family, split, fields, embe
             axes = abstract_params(config)[1]
 
             def loss(p, config=config):
-                p = masked(p, old, new, 0.0) if family == "mask" and config is new else p
+                p = masked(p, Growth(old, new, GrowthConfig("mask")), 0.0) if family == "mask" and config is new else p
                 return loss_sums(p, batch, config)[0]
 
             states[name] = (config, axes, loss)
@@ -327,7 +330,7 @@ def test_growing_moments_is_training_the_grown_model(family, split, fields, embe
 
         def both(params):
             state = State(params, (moments("old", params),))
-            grown = grow(state, old, new, operator, KEY)
+            grown = grow(state, Growth(old, new, operator, KEY))
             return grown.opt_state[0].adam, moments("new", grown.params).adam, grown.opt_state[0].births
 
         grown, trained, births = jax.jit(both)(params)
@@ -391,7 +394,7 @@ def grown_state(one_device_mesh):
     new = resize(old, embed_dim=37, mlp_dim=31, num_heads=6, num_layers=3)
     optimizer = OptimizerConfig(b2=0.999)  # where a new weight's first update would be 3.2 rates
     _, state = trained_state(old, one_device_mesh, optimizer=optimizer)
-    grown = jax.jit(lambda s: grow(s, old, new, GrowthConfig(), jax.random.key(3)))(state)
+    grown = jax.jit(lambda s: grow(s, Growth(old, new, GrowthConfig(), jax.random.key(3))))(state)
     return old, new, state, grown, state_spec(new, optimizer, one_device_mesh)
 
 
@@ -423,7 +426,7 @@ def test_parts_of_a_split_group_share_its_moments(one_device_mesh):
     old = with_fields(GROWN, **LLAMA, num_heads=4, num_kv_heads=1)
     new = resize(old, num_kv_heads=2)
     _, state = trained_state(old, one_device_mesh, steps=2)
-    grown = jax.jit(lambda s: grow(s, old, new, GrowthConfig(), KEY))(state)
+    grown = jax.jit(lambda s: grow(s, Growth(old, new, GrowthConfig(), KEY)))(state)
     for name, power in (("mu", 1), ("nu", 2)):
         before, after = (getattr(adam(s).adam, name)["layers"]["attention"]["key"]["kernel"] for s in (state, grown))
         np.testing.assert_allclose(after, np.repeat(before, 2, axis=2) / 2**power, rtol=1e-6)
@@ -432,7 +435,7 @@ def test_parts_of_a_split_group_share_its_moments(one_device_mesh):
 def test_moments_can_be_forgotten(grown_state):
     old, new, state, _, _ = grown_state
     operator = GrowthConfig(moments="reset")
-    grown = jax.jit(lambda s: grow(s, old, new, operator, KEY))(state)
+    grown = jax.jit(lambda s: grow(s, Growth(old, new, operator, KEY)))(state)
     assert not any(x.any() for x in jax.tree.leaves((adam(grown).adam.mu, adam(grown).adam.nu)))
     assert int(adam(grown).reset) == 20
     assert set(np.asarray(adam(grown).births["embed"])) == {FIRST, 20}
@@ -484,8 +487,8 @@ def test_everything_new_learns_within_three_steps(family, one_device_mesh):  # f
     optimizer, operator = OptimizerConfig(weight_decay=0.0), GrowthConfig(family)
     _, state = trained_state(old, one_device_mesh, optimizer=optimizer)
     spec = state_spec(new, optimizer, one_device_mesh)
-    state = jax.jit(lambda s: grow(s, old, new, operator, KEY), out_shardings=spec.shardings)(state)
-    step = compile_step(spec, 1, ramp=Ramp(operator, old, new, 20) if family == "mask" else None)
+    state = jax.jit(lambda s: grow(s, Growth(old, new, operator, KEY)), out_shardings=spec.shardings)(state)
+    step = compile_step(spec, 1, ramp=Ramp(Growth(old, new, operator), 20) if family == "mask" else None)
     before = jax.tree.map(np.asarray, state.params)
     for i in range(3):
         state, _ = step(state, random_batch(old, rows=8, seed=i), np.float32(1e-2))
@@ -504,12 +507,12 @@ def test_only_the_newest_weights_warm_up(one_device_mesh):
     middle, new = resize(old, mlp_dim=35), resize(old, mlp_dim=35, num_layers=3)
     optimizer, rate = OptimizerConfig(weight_decay=0.0, clip_norm=None), 1e-3
     _, state = trained_state(old, one_device_mesh, steps=2, optimizer=optimizer)
-    state = jax.jit(lambda s: grow(s, old, middle, GrowthConfig(), KEY))(state)
+    state = jax.jit(lambda s: grow(s, Growth(old, middle, GrowthConfig(), KEY)))(state)
     step = compile_step(state_spec(middle, optimizer, one_device_mesh), 1)
     for i in range(3):
         state, _ = step(state, random_batch(old, seed=i), np.float32(rate))
     spec = state_spec(new, optimizer, one_device_mesh)
-    state = jax.jit(lambda s: grow(s, middle, new, GrowthConfig(), KEY), out_shardings=spec.shardings)(state)
+    state = jax.jit(lambda s: grow(s, Growth(middle, new, GrowthConfig(), KEY)), out_shardings=spec.shardings)(state)
     before = np.asarray(state.params["layers"]["mlp"]["down"]["kernel"])
     state, _ = compile_step(spec, 1, new_warmup=1000)(state, random_batch(old, seed=9), np.float32(rate))
     moved = np.abs(np.asarray(state.params["layers"]["mlp"]["down"]["kernel"]) - before)
@@ -525,13 +528,13 @@ def test_a_reset_ends_the_warm_up_of_earlier_growth(grows, one_device_mesh):
     new = resize(middle, num_layers=3) if grows else middle
     optimizer, rate = OptimizerConfig(weight_decay=0.0, clip_norm=None), 1e-3
     _, state = trained_state(old, one_device_mesh, steps=2, optimizer=optimizer)
-    state = jax.jit(lambda s: grow(s, old, middle, GrowthConfig(), KEY))(state)
+    state = jax.jit(lambda s: grow(s, Growth(old, middle, GrowthConfig(), KEY)))(state)
     state, _ = compile_step(state_spec(middle, optimizer, one_device_mesh), 1)(
         state, random_batch(old), np.float32(rate)
     )
     spec = state_spec(new, optimizer, one_device_mesh)
     reset = GrowthConfig(moments="reset")
-    state = jax.jit(lambda s: grow(s, middle, new, reset, KEY), out_shardings=spec.shardings)(state)
+    state = jax.jit(lambda s: grow(s, Growth(middle, new, reset, KEY)), out_shardings=spec.shardings)(state)
     before = np.asarray(state.params["layers"]["mlp"]["down"]["kernel"])
     state, _ = compile_step(spec, 1, new_warmup=1000)(state, random_batch(old, seed=9), np.float32(rate))
     moved = np.abs(np.asarray(state.params["layers"]["mlp"]["down"]["kernel"]) - before)
@@ -544,7 +547,7 @@ def test_copies_are_the_same_in_both_precisions():
     """The proof in float64 is of the growth that was made."""
     new = resize(GROWN, "duplicate", mlp_dim=58, embed_dim=48)
     params, operator = random_params(GROWN), GrowthConfig("duplicate")
-    single = jax.jit(lambda p: grow_params(p, GROWN, new, operator, KEY))(params)
+    single = jax.jit(lambda p: grow_params(p, Growth(GROWN, new, operator, KEY)))(params)
     chex.assert_trees_all_close(single, grow64(params, GROWN, new, "duplicate"), rtol=1e-5, atol=1e-7)
 
 
@@ -555,7 +558,7 @@ def test_unequal_copies_part_and_equal_ones_never(split, one_device_mesh):
     _, state = trained_state(old, one_device_mesh)
     spec = state_spec(new, OptimizerConfig(), one_device_mesh)
     operator = GrowthConfig("duplicate", split=split)
-    state = jax.jit(lambda s: grow(s, old, new, operator, KEY), out_shardings=spec.shardings)(state)
+    state = jax.jit(lambda s: grow(s, Growth(old, new, operator, KEY)), out_shardings=spec.shardings)(state)
     step = compile_step(spec, 1)
     for i in range(50):
         state, _ = step(state, random_batch(new, seed=i), np.float32(3e-3))
@@ -595,7 +598,7 @@ def test_loss_does_not_jump_after_growth(family, one_device_mesh):  # case G02
     new = resize(config, family, embed_dim=37, mlp_dim=48, num_heads=6, num_layers=3)
     spec = state_spec(new, OptimizerConfig(), one_device_mesh)
     operator = GrowthConfig(family)
-    state = jax.jit(lambda s: grow(s, config, new, operator, KEY), out_shardings=spec.shardings)(state)
+    state = jax.jit(lambda s: grow(s, Growth(config, new, operator, KEY)), out_shardings=spec.shardings)(state)
     step, evaluate = compile_step(spec, 1), jax.jit(lambda p: loss_sums(p, held_out, new)[0])
     losses = []
     for i in range(300, 350):
@@ -617,7 +620,7 @@ def test_depth_families_copy_layers_and_their_moments(family, layers, one_device
     old = with_fields(GROWN, num_layers=4)
     new = resize(old, family, num_layers=6, mlp_dim=31)
     _, state = trained_state(old, one_device_mesh, steps=2)
-    grown = jax.jit(lambda s: grow(s, old, new, GrowthConfig(family), KEY))(state)
+    grown = jax.jit(lambda s: grow(s, Growth(old, new, GrowthConfig(family), KEY)))(state)
     for before, after in ((state.params, grown.params), (adam(state).adam.nu, adam(grown).adam.nu)):
         a, b = before["layers"]["mlp"]["up"]["kernel"], after["layers"]["mlp"]["up"]["kernel"]
         np.testing.assert_array_equal(np.asarray(a)[layers], np.asarray(b)[..., :29])
@@ -628,7 +631,7 @@ def test_perturb_shrinks_pads_and_adds_noise():
     new = resize(GROWN, "perturb", embed_dim=37)
     params = random_params(GROWN)
     operator = GrowthConfig("perturb", shrink=0.5)
-    grown = jax.jit(lambda p: grow_params(p, GROWN, new, operator, KEY))(params)
+    grown = jax.jit(lambda p: grow_params(p, Growth(GROWN, new, operator, KEY)))(params)
     a, b = params["layers"]["mlp"]["up"]["kernel"], np.asarray(grown["layers"]["mlp"]["up"]["kernel"])
     noise = b[:, :24] - 0.5 * a
     assert 0.015 < noise.std() < 0.025  # init_std 0.02
@@ -643,9 +646,10 @@ def test_learned_growth_starts_as_the_zero_family(block):
     new = resize(old, "learned", **ALL | ({"num_kv_heads": 3} if old.num_kv_heads else {}), max_length=11)
     params = random_params(old, spread=0.3)
 
+    growth = Growth(old, new, GrowthConfig("learned"), KEY)
+
     def both(params):
-        made = expand(first_matrices(old, new), params, fresh_part(old, new, KEY), old, new)
-        return made, grow_params(params, old, new, GrowthConfig("learned"), KEY)
+        return expand(first_matrices(growth), params, fresh_part(growth), growth), grow_params(params, growth)
 
     made, grown = jax.jit(both)(params)
     chex.assert_trees_all_close(made, grown, rtol=1e-5, atol=1e-6)
@@ -660,7 +664,7 @@ def test_learned_growth_learns():
     def loss(p, batch, config=new):
         return loss_sums(p, batch, config)[0] / jnp.sum(batch["weights"])
 
-    grown, losses = tune(params, old, new, operator, KEY, jax.value_and_grad(loss), batches)
+    grown, losses = tune(params, Growth(old, new, operator, KEY), jax.value_and_grad(loss), batches)
     chex.assert_trees_all_equal_shapes(grown, abstract_params(new)[0])
     before = float(jax.jit(lambda p: loss(p, batches[0], old))(params))
     assert losses[0] == pytest.approx(before, abs=1e-5)
@@ -679,17 +683,17 @@ def test_cost_of_learning_counts_every_product():
     old = with_fields(GROWN, mlp_dim=4)
     new = with_fields(old, mlp_dim=6)
     entries = 2 * (24 * 4 + 4 + 4 * 24)  # layers x (up kernel and bias, down kernel)
-    assert tuning_flops(old, new) == 6 * entries * 6
+    assert tuning_flops(Growth(old, new, GrowthConfig("learned"))) == 6 * entries * 6
 
 
 # ---- certificates ---------------------------------------------------------------------------------------------------
 
 
 def certificate_of(old, new, params, operator, batch=None, **arguments):
-    labels = {"step": 5, "from_stage": "a", "to_stage": "b"}
-    grown = jax.jit(lambda p: grow_params(p, old, new, operator, KEY))(params)
+    growth = Growth(old, new, operator, KEY)
+    grown = jax.jit(lambda p: grow_params(p, growth))(params)
     batch = random_batch(old, rows=2) if batch is None else batch
-    return certify(params, grown, old, new, batch, operator=operator, key=KEY, **arguments, **labels)
+    return certify((params, grown), growth, batch, GrowthPoint(5, "a", "b"), **arguments)
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -726,7 +730,7 @@ def test_certificate_says_so_when_a_growth_is_not_exact_by_design(family):
 def test_certificate_stops_a_growth_that_is_not_exact(monkeypatch):
     new = resize(GROWN, embed_dim=37, num_layers=3)
     wrong = with_rule("zero", "layers", lambda *_: Rule("fresh"))
-    monkeypatch.setattr("flmjax.growth.grow.family_of", lambda o: wrong[o.family])
+    monkeypatch.setattr("flmjax.growth.growth.family_of", lambda o: wrong[o.family])
     with pytest.raises(GrowthError, match=r"a -> b by 'zero' is not exact.*float32 logits"):
         certificate_of(GROWN, new, random_params(GROWN), GrowthConfig()).check()
     good = certificate_of(GROWN, resize(GROWN, mlp_dim=40), random_params(GROWN), GrowthConfig())
@@ -737,8 +741,8 @@ def test_certificate_stops_a_growth_that_is_not_exact(monkeypatch):
         (0.0, 3e-5, 0.0, "when the mask goes"),
         (0.0, None, 2e-3, "KL divergence in bfloat16 0.002"),
     ):
-        assert words in _exactness_failure(difference, removed, kl, 2e-5, "bfloat16")
-    assert _exactness_failure(1e-5, 1e-5, 1e-4, 2e-5, "bfloat16") is None
+        assert words in exactness_failure(difference, removed, kl, 2e-5, "bfloat16")
+    assert exactness_failure(1e-5, 1e-5, 1e-4, 2e-5, "bfloat16") is None
 
 
 def test_certificate_is_made_in_the_runs_dtype_too():  # facts: T11
@@ -760,8 +764,8 @@ def test_growth_in_bfloat16_changes_the_loss_no_more_than_its_rounding(family): 
     loss = jax.jit(lambda p, b, config: loss_sums(p, b, config)[0] / jnp.sum(b["weights"]), static_argnums=2)
 
     def first(params):
-        grown = grow_params(params, old, new, GrowthConfig(family), KEY)
-        return masked(grown, old, new, 0.0) if family == "mask" else grown
+        grown = grow_params(params, Growth(old, new, GrowthConfig(family), KEY))
+        return masked(grown, Growth(old, new, GrowthConfig("mask")), 0.0) if family == "mask" else grown
 
     first = jax.jit(first)
     rounding, growth = [], []
@@ -775,16 +779,33 @@ def test_growth_in_bfloat16_changes_the_loss_no_more_than_its_rounding(family): 
 
 def test_float32_proof_is_made_at_full_precision(monkeypatch):
     """An H100 multiplies float32 with 10 bits unless told otherwise: 5e-4, where growth itself is 1e-6."""
-    compare, seen = certificate._compare, {}
+    comparison, seen = certificate.jit_comparison, {}
 
     def spy(*args, dtype, gradients=False, **kwargs):
         seen[dtype, gradients] = jax.config.jax_default_matmul_precision
-        return compare(*args, dtype=dtype, gradients=gradients, **kwargs)
+        return comparison(*args, dtype=dtype, gradients=gradients, **kwargs)
 
-    monkeypatch.setattr(certificate, "_compare", spy)
+    monkeypatch.setattr(certificate, "jit_comparison", spy)
     old = with_fields(GROWN, dtype="bfloat16")
     certificate_of(old, resize(old, mlp_dim=40), random_params(old), GrowthConfig(), float64_below=0)
     assert seen == {("bfloat16", True): None, ("float32", False): "highest"}
+
+
+@pytest.mark.parametrize("damage", ["structure", "shape", "dtype"])
+def test_trees_of_another_model_are_refused_by_the_certificate(damage):
+    """chex names the leaf; compared without it, a tree of another shape could broadcast."""
+    old, new = GROWN, resize(GROWN, mlp_dim=40)
+    growth = Growth(old, new, GrowthConfig(), KEY)
+    params = random_params(old)
+    grown = jax.jit(lambda p: grow_params(p, growth))(params)
+    if damage == "structure":
+        del grown["embedding"]
+    elif damage == "shape":
+        grown["embedding"] = grown["embedding"][:, :1]
+    else:
+        grown["embedding"] = grown["embedding"].astype(jnp.bfloat16)
+    with pytest.raises(AssertionError, match="embedding"):
+        certify((params, grown), growth, random_batch(old, rows=2), GrowthPoint(5, "a", "b"))
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
@@ -794,9 +815,8 @@ def test_certificate_recomputes_every_layer_however_the_model_trains(remat):
         params = tuple(abstract_params(c)[0] for c in (old, new))
         ints, floats = (jax.ShapeDtypeStruct((2, old.max_length), dtype) for dtype in (jnp.int32, jnp.float32))
         batch = {"tokens": ints, "targets": ints, "weights": floats}
-        return (
-            certificate.comparison(old, new, GrowthConfig(), "float32", gradients=True).lower(params, batch).as_text()
-        )
+        comparison = certificate.jit_comparison(Growth(old, new, GrowthConfig()), "float32", gradients=True)
+        return comparison.lower(params, batch).as_text()
 
     assert text(remat) == text("full")
 
@@ -850,12 +870,12 @@ def test_illegal_growth_is_refused():
         (GROWN, wider, "duplicate", "rotary_repeat must be True for family 'duplicate'"),
     ):
         with pytest.raises((GrowthError, ConfigError), match=words):
-            check_growth(old, new, GrowthConfig(family))
+            Growth(old, new, GrowthConfig(family))
     params = random_params(GROWN)
     with pytest.raises(ConfigError, match="growth family 'zeros'; did you mean zero"):
-        grow_params(params, GROWN, resize(GROWN, mlp_dim=40), GrowthConfig("zeros"), KEY)
+        Growth(GROWN, resize(GROWN, mlp_dim=40), GrowthConfig("zeros"), KEY)
     with pytest.raises(GrowthError, match=r"attention/\w+/\w+ has shape .*; the old configuration says"):
-        grow_params(params, with_fields(GROWN, num_heads=3), resize(GROWN, num_heads=5), GrowthConfig(), KEY)
+        grow_params(params, Growth(with_fields(GROWN, num_heads=3), resize(GROWN, num_heads=5), GrowthConfig(), KEY))
 
 
 def test_leaf_without_a_rule_is_named(monkeypatch):
@@ -863,14 +883,14 @@ def test_leaf_without_a_rule_is_named(monkeypatch):
         "mlp": AxisRule(zero.at_the_end, lambda *_: {}["no"])
     }
     table = {"zero": families.FAMILIES["zero"]._replace(axes=without)}
-    monkeypatch.setattr("flmjax.growth.grow.family_of", lambda o: table[o.family])
+    monkeypatch.setattr("flmjax.growth.growth.family_of", lambda o: table[o.family])
     with pytest.raises(GrowthError, match=r"layers/mlp/\w+/\w+: no rule for axis 'mlp' \(\w+\) from 29 to 40"):
-        grow_params(random_params(GROWN), GROWN, resize(GROWN, mlp_dim=40), GrowthConfig(), KEY)
+        grow_params(random_params(GROWN), Growth(GROWN, resize(GROWN, mlp_dim=40), GrowthConfig(), KEY))
 
 
 def test_the_plan_names_every_leaf_and_its_rules():
     new = resize(GROWN, embed_dim=48, num_layers=3)
-    plan = {p.path: p for p in plan_growth(GROWN, new, GrowthConfig())}
+    plan = {p.path: p for p in plan_growth(Growth(GROWN, new, GrowthConfig()))}
     assert set(plan) == {path.replace(".", "/") for path in reference.shapes(new)}
     up = plan["layers/mlp/up/kernel"]
     assert (up.old_shape, up.new_shape) == ((2, 24, 29), (3, 48, 29))

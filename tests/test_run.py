@@ -18,7 +18,8 @@ from flmjax.config import ConfigError, MeshConfig, from_config_dict
 from flmjax.data.loader import validation_rows
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
-from flmjax.growth.masks import masked
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import masked
 from flmjax.model.loss import loss_sums
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.grow_checkpoint import check_vocabulary
@@ -193,7 +194,7 @@ def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
     rows = {**batch, "bytes": np.ones(8, np.float32)}
     losses = [
         float(jax.jit(lambda p: loss_sums(p, rows, new)[0])(p)) / rows["weights"].sum()
-        for p in (masked(params, old, new, 5 / 8), params)
+        for p in (masked(params, Growth(old, new, config.stages[1].growth), 5 / 8), params)
     ]
     reported = [r["loss"] for r in read_metrics(workdir) if r["kind"] == "validation" and r["step"] == 20][-1]
     assert reported == pytest.approx(losses[0], rel=1e-5)

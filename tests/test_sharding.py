@@ -22,6 +22,7 @@ from flmjax.config import (
 )
 from flmjax.config.validate import validate_mesh
 from flmjax.growth.grow import grow
+from flmjax.growth.growth import Growth
 from flmjax.growth.learned import expand, first_matrices
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement
@@ -102,7 +103,7 @@ def growth_program(family, shape, new_shape, old=CONFIG):
         state_spec(config, OptimizerConfig(), mesh_of(s)) for config, s in ((old, shape), (new, new_shape))
     )
     program = jax.jit(
-        lambda s: grow(s, old, new, GrowthConfig(family), jax.random.key(7)),
+        lambda s: grow(s, Growth(old, new, GrowthConfig(family), jax.random.key(7))),
         in_shardings=(before.shardings,),
         out_shardings=after.shardings,
     )
@@ -153,11 +154,12 @@ def test_learning_growth_gathers_one_layer_at_a_time(shape):
     new = resize(old, "learned", embed_dim=64, mlp_dim=96, num_heads=16, num_layers=7)
     before, after = (state_spec(config, OptimizerConfig(), mesh_of(shape)).abstract.params for config in (old, new))
     shardings = jax.tree.map(lambda x: x.sharding, after)
-    matrices = first_matrices(old, new)
+    growth = Growth(old, new, GrowthConfig("learned"))
+    matrices = first_matrices(growth)
 
     def gradient(matrices, params, constant, cotangent):
         def made(matrices):
-            return jax.lax.with_sharding_constraint(expand(matrices, params, constant, old, new), shardings)
+            return jax.lax.with_sharding_constraint(expand(matrices, params, constant, growth), shardings)
 
         return jax.vjp(made, matrices)[1](cotangent)
 

@@ -15,7 +15,8 @@ import pytest
 from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import GrowthConfig, MeshConfig, OptimizerConfig, RunConfig, StageConfig, resize
-from flmjax.growth.masks import Ramp, masked
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import Ramp, masked
 from flmjax.model import loss as losses
 from flmjax.model.loss import cross_entropy_sum, loss_sums, teacher_means, teacher_sums
 from flmjax.model.transformer import forward
@@ -232,12 +233,12 @@ def test_a_masked_step_is_a_step_of_the_masked_model(microbatches, one_device_me
     new = resize(TINY, "mask", embed_dim=40, num_layers=3)
     config = OptimizerConfig(clip_norm=None)
     spec = state_spec(new, config, one_device_mesh)
-    ramp = Ramp(GrowthConfig("mask", ramp_steps=10), TINY, new, start=2)
+    ramp = Ramp(Growth(TINY, new, GrowthConfig("mask", ramp_steps=10)), start=2)
     state = dataclasses.replace(init_state(spec, 0), step=jnp.int32(5))
     params, batch = jax.tree.map(np.asarray, state.params), random_batch(new)
 
     def mean_loss(p):
-        return losses.loss_sums(masked(p, TINY, new, 0.3), batch, new)[0] / batch["weights"].sum()
+        return losses.loss_sums(masked(p, ramp.growth, 0.3), batch, new)[0] / batch["weights"].sum()
 
     loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(params)
     after, metrics = compile_step(spec, microbatches, ramp=ramp)(state, batch, np.float32(1e-3))

@@ -7,10 +7,33 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-GROWTH_FAMILIES = ("zero", "duplicate", "mask", "stack", "interleave", "middle", "perturb", "learned")
 MESH_AXES = ("replica", "fsdp", "tensor")
 STAGE_SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
+
+
+class FamilyTraits(NamedTuple):
+    """What the configuration must know of a growth family; growth/families.py has its rules.
+
+    Attributes:
+        settings: fields of GrowthConfig that only some families read, and this one does.
+        repeats_frequencies: whether new dimensions of a head are copies, which turn as their sources do.
+    """
+
+    settings: tuple[str, ...] = ()
+    repeats_frequencies: bool = False
+
+
+GROWTH_FAMILIES: dict[str, FamilyTraits] = {
+    "zero": FamilyTraits(),
+    "duplicate": FamilyTraits(("split",), repeats_frequencies=True),
+    "mask": FamilyTraits(("ramp_steps", "ramp")),
+    "stack": FamilyTraits(),
+    "interleave": FamilyTraits(),
+    "middle": FamilyTraits(),
+    "perturb": FamilyTraits(("shrink",)),
+    "learned": FamilyTraits(("tuning_steps", "tuning_learning_rate")),
+}
 
 
 class ConfigError(ValueError):
@@ -152,6 +175,11 @@ class GrowthConfig:
     rewarm_fraction: float = 0.01  # "rewarm": of the stage's steps
     new_warmup_fraction: float = 0.01  # of the stage's steps in which the new weights' rate rises; 0: none
 
+    @property
+    def traits(self) -> FamilyTraits:
+        """What the configuration knows of the family."""
+        return GROWTH_FAMILIES[self.family]
+
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
@@ -174,11 +202,6 @@ class StageConfig:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
-
-    @property
-    def tuning_steps(self) -> int:
-        """Batches that this stage's growth learns from before the first update."""
-        return self.growth.tuning_steps if self.growth.family == "learned" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,14 +305,15 @@ class Stage:
     @property
     def ramp(self) -> range:
         """Updates during which the mask of this stage's growth opens; empty without a mask."""
-        masked = self.previous is not None and self.config.growth.family == "mask"
-        return range(self.start, self.start + self.config.growth.ramp_steps) if masked else range(0)
+        return range(self.start, self.start + self.config.growth.ramp_steps) if self._reads("ramp_steps") else range(0)
 
     @property
     def tuning_steps(self) -> int:
         """Batches that this stage's growth learns from before the first update."""
-        learned = self.previous is not None and self.config.growth.family == "learned"
-        return self.config.growth.tuning_steps if learned else 0
+        return self.config.growth.tuning_steps if self._reads("tuning_steps") else 0
+
+    def _reads(self, setting: str) -> bool:
+        return self.previous is not None and setting in self.config.growth.traits.settings
 
 
 def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfig:
@@ -302,7 +326,9 @@ def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfi
     grown = dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)
     if grown.head_dim == model.head_dim or model.position == "learned" or model.rotary_dim is not None:
         return grown
-    return dataclasses.replace(grown, rotary_dim=model.head_dim, rotary_repeat=family == "duplicate")
+    return dataclasses.replace(
+        grown, rotary_dim=model.head_dim, rotary_repeat=GROWTH_FAMILIES[family].repeats_frequencies
+    )
 
 
 def split_factor(old: ModelConfig, new: ModelConfig) -> int:

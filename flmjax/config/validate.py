@@ -29,12 +29,6 @@ SCHEDULES = ("constant", "cosine", "wsd")
 VOCABULARIES = ("sentencepiece", "bytes", "cl100k")
 SPLIT_KEYS = ("text", "path")
 TEACHER_MIXING = ("mixed", "alternating")
-FAMILY_FIELDS = {
-    "duplicate": ("split",),
-    "mask": ("ramp_steps", "ramp"),
-    "perturb": ("shrink",),
-    "learned": ("tuning_steps", "tuning_learning_rate"),
-}
 RAMPS = ("linear", "cosine")
 SPLITS = ("unequal", "equal")
 MOMENTS = ("carry", "reset")
@@ -203,7 +197,7 @@ def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
 def _validate_operator(s: StageConfig, path: str) -> None:
     g = s.growth
     for field, choices in (
-        ("family", GROWTH_FAMILIES),
+        ("family", tuple(GROWTH_FAMILIES)),
         ("split", SPLITS),
         ("moments", MOMENTS),
         ("ramp", RAMPS),
@@ -218,11 +212,11 @@ def _validate_operator(s: StageConfig, path: str) -> None:
         f"{path}.tuning_learning_rate={g.tuning_learning_rate} must be positive",
     )
     _require(
-        g.family != "mask" or 0 < g.ramp_steps <= s.steps,
-        f"{path}.ramp_steps={g.ramp_steps} must be 1 to the stage's steps={s.steps} for family 'mask'",
+        "ramp_steps" not in g.traits.settings or 0 < g.ramp_steps <= s.steps,
+        f"{path}.ramp_steps={g.ramp_steps} must be 1 to the stage's steps={s.steps} for family '{g.family}'",
     )
-    for family, fields in FAMILY_FIELDS.items():
-        for field in fields if family != g.family else ():
+    for family, traits in GROWTH_FAMILIES.items():
+        for field in traits.settings if family != g.family else ():
             _require(
                 getattr(g, field) == getattr(GrowthConfig(), field),
                 f"{path}.{field}={getattr(g, field)} is not read by family '{g.family}', only by '{family}'",

@@ -56,7 +56,7 @@ def mixture_schedule(config: RunConfig, prepared: Prepared) -> list[Segment]:
     schedule = []
     for i, stage in enumerate(config.stages):
         weights = stage.mixture_weights or weights
-        batches_of_stage = stage.steps + (stage.tuning_steps if i else 0)
+        batches_of_stage = stage.steps + config.schedule[i].tuning_steps
         samples = None if i + 1 == len(config.stages) else batches_of_stage * stage.batch_size
         schedule.append(Segment(weights, samples, stage.batch_size if alternating else 0))
     return schedule

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import SIZES, GrowthConfig, ModelConfig
-from flmjax.growth.families import TUNED, family_of
+from flmjax.config import SIZES, ModelConfig
 from flmjax.growth.grow import grow_params
-from flmjax.growth.masks import masked
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import masked
 from flmjax.growth.rules import GrowthError
 from flmjax.model.loss import divisor, token_cross_entropy
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
@@ -22,6 +23,14 @@ from flmjax.sharding.axes import path_name
 from flmjax.sharding.rules import Placement, tree_shardings
 
 MAX_KL = 1e-3  # nats a token, in the run's dtype; bfloat16 itself makes about 1e-5
+
+
+class GrowthPoint(NamedTuple):
+    """When a run grows: the update that it stands at, and the names of the stages before and after."""
+
+    step: int
+    from_stage: str
+    to_stage: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,82 +108,81 @@ class Certificate:
 
 
 def certify(
-    old_params: Any,
-    new_params: Any,
-    old: ModelConfig,
-    new: ModelConfig,
+    params: tuple[Any, Any],
+    growth: Growth,
     batch: Mapping[str, Any],
+    point: GrowthPoint,
     *,
-    operator: GrowthConfig,
-    key: jax.Array,
     placement: Placement | None = None,
     float64_below: int = 20_000_000,
     tolerance: float = 2e-5,
-    **labels: Any,
 ) -> Certificate:
     """Compare both models on `batch` (tokens, targets, weights (B, L); segment_ids, positions if packed so).
 
+    Raises:
+        AssertionError: of chex, naming the leaf, for trees that are not of the growth's models.
+
     Args:
-        old_params, new_params: float32 trees before and after growth.
-        operator, key: of the growth; in float64 it is done again from `old_params`, or, tuned, taken as it is.
+        params: float32 trees before and after growth. In float64 the growth is repeated from the first of them, or,
+            where it was tuned, the second is converted.
+        growth: with its key.
+        point: when, and between which stages.
         placement: activations' sharding; the batch's rows must divide over its data axes.
         float64_below: parameters of the new model up to which the float64 comparison is made.
         tolerance: of the float32 difference, in parts of max |logit| (at least 1).
-        labels: step, from_stage, to_stage of the certificate.
     """
-    family = family_of(operator)
-    compare = functools.partial(_compare, old=old, new=new, operator=operator, batch=batch)
-    pair = (old_params, new_params)
-    found = compare(pair, dtype=new.dtype, placement=placement, gradients=True)
-    single = found
+    old, new, family = growth.old, growth.new, growth.family
+    for tree, model in zip(params, (old, new), strict=True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(tree, abstract_params(model)[0])
+    compare = functools.partial(_compare, growth, batch)
+    in_run = compare(params, dtype=new.dtype, placement=placement, gradients=True)
+    single = in_run
     if new.dtype != "float32" or jax.devices()[0].platform != "cpu":
         # An accelerator may multiply float32 at a lower precision, which says nothing about growth.
         with jax.default_matmul_precision("highest"):
-            single = compare(pair, dtype="float32", placement=placement)
-    differences = {"run": found.difference, "float32": single.difference, "float64": None}
+            single = compare(params, dtype="float32", placement=placement)
+    differences: dict[str, float | None] = {"run": in_run.difference, "float32": single.difference, "float64": None}
     limit, removed = tolerance * max(1.0, single.max_logit), single.mask_removed
-    if count_parameters(new_params) <= float64_below:
+    if count_parameters(params[1]) <= float64_below:
         with jax.enable_x64(True):
-            exact = compare(_in_float64(pair, old, new, operator, key), dtype="float64")
+            exact = compare(_in_float64(params, growth), dtype="float64")
         differences["float64"], removed = exact.difference, exact.mask_removed
     sizes = {name: (getattr(old, name), getattr(new, name)) for name in SIZES}
     claim = family.claim
     if family.is_exact and old.vocab_size != new.vocab_size:
         claim += ", given a word of the old vocabulary"
-    failure = _learning_failure(found, old_params, new_params)
+    failure = _learning_failure(in_run, params)
     if failure is None and family.is_exact:
-        failure = _exactness_failure(differences["float32"], removed, found.kl, limit, new.dtype)
+        failure = exactness_failure(single.difference, removed, in_run.kl, limit, new.dtype)
     return Certificate(
-        family=operator.family,
+        family=growth.config.family,
         claim=claim,
         exact=family.is_exact,
         sizes={name: both for name, both in sizes.items() if both[0] != both[1]},
-        parameters=(count_parameters(old_params), count_parameters(new_params)),
+        parameters=(count_parameters(params[0]), count_parameters(params[1])),
         max_difference=differences,
-        max_logit=found.max_logit,
+        max_logit=in_run.max_logit,
         mask_removed=removed,
-        kl=found.kl,
+        kl=in_run.kl,
         run_dtype=new.dtype,
-        loss_before=found.losses[0],
-        loss_after=found.losses[1],
-        gradient_norm=found.gradient_norms,
+        loss_before=in_run.losses[0],
+        loss_after=in_run.losses[1],
+        gradient_norm=in_run.gradient_norms,
         rows=batch["tokens"].shape[0],
         tokens=batch["tokens"].size,
         tolerance=limit,
         failure=failure,
-        **labels,
+        **point._asdict(),
     )
 
 
-def _in_float64(
-    pair: tuple[Any, Any], old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array
-) -> tuple[Any, Any]:
-    """Both trees in float64: the new one grown again from the old one, or, tuned, taken as it is."""
+def _in_float64(params: tuple[Any, Any], growth: Growth) -> tuple[Any, Any]:
+    """Both trees in float64: the second one grown again from the first, or, where it was tuned, converted."""
     to_double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))
-    before = to_double(pair[0])
-    if family_of(operator).claim == TUNED:
-        return before, to_double(pair[1])
-    return before, jax.jit(lambda p, k: grow_params(p, old, new, operator, k))(before, key)
+    before = to_double(params[0])
+    if growth.family.tunes:
+        return before, to_double(params[1])
+    return before, jax.jit(lambda p, key: grow_params(p, dataclasses.replace(growth, key=key)))(before, growth.key)
 
 
 class Comparison(NamedTuple):
@@ -188,29 +196,22 @@ class Comparison(NamedTuple):
     gradient_norms: tuple[float, float]
 
 
-def _compare(params: tuple[Any, Any], *, operator: GrowthConfig, batch: Mapping[str, Any], **how: Any) -> Comparison:
-    found = Comparison(*jax.tree.map(float, comparison(operator=operator, **how)(params, batch)))
-    return found if operator.family == "mask" else found._replace(mask_removed=None)
+def _compare(growth: Growth, batch: Mapping[str, Any], params: tuple[Any, Any], **how: Any) -> Comparison:
+    numbers = Comparison(*jax.tree.map(float, jit_comparison(growth, **how)(params, batch)))
+    return numbers if growth.family.ramps else numbers._replace(mask_removed=None)
 
 
-def comparison(
-    old: ModelConfig,
-    new: ModelConfig,
-    operator: GrowthConfig,
-    dtype: str,
-    placement: Placement | None = None,
-    gradients: bool = False,
-) -> Any:
+def jit_comparison(growth: Growth, dtype: str, placement: Placement | None = None, gradients: bool = False) -> Any:
     """The jitted program of a certificate: ((old, new) parameters, batch) -> the numbers of a Comparison.
 
     Both models on the old vocabulary: padded ids do not count, and new words have no past to be compared with.
     """
     # The plain attention in every dtype: a fused kernel's own rounding is not what is asked about. Every layer is
     # recomputed, however the model trains: all rows are in memory at once, and two models.
+    old, is_masked = growth.old, growth.family.ramps
     before, after = (
-        dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, new)
+        dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, growth.new)
     )
-    is_masked = operator.family == "mask"
 
     def logits(params: Any, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
         y_BLV = forward(params, config, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
@@ -218,7 +219,7 @@ def comparison(
 
     def loss(params: Any, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
         if config is after and is_masked:
-            params = masked(params, old, new, 0.0)
+            params = masked(params, growth, 0.0)
         y_BLV = logits(params, config, batch)
         loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
         return _weighted_mean(loss_BL, batch["weights"]), (y_BLV, log_probs_BLV)
@@ -241,7 +242,7 @@ def comparison(
         kl_BL = jnp.sum(jnp.where(real, jnp.exp(log_a) * (log_a - log_b), 0), axis=-1)
         removed = jnp.zeros(())
         if is_masked:
-            opened = logits(masked(params[1], old, new, 1.0), after, batch)
+            opened = logits(masked(params[1], growth, 1.0), after, batch)
             removed = jnp.max(jnp.where(real, jnp.abs(opened - logits(params[1], after, batch)), 0))
         return (
             jnp.max(jnp.where(real, jnp.abs(y_a - y_b), 0)),
@@ -258,25 +259,33 @@ def comparison(
     return jax.jit(compare, compiler_options=quick)
 
 
-def _exactness_failure(difference: Any, removed: float | None, kl: float, limit: float, dtype: str) -> str | None:
+def exactness_failure(difference: float, removed: float | None, kl: float, limit: float, dtype: str) -> str | None:
+    """Why a growth is not exact, or None.
+
+    Args:
+        difference: max |difference| of float32 logits. removed: of logits with the mask fully open and gone.
+        kl: KL divergence in nats a token, computed in `dtype`. limit: of both differences.
+    """
     for name, value, bound in (
         ("max |difference| of float32 logits", difference, limit),
         ("max |difference| of logits when the mask goes", removed, limit),
         (f"KL divergence in {dtype}", kl, MAX_KL),
     ):
-        if value is not None and not value <= bound:  # NaN is not
+        try:
+            chex.assert_trees_all_close(0.0 if value is None else value, 0.0, rtol=0, atol=bound)
+        except AssertionError:  # of NaN, too
             return f"is not exact: {name} {value:.3g} exceeds {bound:.3g}"
     return None
 
 
-def _learning_failure(found: Comparison, old_params: Any, new_params: Any) -> str | None:
+def _learning_failure(in_run: Comparison, params: tuple[Any, Any]) -> str | None:
     """A tied embedding of zeros under xPos, for one, has no gradient, and an exact growth keeps it so."""
-    norm = found.gradient_norms[1]
+    norm = in_run.gradient_norms[1]
     if not math.isfinite(norm):
-        return f"has a gradient that is not finite: its norm is {norm}, and was {found.gradient_norms[0]}"
+        return f"has a gradient that is not finite: its norm is {norm}, and was {in_run.gradient_norms[0]}"
     if norm > 0:
         return None
-    pairs = zip(jax.tree_util.tree_leaves_with_path(old_params), jax.tree.leaves(new_params), strict=True)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(params[0]), jax.tree.leaves(params[1]), strict=True)
     zeros = [
         f"{path_name(path)} {old.shape} -> {new.shape}"
         for (path, old), new in pairs

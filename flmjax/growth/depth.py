@@ -8,7 +8,7 @@ import numpy as np
 
 from flmjax.config import ModelConfig
 from flmjax.growth import zero
-from flmjax.growth.rules import AxisRule, Growing, Rule
+from flmjax.growth.rules import AxisRule, Dimension, Rule
 from flmjax.sharding.axes import LeafAxes
 
 
@@ -34,7 +34,7 @@ def middle(before: int, after: int, old: ModelConfig, new: ModelConfig) -> np.nd
     return np.concatenate([np.arange(start + block), copies, np.arange(start + block, before)])
 
 
-def copied(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def copied(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """A layer as it is, its moments too: what its gradient will be, nobody knows."""
     return Rule("fresh", 1.0, 1.0)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from flmjax.config import ModelConfig
 from flmjax.growth import zero
-from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
+from flmjax.growth.rules import AxisRule, Dimension, Rule, at_the_end
 from flmjax.model.mup import logit_growth
 from flmjax.sharding.axes import LeafAxes
 
@@ -46,11 +46,11 @@ def same_frequency(before: int, after: int, old: ModelConfig, new: ModelConfig) 
     return np.where(places < before, places, K + (places - K) % (before - K))
 
 
-def embed(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def embed(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """Residual width, r = d/d', c copies with shares a. A tied embedding reads what it writes: the last norm's gain
     carries the shares that it cannot carry itself, and the width that muP divides logits by."""
-    r, width = g.old.embed_dim / g.new.embed_dim, logit_growth(g.old, g.new)
-    root, gain, a = np.sqrt(g.copies), np.sqrt(r * g.copies), g.share
+    r, width = d.old.embed_dim / d.new.embed_dim, logit_growth(d.old, d.new)
+    root, gain, a = np.sqrt(d.copies), np.sqrt(r * d.copies), d.share
     tied = {
         "output_scale": Rule("fresh", gain * root * a * width, 1 / (gain * root * width)),
         "output_shift": Rule("zero", root * a * width, 1 / (root * width)),
@@ -60,31 +60,31 @@ def embed(role: str, leaf: LeafAxes, g: Growing) -> Rule:
         "output_shift": Rule("zero", width, a / width),
     }
     return {
-        "write": Rule("mean" if g.new.norm == "layernorm" else "zero", 1 / root, root * a),
+        "write": Rule("mean" if d.new.norm == "layernorm" else "zero", 1 / root, root * a),
         "read": Rule("fresh", a, 1.0),
         "scale": Rule("fresh", gain, a / gain),
         "shift": Rule("zero", 1.0, a),
-        **(tied if g.new.tied_embedding else untied),
+        **(tied if d.new.tied_embedding else untied),
     }[role]
 
 
-def hidden(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def hidden(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """MLP units, query heads, groups."""
-    return {"write": Rule("fresh", 1.0, g.share), "read": Rule("zero", g.share, 1.0)}[role]
+    return {"write": Rule("fresh", 1.0, d.share), "read": Rule("zero", d.share, 1.0)}[role]
 
 
-def head_dim(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def head_dim(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """Size of the heads: keys and the output share; queries take back sqrt(K')."""
-    root: Any = math.sqrt(g.new.head_dim / g.old.head_dim)
+    root: Any = math.sqrt(d.new.head_dim / d.old.head_dim)
     return {
-        "query": Rule("fresh", root, g.share / root),
-        "key": Rule("zero", g.share, 1.0),
-        "write": Rule("fresh", 1.0, g.share),
-        "read": Rule("zero", g.share, 1.0),
+        "query": Rule("fresh", root, d.share / root),
+        "key": Rule("zero", d.share, 1.0),
+        "write": Rule("fresh", 1.0, d.share),
+        "read": Rule("zero", d.share, 1.0),
     }[role]
 
 
-def mean(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def mean(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """New words start as the mean of the old ones."""
     return Rule("mean")
 

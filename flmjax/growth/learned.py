@@ -8,6 +8,7 @@ Sharded, each update gathers matrices of one layer at a time, and the rows of a 
 does; each device receives about 1.7 times the bytes of the new parameters at each update.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -18,17 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flmjax.config import GrowthConfig, ModelConfig, split_factor
-from flmjax.growth import zero
-from flmjax.growth.rules import (
-    Growing,
-    copy,
-    grow_leaf,
-    growing_dimensions,
-    leaf_dims,
-    leaf_sizes,
-    rule_for,
-)
+from flmjax.growth.growth import Growth
+from flmjax.growth.rules import copy, leaf_dims, leaf_sizes
 from flmjax.model.transformer import abstract_params, init_params
 from flmjax.sharding.axes import LeafAxes, map_with_axes
 
@@ -38,10 +30,7 @@ Matrices = dict[str, jax.Array]  # "dimension.role" -> (after, before)
 
 def tune(
     params: Any,
-    old: ModelConfig,
-    new: ModelConfig,
-    operator: GrowthConfig,
-    key: jax.Array,
+    growth: Growth,
     value_and_grad: Callable[[Any, Any], tuple[jax.Array, Any]],
     batches: Iterable[Any],
     shardings: Any = None,
@@ -50,7 +39,6 @@ def tune(
 
     Args:
         params: of the old model; not changed.
-        key: for fresh weights, the same as of grow_params.
         value_and_grad: (parameters of the new model, batch) -> (mean loss, its gradient).
         shardings: of the new parameters; None on one device.
 
@@ -61,14 +49,14 @@ def tune(
     def pinned(grown: Any) -> Any:
         return grown if shardings is None else jax.lax.with_sharding_constraint(grown, shardings)
 
-    optimizer = optax.adam(operator.tuning_learning_rate)
-    matrices = first_matrices(old, new)
-    constant = jax.jit(lambda key: pinned(fresh_part(old, new, key)))(key)
-    expanded = jax.jit(lambda matrices, params, constant: pinned(expand(matrices, params, constant, old, new)))
+    optimizer = optax.adam(growth.config.tuning_learning_rate)
+    matrices = first_matrices(growth)
+    constant = jax.jit(lambda key: pinned(fresh_part(dataclasses.replace(growth, key=key))))(growth.key)
+    expanded = jax.jit(lambda matrices, params, constant: pinned(expand(matrices, params, constant, growth)))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(matrices: Matrices, opt_state: Any, params: Any, constant: Any, batch: Any) -> Any:
-        grown, pull_back = jax.vjp(lambda matrices: pinned(expand(matrices, params, constant, old, new)), matrices)
+        grown, pull_back = jax.vjp(lambda matrices: pinned(expand(matrices, params, constant, growth)), matrices)
         value, grads = value_and_grad(grown, batch)
         updates, opt_state = optimizer.update(pull_back(grads)[0], opt_state, matrices)
         return optax.apply_updates(matrices, updates), opt_state, value
@@ -80,44 +68,43 @@ def tune(
     return expanded(matrices, params, constant), [float(value) for value in losses]
 
 
-def first_matrices(old: ModelConfig, new: ModelConfig) -> Matrices:
+def first_matrices(growth: Growth) -> Matrices:
     """The zero family's map of old places, as dense float32 matrices."""
-    growing, matrices = _growing(old, new), {}
+    matrices: Matrices = {}
 
     def add(path: str, leaf: LeafAxes) -> None:
-        for axis, dim in leaf_dims(leaf):
-            if dim not in growing or dim in NOT_LEARNED:
+        for i, d, rule in growth.rules_of(path, leaf):
+            if d.name in NOT_LEARNED:
                 continue
-            g, rule = growing[dim], rule_for(path, leaf, axis, dim, zero.AXES, growing[dim])
-            matrix = np.zeros((g.after, g.before), np.float32)
-            matrix[np.arange(g.after)[~g.is_new], g.source[~g.is_new]] = rule.weight
+            matrix = np.zeros((d.after, d.before), np.float32)
+            matrix[np.arange(d.after)[~d.is_new], d.source[~d.is_new]] = rule.weight
             if rule.fill == "mean":
-                matrix[g.is_new] = 1 / g.before
-            matrices[f"{dim}.{leaf.role(axis)}"] = jnp.asarray(matrix)
+                matrix[d.is_new] = 1 / d.before
+            matrices[f"{d.name}.{leaf.role(leaf_dims(leaf)[i][0])}"] = jnp.asarray(matrix)
 
-    map_with_axes(add, abstract_params(old)[1])
+    map_with_axes(add, abstract_params(growth.old)[1])
     return matrices
 
 
-def fresh_part(old: ModelConfig, new: ModelConfig, key: jax.Array) -> Any:
+def fresh_part(growth: Growth) -> Any:
     """What the zero family adds to the linear map: growth of zeros."""
-    growing = _growing(old, new)
+    assert growth.key is not None
 
     def grow_zeros(path: str, leaf: LeafAxes, x: Any, fresh: jax.Array) -> jax.Array:
-        return grow_leaf(path, leaf, jnp.zeros(x.shape, x.dtype), fresh, zero.AXES, growing, (old, new))
+        return growth.grow_leaf(path, leaf, jnp.zeros(x.shape, x.dtype), fresh)
 
-    shapes, axes = abstract_params(old)
-    return map_with_axes(grow_zeros, axes, shapes, init_params(new, key))
+    shapes, axes = abstract_params(growth.old)
+    return map_with_axes(grow_zeros, axes, shapes, init_params(growth.new, growth.key))
 
 
-def expand(matrices: Matrices, params: Any, constant: Any, old: ModelConfig, new: ModelConfig) -> Any:
-    """The parameters that the matrices make."""
-    growing, parts = _growing(old, new), split_factor(old, new)
+def expand(matrices: Matrices, params: Any, constant: Any, growth: Growth) -> Any:
+    """The parameters of the new model that the matrices compute from those of the old one."""
+    dimensions, parts = growth.dimensions, growth.split
 
     def multiply(leaf: LeafAxes, x: jax.Array, steps: list[tuple[int, str, str]]) -> jax.Array:
         for i, axis, dim in steps:
             if dim in NOT_LEARNED:
-                x = copy(x, {i: growing[dim].source})
+                x = copy(x, {i: dimensions[dim].source})
             else:
                 x = jnp.moveaxis(jnp.tensordot(matrices[f"{dim}.{leaf.role(axis)}"], x, axes=(1, i)), 0, i)
         return x
@@ -125,8 +112,8 @@ def expand(matrices: Matrices, params: Any, constant: Any, old: ModelConfig, new
     def expand_one(path: str, leaf: LeafAxes, x: jax.Array, constant: jax.Array) -> jax.Array:
         if "kv_heads" in leaf.names and parts > 1:
             x = jnp.repeat(x, parts, axis=leaf.names.index("kv_heads"))
-        out = x.reshape(leaf_sizes(leaf, old, parts))
-        steps = [(i, axis, dim) for i, (axis, dim) in enumerate(leaf_dims(leaf)) if dim in growing]
+        out = x.reshape(leaf_sizes(leaf, growth.old, parts))
+        steps = [(i, axis, dim) for i, (axis, dim) in enumerate(leaf_dims(leaf)) if dim in dimensions]
         if leaf.names[0] == "layers":
             # A sharded dimension is gathered for its product: of one layer at a time.
             out = multiply(leaf, out, [step for step in steps if step[0] == 0])
@@ -136,24 +123,20 @@ def expand(matrices: Matrices, params: Any, constant: Any, old: ModelConfig, new
             out = multiply(leaf, out, steps)
         return out.reshape(constant.shape) + constant
 
-    return map_with_axes(expand_one, abstract_params(old)[1], params, constant)
+    return map_with_axes(expand_one, abstract_params(growth.old)[1], params, constant)
 
 
-def tuning_flops(old: ModelConfig, new: ModelConfig) -> float:
+def tuning_flops(growth: Growth) -> float:
     """FLOPs of one update beyond the new model's own: making its parameters, forward and twice backward."""
-    growing, parts, total = _growing(old, new), split_factor(old, new), 0.0
+    total = 0.0
 
     def add(path: str, leaf: LeafAxes) -> None:
         nonlocal total
-        sizes, after = leaf_sizes(leaf, old, parts), leaf_sizes(leaf, new)
+        sizes, after = leaf_sizes(leaf, growth.old, growth.split), leaf_sizes(leaf, growth.new)
         for i, (_, dim) in enumerate(leaf_dims(leaf)):
-            if dim in growing and dim not in NOT_LEARNED:
+            if dim in growth.dimensions and dim not in NOT_LEARNED:
                 total += 3 * 2 * math.prod(sizes) * after[i]
             sizes[i] = after[i]
 
-    map_with_axes(add, abstract_params(old)[1])
+    map_with_axes(add, abstract_params(growth.old)[1])
     return total
-
-
-def _growing(old: ModelConfig, new: ModelConfig) -> dict[str, Growing]:
-    return growing_dimensions(zero.AXES, old, new, GrowthConfig(), jax.random.key(0))

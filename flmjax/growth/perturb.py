@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import GrowthConfig
-from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
+from flmjax.growth.rules import AxisRule, Dimension, Rule, at_the_end
 from flmjax.sharding.axes import AXES as ALL
 from flmjax.sharding.axes import LeafAxes
 
 
-def pad(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def pad(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """Zeros, for matrices to be added to; else what a new model has."""
     return Rule("zero" if leaf.is_matrix else "fresh")
 

@@ -1,4 +1,4 @@
-"""What a growth rule is, and what it does to one leaf."""
+"""What a growth rule is, and the operations on arrays that carry it out."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import GrowthConfig, ModelConfig, split_factor
+from flmjax.config import ModelConfig
 from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
 
 # Query heads are groups x heads of a group: both grow at their own end, else a new head would land in a neighbour's
@@ -39,8 +39,8 @@ class Rule(NamedTuple):
         return self.weight**-power if self.gradient is None else self.gradient**power
 
 
-class Growing(NamedTuple):
-    """One dimension on its way from `before` to `after` places.
+class Dimension(NamedTuple):
+    """A dimension that grows from `before` to `after` places.
 
     Attributes:
         source: (after,) the old place that each new place copies, -1 for none.
@@ -64,7 +64,7 @@ class Growing(NamedTuple):
 
 
 Source = Callable[[int, int, ModelConfig, ModelConfig], np.ndarray]  # (before, after, old, new) -> source
-RoleRule = Callable[[str, LeafAxes, Growing], Rule]  # (role along the dimension, leaf, dimension) -> rule
+RoleRule = Callable[[str, LeafAxes, Dimension], Rule]  # (role along the dimension, leaf, dimension) -> rule
 
 
 class AxisRule(NamedTuple):
@@ -79,32 +79,11 @@ def at_the_end(before: int, after: int, old: ModelConfig, new: ModelConfig) -> n
     return np.where(np.arange(after) < before, np.arange(after), -1)
 
 
-def growing_dimensions(
-    axes: Mapping[str, AxisRule], old: ModelConfig, new: ModelConfig, operator: GrowthConfig, key: jax.Array
-) -> dict[str, Growing]:
-    """The dimensions that grow, by name. Copies' shares are drawn from `key`, once for all leaves."""
-    parts, growing = split_factor(old, new), {}
-    for i, name in enumerate(AXES):
-        before, after = dim_sizes(name, old, parts)[name], dim_sizes(name, new)[name]
-        if before == after and (name != "vocab" or old.vocab_size == new.vocab_size):
-            continue
-        if name == "vocab":  # padded rows were never a word
-            before = int(old.vocab_size or 0)
-        source = axes[name].source(before, after, old, new)
-        assert source.shape == (after,), (name, source.shape)
-        copies = np.where(source < 0, 1, np.bincount(source[source >= 0], minlength=before)[source])
-        # Both of a pair that turns together have one share, else their gradients mix.
-        pair = 2 if name == "head_dim" and new.position != "learned" else 1
-        share = draw_share(source[::pair] // pair, copies[::pair], operator.split, jax.random.fold_in(key, i))
-        share = np.repeat(share, pair) if isinstance(share, np.ndarray) else jnp.repeat(share, pair)
-        growing[name] = Growing(name, before, after, source, copies, share, old, new)
-    return growing
-
-
-def draw_share(source: np.ndarray, copies: np.ndarray, split: str, key: jax.Array) -> Any:
+def draw_share(source: np.ndarray, copies: np.ndarray, split: str, key: jax.Array | None) -> Any:
     """Shares in (0.3, 0.7) of each other, 1 for a place that has one copy; equal ones make copies that never part."""
     if split == "equal" or copies.max() == 1:
         return 1.0 / copies
+    assert key is not None, "unequal shares of copies are drawn: the growth needs a key"
     # Drawn in float32, so that a proof in float64 is of the same growth; divided in full, so that they sum to 1.
     drawn = jax.random.uniform(key, source.shape, jnp.float32, minval=0.3, maxval=0.7)
     drawn = jnp.where(copies == 1, 1.0, drawn.astype(float))
@@ -129,57 +108,6 @@ def leaf_dims(leaf: LeafAxes) -> list[tuple[str, str]]:
 def leaf_sizes(leaf: LeafAxes, config: ModelConfig, parts: int = 1) -> list[int]:
     """Sizes of those dimensions."""
     return [size for axis in leaf.names for size in dim_sizes(axis, config, parts).values()]
-
-
-def grow_leaf(
-    path: str,
-    leaf: LeafAxes,
-    x: jax.Array,
-    fresh: jax.Array | None,
-    rules: Mapping[str, AxisRule],
-    growing: Mapping[str, Growing],
-    configs: tuple[ModelConfig, ModelConfig],
-    power: int = 0,
-) -> jax.Array:
-    """One parameter (power 0) or its first or second moment (power 1, 2; fresh is None and every fill is 0).
-
-    Pads, selections and sums, never an update of a slice: into a sharded array that gathers the whole of it.
-    """
-    old, new = configs
-    parts = split_factor(old, new)
-    shape = tuple(axis_sizes(old)[name] for name in leaf.names)
-    if x.shape != shape:
-        raise GrowthError(f"{path} has shape {x.shape}; the old configuration says {shape}")
-    if "kv_heads" in leaf.names and parts > 1:  # each part has the key head, and a share of its gradient
-        x = jnp.repeat(x, parts, axis=leaf.names.index("kv_heads")) * jnp.asarray(float(parts) ** -power, x.dtype)
-    steps = [
-        (i, dim, rule_for(path, leaf, axis, dim, rules, growing[dim]))
-        for i, (axis, dim) in enumerate(leaf_dims(leaf))
-        if dim in growing
-    ]
-    out = copy(x.reshape(leaf_sizes(leaf, old, parts)), {i: growing[dim].source for i, dim, _ in steps})
-    for i, _, rule in steps:
-        out = scale(out, i, rule.weight if power == 0 else rule.moment_factor(power))
-    if fresh is not None:
-        fresh = fresh.reshape(leaf_sizes(leaf, new)).astype(x.dtype)
-    for i, dim, rule in sorted(steps, key=lambda step: step[1] == "layers"):  # new layers are as new layers are
-        out = fill(out, i, growing[dim].is_new, "zero" if fresh is None else rule.fill, fresh)
-    return out.reshape([axis_sizes(new)[name] for name in leaf.names])
-
-
-def rule_for(path: str, leaf: LeafAxes, axis: str, dim: str, rules: Mapping[str, AxisRule], growing: Growing) -> Rule:
-    """The rule of a leaf along one dimension.
-
-    Raises:
-        GrowthError: naming the leaf, both sizes and the axis that no rule covers.
-    """
-    role = str(leaf.role(axis))
-    try:
-        return rules[dim].rule(role, leaf, growing)
-    except KeyError:
-        raise GrowthError(
-            f"{path}: no rule for axis '{axis}' ({role}) from {growing.before} to {growing.after} places"
-        ) from None
 
 
 def copy(x: jax.Array, sources: Mapping[int, np.ndarray]) -> jax.Array:

@@ -7,20 +7,20 @@ the old entries (LayerNorm, after LEMON, arXiv 2310.07999) or 0 (RMSNorm) in its
 
 import math
 
-from flmjax.growth.rules import AxisRule, Growing, Rule, at_the_end
+from flmjax.growth.rules import AxisRule, Dimension, Rule, at_the_end
 from flmjax.model.mup import logit_growth
 from flmjax.sharding.axes import LeafAxes
 
 
-def embed(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def embed(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """Residual width. The normalised new entries are 0: what reads them is free, and so are their gains.
 
     Under muP the logits are divided by the width; the last norm, not the multiplier, takes that back.
     """
-    root = math.sqrt(g.old.embed_dim / g.new.embed_dim)
-    width = logit_growth(g.old, g.new)
+    root = math.sqrt(d.old.embed_dim / d.new.embed_dim)
+    width = logit_growth(d.old, d.new)
     return {
-        "write": Rule("mean" if g.new.norm == "layernorm" else "zero"),
+        "write": Rule("mean" if d.new.norm == "layernorm" else "zero"),
         "read": Rule("fresh"),
         "scale": Rule("fresh", root),
         "shift": Rule("zero"),
@@ -29,23 +29,23 @@ def embed(role: str, leaf: LeafAxes, g: Growing) -> Rule:
     }[role]
 
 
-def hidden(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def hidden(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """MLP units, query heads, key heads with their query heads."""
     return {"write": Rule("fresh"), "read": Rule("zero")}[role]
 
 
-def head_dim(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def head_dim(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """Size of the heads: new keys are 0; scores are divided by sqrt(K') instead of sqrt(K), which queries take back."""
-    root = math.sqrt(g.new.head_dim / g.old.head_dim)
+    root = math.sqrt(d.new.head_dim / d.old.head_dim)
     return {"query": Rule("fresh", root), "key": Rule("zero"), "write": Rule("fresh"), "read": Rule("zero")}[role]
 
 
-def layers(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def layers(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """Depth, at the top: a new block is fresh but for what writes to the residual stream, which is 0 (identity)."""
     return Rule("zero" if leaf.role("embed") == "write" else "fresh")
 
 
-def fresh(role: str, leaf: LeafAxes, g: Growing) -> Rule:
+def fresh(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
     """Words and places that no old input has: any rows will do."""
     return Rule("fresh")
 

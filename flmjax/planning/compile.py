@@ -12,7 +12,9 @@ import numpy as np
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.config.validate import validate_mesh
-from flmjax.growth.certificate import comparison
+from flmjax.growth.certificate import jit_comparison
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import ramp_of
 from flmjax.model.attention import choose
 from flmjax.optimizer.schedule import new_warmup
 from flmjax.planning.hlo import Collective, collectives, matmul_flops
@@ -20,7 +22,6 @@ from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement, whole_rows
 from flmjax.stderr import captured_stderr
-from flmjax.training.loop import stage_ramp
 from flmjax.training.state import StateSpec, state_spec
 from flmjax.training.step import abstract_batch, compile_growth, compile_step
 
@@ -83,7 +84,7 @@ class Compiler:
         spec = self.spec(index)
         kinds = {"segments": config.data.document_attention, "teachers": bool(config.data.teachers)}
         batch = abstract_batch(stage.batch_size, spec.config.max_length, self.mesh, **kinds)
-        program = compile_step(spec, stage.microbatches, new_warmup(stage), stage_ramp(config, index))
+        program = compile_step(spec, stage.microbatches, new_warmup(stage), ramp_of(config.schedule[index]))
         return self._compiled(program, spec.abstract, batch, np.float32(0))
 
     def attention(self, index: int) -> str:
@@ -103,10 +104,8 @@ class Compiler:
     def certificate(self, index: int) -> Program:
         """The larger program of a growth's certificate, both models' gradients; both states' moments are in memory."""
         config, old, new = self.config, self.spec(index - 1), self.spec(index)
-        program = comparison(
-            old.config,
-            new.config,
-            config.stages[index].growth,
+        program = jit_comparison(
+            Growth.into(config.schedule[index]),
             dtype=new.config.dtype,
             placement=Placement(self.mesh),
             gradients=True,

@@ -50,7 +50,7 @@ def stage_costs(config: RunConfig) -> list[StageCost]:
     """
     costs = []
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        tuning = stage.tuning_steps if i else 0
+        tuning = config.schedule[i].tuning_steps
         tokens = float((stage.steps + tuning) * stage.batch_size * model.max_length)
         flops = training_flops(model, tokens)
         costs.append(StageCost(stage.name, num_parameters(model), stage.steps + tuning, tokens, flops, tuning))

@@ -48,8 +48,9 @@ class RunRecord:
             own = [record for record in self.train if record["stage"] == stage.config.name]
             paces = [1 / record["tokens_per_second"] for record in own if record.get("tokens_per_second")]
             tokens = stage.last["tokens"] - stage.before["tokens"]
-            if stage is not self.stages[0]:  # growth that learns is growth's time
-                tokens -= stage.config.tuning_steps * stage.config.batch_size * stage.model.max_length
+            # Growth that learns is growth's time.
+            tuning_steps = next(s.tuning_steps for s in self.config.schedule if s.name == stage.config.name)
+            tokens -= tuning_steps * stage.config.batch_size * stage.model.max_length
             total += tokens * sum(paces) / max(len(paces), 1)
         return total
 

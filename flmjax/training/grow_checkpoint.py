@@ -15,18 +15,17 @@ from flmjax.data.loader import fingerprint, mixture_schedule
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load, with_vocabulary
 from flmjax.data.tokenizers import Tokenizer
-from flmjax.growth.grow import check_growth, plan_growth
+from flmjax.growth.certificate import GrowthPoint
+from flmjax.growth.families import family_of
+from flmjax.growth.grow import plan_growth
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import ramp_of
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training.loop import prove_growth, stage_ramp
+from flmjax.training.loop import prove_growth
 from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
 from flmjax.training.step import compile_growth
 from flmjax.workdir.checkpoint import Checkpoints, latest_whole_step
 from flmjax.workdir.paths import data_directory, write_config
-
-DURING_TRAINING = {
-    "mask": "its mask opens while the model trains",
-    "learned": "it learns from batches of text",
-}
 
 
 class Source(NamedTuple):
@@ -48,8 +47,8 @@ def plan_checkpoint(config: RunConfig, source: Path) -> str:
     Raises:
         ConfigError, GrowthError: as grow_checkpoint.
     """
-    found, operator = _newest(source), config.stages[0].growth
-    plan = plan_growth(found.model, _target(config, found.model), operator)
+    found, growth_config = _newest(source), config.stages[0].growth
+    plan = plan_growth(Growth(found.model, _target(config, found.model), growth_config, growth_key(config)))
     rows = [(leaf.path, str(leaf.old_shape), str(leaf.new_shape), "; ".join(leaf.rules) or "as it is") for leaf in plan]
     path, old, new = (max(len(row[i]) for row in rows) for i in range(3))
     lines = [f"{row[0]:{path}}  {row[1]:{old}} -> {row[2]:{new}}  {row[3]}" for row in rows]
@@ -57,7 +56,10 @@ def plan_checkpoint(config: RunConfig, source: Path) -> str:
         sum(math.prod(shape) for shape in shapes) for shapes in zip(*[leaf[1:3] for leaf in plan], strict=True)
     )
     return "\n".join(
-        [*lines, f"'{operator.family}' from {source} step {found.step}: parameters {before:,} -> {after:,}; dry run"]
+        [
+            *lines,
+            f"'{growth_config.family}' from {source} step {found.step}: parameters {before:,} -> {after:,}; dry run",
+        ]
     )
 
 
@@ -76,7 +78,7 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         ConfigError: a workdir, a vocabulary or a setting that does not fit. CheckpointError: an unreadable source.
         GrowthError: sizes that cannot be, or a result that is not what the operator claims; no checkpoint is written.
     """
-    found, operator = _newest(source), config.stages[0].growth
+    found = _newest(source)
     if (workdir / "config.json").exists() or latest_whole_step(workdir / "checkpoints") is not None:
         raise ConfigError(f"{workdir} holds a run already; take another --workdir")
     _target(config, found.model)  # refuses before anything is computed
@@ -88,9 +90,10 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     check_vocabulary(data_directory(found.config, source), data.tokenizer, workdir)
     mesh = make_mesh(mesh_config, jax.devices())
     before, after = (state_spec(model, config.optimizer, mesh) for model in (found.model, new))
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = growth_key(config)
+    growth = Growth(found.model, new, config.stages[0].growth, key)
     state = _restore(source / "checkpoints", found.step, before, config.seed, weights_only)
-    program = compile_growth(before, after, operator)
+    program = compile_growth(before, after, growth.config)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
     prove_growth(
@@ -99,13 +102,9 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         data,
         mesh,
         (state.params, grown.params),
-        (found.model, new),
+        growth,
+        GrowthPoint(0, f"{source} step {found.step}", config.stages[0].name),
         functools.partial(print, flush=True),
-        operator=operator,
-        key=key,
-        step=0,
-        from_stage=f"{source} step {found.step}",
-        to_stage=config.stages[0].name,
     )
     schedule = mixture_schedule(config, data)
     meta = {
@@ -118,6 +117,11 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         checkpoints.save(0, to_items(grown), meta)
         checkpoints.wait()
     write_config(asked, workdir)
+
+
+def growth_key(config: RunConfig) -> jax.Array:
+    """The key of a growth between runs."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
 def _restore(directory: Path, step: int, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:
@@ -155,7 +159,7 @@ def _newest(source: Path) -> Source:
     with Checkpoints(source / "checkpoints", keep=None) as checkpoints:
         meta = checkpoints.meta(step)
     config = from_stored(meta, f"--source={source}")
-    ramp = stage_ramp(config, meta["stage"])
+    ramp = ramp_of(config.schedule[meta["stage"]])
     if ramp is not None and step < ramp.end:
         raise ConfigError(f"--source={source} stands at step {step}, its mask is open at step {ramp.end}: train on")
     return Source(step, config, meta["stage"])
@@ -168,9 +172,9 @@ def _target(config: RunConfig, old: ModelConfig) -> ModelConfig:
         ConfigError: with the flags that would do.
     """
     family = config.stages[0].growth.family
-    if family in DURING_TRAINING:
+    if (reason := family_of(config.stages[0].growth).needs_training) is not None:
         raise ConfigError(
-            f"stages[0].growth.family='{family}' grows in a run, not between runs: {DURING_TRAINING[family]}; make the "
+            f"stages[0].growth.family='{family}' grows in a run, not between runs: {reason}; make the "
             "larger model a further stage, or take zero or duplicate"
         )
     validate(config)
@@ -179,9 +183,9 @@ def _target(config: RunConfig, old: ModelConfig) -> ModelConfig:
         new = dataclasses.replace(new, vocab_size=old.vocab_size)
     derived = resize(old, family, **{field: getattr(new, field) for field in SIZES})
     kept = {name: getattr(derived, name) for name in ("norm_eps", "rotary_dim", "rotary_repeat")}
-    check_growth(old, dataclasses.replace(new, **kept), config.stages[0].growth)
+    Growth(old, dataclasses.replace(new, **kept), config.stages[0].growth)  # refuses sizes that cannot be
     same = {name: value == getattr(new, name) for name, value in kept.items()}
-    same["norm_eps"] = math.isclose(kept["norm_eps"], new.norm_eps, rel_tol=1e-9)  # as check_growth has it
+    same["norm_eps"] = math.isclose(kept["norm_eps"], new.norm_eps, rel_tol=1e-9)  # as Growth has it
     wrong = [f"--config.model.{name}={kept[name]}" for name in kept if not same[name]]
     if wrong:
         raise ConfigError(f"growth keeps the function with {' '.join(wrong)}; 'flmjax train' needs the same after it")

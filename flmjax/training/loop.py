@@ -11,15 +11,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flmjax.config import ConfigError, ModelConfig, RunConfig, to_json
+from flmjax.config import ConfigError, RunConfig, to_json
 from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixture_schedule, validation_rows
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import Prepared, with_vocabulary
 from flmjax.evaluation.generate import generate
-from flmjax.growth.certificate import Certificate, certify
+from flmjax.growth.certificate import Certificate, GrowthPoint, certify
+from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tune, tuning_flops
-from flmjax.growth.masks import Ramp
+from flmjax.growth.ramp import ramp_of
 from flmjax.hardware import peak_flops
 from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
 from flmjax.model.loss import divisor, teacher_means
@@ -76,7 +77,7 @@ def run_stage(
     """
     stage, step = config.stages[index], int(state.step)
     warmup = new_warmup(stage)  # also of a first stage: a checkpoint may have grown before the run
-    ramp = stage_ramp(config, index)
+    ramp = ramp_of(config.schedule[index])
     phases = [(ramp, ramp.end)] if ramp is not None else []
     for ramp, end in [*phases, (None, config.stage_starts()[index + 1])]:
         if step >= end:  # gone on with after the mask
@@ -87,15 +88,6 @@ def run_stage(
             state, metrics = train_step(state, batch, np.float32(learning_rate(config.stages, step)))
             step += 1
             yield step, state, metrics
-
-
-def stage_ramp(config: RunConfig, index: int) -> Ramp | None:
-    """The mask that opens during a stage, if its growth has one."""
-    stage = config.stages[index]
-    if index == 0 or stage.growth.family != "mask":
-        return None
-    old, new = config.stage_models[index - 1 : index + 1]
-    return Ramp(stage.growth, old, new, config.stage_starts()[index])
 
 
 class Run:
@@ -175,11 +167,11 @@ class Run:
         tokens, flops = 0, 0.0
         models = self.config.stage_models
         for i, stage in enumerate(self.config.stages[: index + 1]):
-            tuning = stage.tuning_steps if i else 0
+            tuning = self.config.schedule[i].tuning_steps
             steps = min(max(step - self.config.stage_starts()[i], 0), stage.steps)
             tokens += (steps + tuning) * stage.batch_size * self.length
             flops += (steps + tuning) * stage.batch_size * self.length * flops_per_token(models[i], self.length)
-            flops += tuning * tuning_flops(models[i - 1], models[i]) if tuning else 0.0
+            flops += tuning * tuning_flops(Growth.into(self.config.schedule[i])) if tuning else 0.0
         return {"tokens": tokens, "flops": flops}
 
     def batches(self, start: int, size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -197,7 +189,7 @@ class Run:
         end = self.config.stage_starts()[index + 1]
         rows = self.batches(self.samples(int(state.step), index), stage.batch_size)
         evaluate = compile_evaluation(spec)
-        ramp = stage_ramp(self.config, index)
+        ramp = ramp_of(self.config.schedule[index])
         unmask = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
         clock = Clock()
         pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -294,11 +286,10 @@ class Run:
         """Grow to stage `index`, prove it, and store the proof. The checkpoint before it is on disk already."""
         start = time.monotonic()
         step, stage = int(state.step), self.config.stages[index]
-        old, new = self.config.stage_models[index - 1 : index + 1]
         spec = self.spec(index)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index + 1)
         grown = compile_growth(self.spec(index - 1), spec, stage.growth)(state, key)
-        if stage.tuning_steps:
+        if self.config.schedule[index].tuning_steps:
             grown = dataclasses.replace(grown, params=self.tune(state.params, spec, index, key))
         certificate = prove_growth(
             self.config,
@@ -306,13 +297,9 @@ class Run:
             self.data,
             self.mesh,
             (state.params, grown.params),
-            (old, new),
+            Growth.into(self.config.schedule[index], key),
+            GrowthPoint(step, self.config.stages[index - 1].name, stage.name),
             self.bar.log,
-            operator=stage.growth,
-            key=key,
-            step=step,
-            from_stage=self.config.stages[index - 1].name,
-            to_stage=stage.name,
         )
         self.writer.write(
             "growth",
@@ -326,7 +313,7 @@ class Run:
 
     def tune(self, params: Any, spec: StateSpec, index: int, key: jax.Array) -> Any:
         """Parameters of stage `index` by growth that learns on the batches before the stage's first."""
-        stage, models = self.config.stages[index], self.config.stage_models
+        stage, tuning_steps = self.config.stages[index], self.config.schedule[index].tuning_steps
         rows = self.batches(self.samples(self.config.stage_starts()[index], index - 1), stage.batch_size)
         token_bytes = self.data.tokenizer.token_bytes
         model = dataclasses.replace(spec.config, dropout=0.0)
@@ -335,11 +322,11 @@ class Run:
             sums, grads = gradients(params, batch, key, model, Placement(self.mesh), stage.microbatches)
             return sums["loss"] / divisor(sums["weight"]), grads
 
-        placed = (put_batch(row, token_bytes, self.mesh) for row in itertools.islice(rows, stage.tuning_steps))
-        arguments = (params, models[index - 1], models[index], stage.growth, key, value_and_grad, placed)
-        params, losses = tune(*arguments, shardings=spec.shardings.params)
+        placed = (put_batch(row, token_bytes, self.mesh) for row in itertools.islice(rows, tuning_steps))
+        growth = Growth.into(self.config.schedule[index], key)
+        params, losses = tune(params, growth, value_and_grad, placed, shardings=spec.shardings.params)
         self.bar.log(
-            f"growth learned in {stage.tuning_steps} updates on {stage.tuning_steps * stage.batch_size:,} samples: "
+            f"growth learned in {tuning_steps} updates on {tuning_steps * stage.batch_size:,} samples: "
             f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
         )
         return params
@@ -363,24 +350,24 @@ def prove_growth(
     data: Prepared,
     mesh: Mesh,
     params: tuple[Any, Any],
-    models: tuple[ModelConfig, ModelConfig],
+    growth: Growth,
+    point: GrowthPoint,
     log: Callable[[str], None],
-    **labels: Any,
 ) -> Certificate:
-    """Certify growth from the first of `params` and `models` to the second, on validation rows of the first's length.
+    """Certify growth from the first of `params` to the second, on validation rows of the old model's length.
 
     The certificate is stored, also one that fails: GrowthError is raised after that.
     """
     size = whole_rows(config.certificate_rows, mesh)
-    rows = next(chunks(validation_rows(data, config.data, length=models[0].max_length, rows=size), size))
+    rows = next(chunks(validation_rows(data, config.data, length=growth.old.max_length, rows=size), size))
     certificate = certify(
-        *params,
-        *models,
+        params,
+        growth,
         put_batch(rows, data.tokenizer.token_bytes, mesh),
+        point,
         placement=Placement(mesh),
         float64_below=config.certificate_float64_below,
         tolerance=config.certificate_tolerance,
-        **labels,
     )
     log(str(certificate))
     if jax.process_index() == 0:

@@ -11,7 +11,8 @@ import numpy as np
 
 from flmjax.config import GrowthConfig, ModelConfig
 from flmjax.growth.grow import grow
-from flmjax.growth.masks import Ramp
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import Ramp
 from flmjax.model.loss import divisor, loss_sums, teacher_means
 from flmjax.sharding.axes import path_name
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
@@ -134,11 +135,11 @@ def compile_step(
 
 
 def compile_growth(
-    old: StateSpec, new: StateSpec, operator: GrowthConfig
+    old: StateSpec, new: StateSpec, config: GrowthConfig
 ) -> Callable[[TrainState, jax.Array], TrainState]:
     """(state, key) -> the grown state, under jit; the old one stays, to be compared with."""
     return jax.jit(
-        lambda state, key: grow(state, old.config, new.config, operator, key),
+        lambda state, key: grow(state, Growth(old.config, new.config, config, key)),
         in_shardings=(old.shardings, replicated(old.mesh)),
         out_shardings=new.shardings,
     )

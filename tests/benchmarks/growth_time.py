@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from flmjax.config import GROWTH_FAMILIES, GrowthConfig, MeshConfig, ModelConfig, OptimizerConfig, resize
 from flmjax.growth.grow import grow
+from flmjax.growth.growth import Growth
 from flmjax.model.transformer import count_parameters
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import init_state, state_spec
@@ -44,7 +45,7 @@ def main() -> None:
 
     def grower(family: str) -> Callable[..., Any]:
         operator, new = GrowthConfig(family), resize(SMALL, family, **LARGE)
-        return jax.jit(lambda state, key: grow(state, SMALL, new, operator, key))
+        return jax.jit(lambda state, key: grow(state, Growth(SMALL, new, operator, key)))
 
     growers = {family: grower(family) for family in arguments.families.split(",")}
     grown = growers[next(iter(growers))](state, key)

@@ -1,0 +1,175 @@
+"""The pair of models that a growth leads from and to, its family and what it draws."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flmjax.config import SIZES, GrowthConfig, ModelConfig, Stage, resize, split_factor
+from flmjax.growth.families import Family, family_of
+from flmjax.growth.rules import (
+    Dimension,
+    GrowthError,
+    Rule,
+    copy,
+    dim_sizes,
+    draw_share,
+    fill,
+    leaf_dims,
+    leaf_sizes,
+    scale,
+)
+from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
+
+# Fields that say how a model computes: they may differ between the old and the new model.
+EXECUTION = ("dtype", "attention", "remat", "scan_unroll", "vocab_multiple")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Growth:
+    """A growth from one model to a larger one, checked when it is made.
+
+    Attributes:
+        old, new: the models; `new` is config.resize(old, family, ...): no size smaller, the norm's epsilon scaled.
+        config: the family and its settings.
+        key: for fresh weights and the shares of copies; None where nothing is drawn, as in a comparison.
+
+    Raises:
+        ConfigError: for an unknown family, or heads that cannot become the new ones.
+        GrowthError: naming the field and both values.
+    """
+
+    old: ModelConfig
+    new: ModelConfig
+    config: GrowthConfig
+    key: jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        family_of(self.config)
+        _check(self.old, self.new, self.config.family)
+
+    @classmethod
+    def into(cls, stage: Stage, key: jax.Array | None = None) -> "Growth":
+        """The growth at the start of a stage that has one before it."""
+        assert stage.previous is not None
+        return cls(stage.previous.model, stage.model, stage.config.growth, key)
+
+    @functools.cached_property
+    def family(self) -> Family:
+        """The rules of the growth, and what they claim."""
+        return family_of(self.config)
+
+    @functools.cached_property
+    def split(self) -> int:
+        """Parts that each group of query heads splits into."""
+        return split_factor(self.old, self.new)
+
+    @functools.cached_property
+    def dimensions(self) -> dict[str, Dimension]:
+        """The dimensions that grow, by name. Shares of copies are drawn from the key, once for all leaves."""
+        if isinstance(self.key, jax.core.Tracer):
+            return self._dimensions()
+        with jax.ensure_compile_time_eval():  # kept beyond the trace that asks for them first
+            return self._dimensions()
+
+    def _dimensions(self) -> dict[str, Dimension]:
+        key = None if self.key is None else jax.random.fold_in(self.key, 1)
+        dimensions = {}
+        for i, name in enumerate(AXES):
+            before, after = dim_sizes(name, self.old, self.split)[name], dim_sizes(name, self.new)[name]
+            if before == after and (name != "vocab" or self.old.vocab_size == self.new.vocab_size):
+                continue
+            if name == "vocab":  # padded rows were never a word
+                before = int(self.old.vocab_size or 0)
+            source = self.family.axes[name].source(before, after, self.old, self.new)
+            assert source.shape == (after,), (name, source.shape)
+            copies = np.where(source < 0, 1, np.bincount(source[source >= 0], minlength=before)[source])
+            # Both of a pair that turns together have one share, else their gradients mix.
+            pair = 2 if name == "head_dim" and self.new.position != "learned" else 1
+            own_key = None if key is None else jax.random.fold_in(key, i)
+            share = draw_share(source[::pair] // pair, copies[::pair], self.config.split, own_key)
+            share = np.repeat(share, pair) if isinstance(share, np.ndarray) else jnp.repeat(share, pair)
+            dimensions[name] = Dimension(name, before, after, source, copies, share, self.old, self.new)
+        return dimensions
+
+    def rules_of(self, path: str, leaf: LeafAxes) -> list[tuple[int, Dimension, Rule]]:
+        """(position, dimension, rule) of every dimension of a leaf that grows.
+
+        Raises:
+            GrowthError: naming the leaf, both sizes and the axis that no rule covers.
+        """
+        rules = []
+        for i, (axis, name) in enumerate(leaf_dims(leaf)):
+            if name in self.dimensions:
+                dimension, role = self.dimensions[name], str(leaf.role(axis))
+                try:
+                    rules.append((i, dimension, self.family.axes[name].rule(role, leaf, dimension)))
+                except KeyError:
+                    raise GrowthError(
+                        f"{path}: no rule for axis '{axis}' ({role}) from {dimension.before} to {dimension.after}"
+                    ) from None
+        return rules
+
+    def grow_leaf(
+        self, path: str, leaf: LeafAxes, x: jax.Array, fresh: jax.Array | None = None, power: int = 0
+    ) -> jax.Array:
+        """One parameter (power 0) or its first or second moment (power 1, 2), of the larger model.
+
+        Pads, selections and sums, never an update of a slice: into a sharded array that gathers all of it.
+
+        Args:
+            fresh: initial values of the larger model; None fills new places with 0, as moments are.
+
+        Raises:
+            GrowthError: as rules_of, or for a leaf of another shape.
+        """
+        shape = tuple(axis_sizes(self.old)[name] for name in leaf.names)
+        if x.shape != shape:
+            raise GrowthError(f"{path} has shape {x.shape}; the old configuration says {shape}")
+        if "kv_heads" in leaf.names and self.split > 1:  # each part has the key head, and a share of its gradient
+            x = jnp.repeat(x, self.split, axis=leaf.names.index("kv_heads"))
+            x = x * jnp.asarray(float(self.split) ** -power, x.dtype)
+        rules = self.rules_of(path, leaf)
+        out = copy(x.reshape(leaf_sizes(leaf, self.old, self.split)), {i: d.source for i, d, _ in rules})
+        for i, _, rule in rules:
+            out = scale(out, i, rule.weight if power == 0 else rule.moment_factor(power))
+        if fresh is not None:
+            fresh = fresh.reshape(leaf_sizes(leaf, self.new)).astype(x.dtype)
+        for i, d, rule in sorted(
+            rules, key=lambda entry: entry[1].name == "layers"
+        ):  # new layers are as new layers are
+            out = fill(out, i, d.is_new, "zero" if fresh is None else rule.fill, fresh)
+        return out.reshape([axis_sizes(self.new)[name] for name in leaf.names])
+
+
+def _check(old: ModelConfig, new: ModelConfig, family: str) -> None:
+    """Whether `new` is a larger version of `old` that can compute the same function."""
+    derived = ("norm_eps", "rotary_dim", "rotary_repeat")
+    for field in dataclasses.fields(ModelConfig):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if before != after and field.name not in (*SIZES, *EXECUTION, *derived):
+            raise GrowthError(f"growth cannot change {field.name} from {before} to {after}")
+    for name in SIZES:
+        before, after = (c.kv_heads if name == "num_kv_heads" else getattr(c, name) for c in (old, new))
+        if after < before:
+            raise GrowthError(f"{name} would shrink from {before} to {after}; growth needs every size to stay or grow")
+    split_factor(old, new)
+    expected = resize(old, family, **{name: getattr(new, name) for name in SIZES})
+    if abs(new.norm_eps - expected.norm_eps) > 1e-9 * expected.norm_eps:
+        raise GrowthError(
+            f"norm_eps must be {expected.norm_eps} after growth, not {new.norm_eps}; take config.resize(old, ...)"
+        )
+    # The old frequencies stay. Those of new dimensions are free, unless the dimensions are copies.
+    if new.position != "learned" and new.rotated_dims != old.rotated_dims:
+        raise GrowthError(
+            f"rotary_dim must be {old.rotated_dims} after growth, not {new.rotary_dim}: other frequencies turn the old "
+            "dimensions by other angles; take config.resize(old, ...)"
+        )
+    already = old.head_dim > old.rotated_dims
+    if new.rotary_repeat != (old if already else expected).rotary_repeat:
+        raise GrowthError(
+            f"rotary_repeat must be {expected.rotary_repeat} for family '{family}' from head_dim "
+            f"{old.head_dim} to {new.head_dim}; take config.resize(old, '{family}', ...)"
+        )
