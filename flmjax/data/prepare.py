@@ -151,10 +151,10 @@ class _Preparation:
             names = (*data.sources, *data.teachers)
             self.sources = [Source(n, functools.partial(iter, given[n]), n in data.teachers) for n in names]
         elif data.mixture is not None:
-            from flmjax.data.sources.tasks import read_mixture  # TensorFlow: 5 s, and an optional package
+            from flmjax.data.sources.seqio_mixture import read_mixture  # TensorFlow: 5 s, an optional package
 
             mixture = read_mixture(data)
-            self.sources, self.rates = list(mixture.sources), mixture.weights
+            self.sources, self.rates = list(mixture.sources), mixture.rates
             vocabulary, self.provenance = mixture.vocabulary, mixture.provenance
             if data.mixture_weights is not None and len(data.mixture_weights) != len(self.sources):
                 tasks = [source.name for source in self.sources]

@@ -128,7 +128,7 @@ def watch(process: subprocess.Popen, peak: list[int]) -> None:
 
 def seqio_speed(folder: Path, texts: list[str]) -> float:
     """Tokens a second of a Task that tokenises in its graph, on documents of one line each."""
-    from flmjax.data.sources.tasks import Cl100kVocabulary, seqio
+    from flmjax.data.sources.seqio_tasks import Cl100kVocabulary, seqio
 
     path = folder / "lines.txt"
     path.write_text("".join(f"{' '.join(text.split())}\n" for text in texts * 4))
