@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from flmjax.config import ConfigError, MeshConfig, from_config_dict
-from flmjax.data.loader import validation_rows
+from flmjax.data.loader import TrainingStream
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.growth.masks import masked
@@ -189,7 +189,7 @@ def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
     old, new = config.stage_models
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     params = checkpoints.restore(20, {"params": state_spec(new, config.optimizer, mesh).abstract.params})["params"]
-    batch = validation_rows(load(workdir / "data"), config.data, length=new.max_length, rows=8)
+    batch = TrainingStream.of_run(config, load(workdir / "data")).validation_rows(8)
     rows = {**batch, "bytes": np.ones(8, np.float32)}
     losses = [
         float(jax.jit(lambda p: loss_sums(p, rows, new)[0])(p)) / rows["weights"].sum()

@@ -12,17 +12,19 @@ import numpy as np
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.config.validate import validate_mesh
+from flmjax.data.batch import abstract_batch
+from flmjax.data.loader import batch_kind
 from flmjax.growth.certificate import comparison
 from flmjax.model.attention import choose
 from flmjax.optimizer.schedule import new_warmup
 from flmjax.planning.hlo import Collective, collectives, matmul_flops
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.rules import Placement, whole_rows
+from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.stderr import captured_stderr
 from flmjax.training.loop import stage_ramp
 from flmjax.training.state import StateSpec, state_spec
-from flmjax.training.step import abstract_batch, compile_growth, compile_step
+from flmjax.training.step import compile_growth, compile_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,9 @@ class Compiler:
         """The training step of a stage, as `flmjax train` makes it."""
         config, stage = self.config, self.config.stages[index]
         spec = self.spec(index)
-        kinds = {"segments": config.data.document_attention, "teachers": bool(config.data.teachers)}
-        batch = abstract_batch(stage.batch_size, spec.config.max_length, self.mesh, **kinds)
+        batch = abstract_batch(
+            batch_kind(config.data), stage.batch_size, spec.config.max_length, batch_sharding(self.mesh)
+        )
         program = compile_step(spec, stage.microbatches, new_warmup(stage), stage_ramp(config, index))
         return self._compiled(program, spec.abstract, batch, np.float32(0))
 
@@ -92,7 +95,7 @@ class Compiler:
         if model.attention != "fused":
             return model.attention
         platform = self.mesh.devices.flat[0].platform
-        return choose(platform, model.dtype, data.document_attention or bool(data.teachers))
+        return choose(platform, model.dtype, batch_kind(data).segments)
 
     def growth(self, index: int) -> Program:
         """The growth into a stage from the one before it."""
@@ -112,9 +115,7 @@ class Compiler:
             gradients=True,
         )
         rows = whole_rows(config.certificate_rows, self.mesh)
-        batch = abstract_batch(
-            rows, old.config.max_length, self.mesh, segments=config.data.document_attention, teachers=False
-        )
+        batch = abstract_batch(batch_kind(config.data), rows, old.config.max_length, batch_sharding(self.mesh))
         found = self._compiled(program, (old.abstract.params, new.abstract.params), batch)
         moments = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, from_stored, resize, to_json
 from flmjax.config.validate import check_mesh, validate, validate_mesh
-from flmjax.data.loader import fingerprint, mixture_schedule
+from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load, with_vocabulary
 from flmjax.data.tokenizers import Tokenizer
@@ -93,10 +93,11 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     program = compile_growth(before, after, operator)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
+    stream = TrainingStream.of_run(config, data)
     prove_growth(
         config,
         workdir,
-        data,
+        stream,
         mesh,
         (state.params, grown.params),
         (found.model, new),
@@ -107,11 +108,10 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         from_stage=f"{source} step {found.step}",
         to_stage=config.stages[0].name,
     )
-    schedule = mixture_schedule(config, data)
     meta = {
         "stage": 0,
         "samples_seen": 0,
-        "fingerprint": fingerprint(data, config.data, seed=config.seed, length=new.max_length, schedule=schedule),
+        "fingerprint": stream.fingerprint,
         "config": to_json(config),
     }
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:

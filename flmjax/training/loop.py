@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from flmjax.config import ConfigError, ModelConfig, RunConfig, to_json
 from flmjax.config.validate import validate, validate_mesh
-from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixture_schedule, validation_rows
+from flmjax.data.batch import Batch
+from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import Prepared, with_vocabulary
 from flmjax.evaluation.generate import generate
@@ -69,7 +70,7 @@ def train(config: RunConfig, workdir: Path) -> None:
 
 
 def run_stage(
-    state: TrainState, spec: StateSpec, config: RunConfig, index: int, rows: Iterator[dict[str, np.ndarray]], data: Any
+    state: TrainState, spec: StateSpec, config: RunConfig, index: int, rows: Iterator[Batch], data: Any
 ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
     """Yield (steps done, state, metrics on the device) after each update until the stage's end.
 
@@ -115,19 +116,17 @@ class Run:
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.length = config.model.max_length
-        kwargs: Any = {"seed": config.seed, "length": self.length, "schedule": mixture_schedule(config, data)}
-        self.stream = mixture(data, config.data, **kwargs)
-        self.fingerprint = fingerprint(data, config.data, **kwargs)
+        self.stream = TrainingStream.of_run(config, data)
         self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
         if config.peak_flops is not None:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
-        self.validation = validation_rows(data, config.data, length=self.length, rows=config.evaluation_rows)
+        self.validation = self.stream.validation_rows(config.evaluation_rows)
         self.newest: dict[str, float] = {}  # since the last line, of each but OF_ALL_ROWS
 
     def run_schedule(self) -> None:
         """Train every stage that is not done, growing between them."""
         for stage in self.config.stages:
-            check_size(self.data, self.config.data, self.length, stage.batch_size)
+            self.stream.check_size(stage.batch_size)
         index, spec, state = self.start()
         while True:
             if int(state.step) < self.config.stage_starts()[index + 1]:
@@ -146,10 +145,10 @@ class Run:
             self.bar.log(f"start: {self.describe(0, state)}")
         else:
             meta = self.checkpoints.meta(step)
-            if meta["fingerprint"] != self.fingerprint:
+            if meta["fingerprint"] != self.stream.fingerprint:
                 raise ConfigError(
                     f"{self.workdir}: the data or its mixture is not that of the checkpoint at step {step} "
-                    f"(fingerprint {self.fingerprint[:12]}, there {meta['fingerprint'][:12]})"
+                    f"(fingerprint {self.stream.fingerprint[:12]}, there {meta['fingerprint'][:12]})"
                 )
             index = meta["stage"]
             spec = self.spec(index)
@@ -183,10 +182,10 @@ class Run:
             flops += tuning * tuning_flops(models[i - 1], models[i]) if tuning else 0.0
         return {"tokens": tokens, "flops": flops}
 
-    def batches(self, start: int, size: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, size: int) -> Iterator[Batch]:
         """Batches of `size` rows from the stream's sample `start` on; of each, this process's part."""
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-        return batches(self.stream, start=start, batch_size=size, **hosts)
+        return self.stream.batches(start=start, batch_size=size, **hosts)
 
     def samples(self, step: int, index: int) -> int:
         """Samples consumed in the first `step` steps."""
@@ -286,7 +285,7 @@ class Run:
         meta = {
             "stage": index,
             "samples_seen": self.samples(step, index),
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.stream.fingerprint,
             "config": to_json(self.config),
         }
         self.checkpoints.save(step, to_items(state), meta)
@@ -304,7 +303,7 @@ class Run:
         certificate = prove_growth(
             self.config,
             self.workdir,
-            self.data,
+            self.stream,
             self.mesh,
             (state.params, grown.params),
             (old, new),
@@ -361,7 +360,7 @@ class Run:
 def prove_growth(
     config: RunConfig,
     workdir: Path,
-    data: Prepared,
+    stream: TrainingStream,
     mesh: Mesh,
     params: tuple[Any, Any],
     models: tuple[ModelConfig, ModelConfig],
@@ -373,11 +372,12 @@ def prove_growth(
     The certificate is stored, also one that fails: GrowthError is raised after that.
     """
     size = whole_rows(config.certificate_rows, mesh)
-    rows = next(chunks(validation_rows(data, config.data, length=models[0].max_length, rows=size), size))
+    stream = dataclasses.replace(stream, length=models[0].max_length)
+    rows = next(chunks(stream.validation_rows(size), size))
     certificate = certify(
         *params,
         *models,
-        put_batch(rows, data.tokenizer.token_bytes, mesh),
+        put_batch(rows, stream.prepared.tokenizer.token_bytes, mesh),
         placement=Placement(mesh),
         float64_below=config.certificate_float64_below,
         tolerance=config.certificate_tolerance,
@@ -403,11 +403,11 @@ def validation_means(sums: dict[str, np.float64]) -> dict[str, Any]:
     }
 
 
-def chunks(rows: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
+def chunks(rows: Batch, size: int) -> Iterator[Batch]:
     """Parts of `size` rows; the last is filled up with rows of weight 0."""
     total = len(rows["weights"])
     for start in range(0, total, size):
         index = np.arange(start, start + size)
-        part = {name: x[index % total] for name, x in rows.items()}
+        part: Batch = jax.tree.map(lambda x, places=index % total: x[places], rows)
         part["weights"] = part["weights"] * (index < total)[:, None].astype(np.float32)
         yield part

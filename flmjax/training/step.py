@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flmjax.config import GrowthConfig, ModelConfig
+from flmjax.data.batch import Batch as HostBatch
+from flmjax.data.batch import global_batch
 from flmjax.growth.grow import grow
 from flmjax.growth.masks import Ramp
 from flmjax.model.loss import loss_sums, teacher_means
@@ -159,27 +161,9 @@ def compile_evaluation(spec: StateSpec) -> Callable[[Any, Batch], dict[str, jax.
     )
 
 
-def put_batch(rows: dict[str, np.ndarray], token_bytes: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
-    """This process's rows as global arrays, with the bytes of text that each row's weighted targets stand for; marks
-    are no text."""
-    per_row = (token_bytes[rows["targets"]] * rows["weights"]).sum(axis=1, dtype=np.float32)
-    if "marks" in rows:
-        per_row = np.where(rows["marks"][:, 0] == rows["marks"][:, 1], per_row, np.float32(0))
-    rows = {**rows, "bytes": per_row}
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
-
-
-def abstract_batch(rows: int, length: int, mesh: jax.sharding.Mesh, *, segments: bool, teachers: bool) -> Any:
-    """Shapes of what put_batch makes of the loader's rows: with segment ids and positions, with teachers' marks."""
-    names = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    names |= {"segment_ids": jnp.int32, "positions": jnp.int32} if segments or teachers else {}
-    shapes: dict[str, Any] = {name: ((rows, length), dtype) for name, dtype in names.items()}
-    if teachers:
-        shapes |= {"marks": ((rows, 2), jnp.int32), "decisive": ((rows, length), jnp.float32)}
-    shapes["bytes"] = ((rows,), jnp.float32)
-    sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(*of, sharding=sharding) for name, of in shapes.items()}
+def put_batch(batch: HostBatch, token_bytes: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
+    """`global_batch` with the sequences over the data axes of a mesh."""
+    return global_batch(batch, token_bytes, batch_sharding(mesh))
 
 
 def nonfinite_leaves(finite: np.ndarray, params: Any) -> list[str]:

@@ -151,13 +151,13 @@ def seqio_speed(folder: Path, texts: list[str]) -> float:
 def loader_speed(folder: Path, length: int, batch_size: int, tokens: int = 8_000_000) -> float:
     """Tokens a second of batches of the prepared text."""
     from flmjax.config import DataConfig
-    from flmjax.data.loader import Segment, batches, mixture
+    from flmjax.data.loader import TrainingStream
+    from flmjax.data.mixture import MixturePhase
     from flmjax.data.prepared import load
 
     prepared = load(folder / "data")
-    schedule = [Segment((0.535, 0.465), None)]
-    stream = mixture(prepared, DataConfig(), seed=0, length=length, schedule=schedule)
-    rows = batches(stream, start=1_000_000_000, batch_size=batch_size)
+    stream = TrainingStream(prepared, DataConfig(), 0, length, (MixturePhase((0.535, 0.465), None),))
+    rows = stream.batches(start=1_000_000_000, batch_size=batch_size)
     next(rows)
     count = max(20, min(tokens // (batch_size * length), 2000))
     start = time.perf_counter()
