@@ -30,17 +30,15 @@ def train(config: RunConfig, workdir: Path) -> None:
 def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
     """Turn text into token files, or check them; --inspect=N shows N samples."""
     from flmjax.data.inspection import show_samples, summary
-    from flmjax.data.loader import mixture, mixture_schedule
+    from flmjax.data.loader import TrainingStream
     from flmjax.data.prepare import prepare as run
     from flmjax.workdir.paths import data_directory
 
     data = run(config.data, data_directory(config, workdir), progress=True, full_check=True)
-    schedule = mixture_schedule(config, data)
-    print(summary(data, schedule[0].weights), flush=True)
-    if inspect:
-        stream = mixture(data, config.data, seed=config.seed, length=config.model.max_length, schedule=schedule)
-        for text in show_samples(stream, data, inspect, sys.stdout.isatty()):
-            print(text, flush=True)
+    stream = TrainingStream.of_run(config, data)
+    print(summary(stream), flush=True)
+    for text in show_samples(stream, inspect, sys.stdout.isatty()):
+        print(text, flush=True)
 
 
 def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_only: bool) -> None:

@@ -17,7 +17,7 @@ import zlib
 import numpy as np
 
 from flmjax import cli
-from flmjax.training import loop
+from flmjax.training import growth_point, loop
 from flmjax.workdir.checkpoint import Checkpoints
 
 
@@ -39,11 +39,11 @@ def logged(placed):
 def main() -> int:
     when, _, number = sys.argv[1].partition(":")
     saves, checkpoints = 0, None
-    save, run_stage, tune = Checkpoints.save, loop.run_stage, loop.tune
+    save, run_stage, tune = Checkpoints.save, loop.run_stage, growth_point.tune
 
-    def logged_stage(state, spec, config, index, rows, data):
-        def logged_rows():
-            for step, row in enumerate(rows, start=int(state.step)):
+    def logged_stage(state, spec, stage, rate, batches):
+        def logged_batches():
+            for step, row in enumerate(batches, start=int(state.step)):
                 if when in ("batch", "saved") and step + 1 == int(number):
                     if when == "saved":
                         checkpoints.wait()
@@ -53,7 +53,7 @@ def main() -> int:
                     row = {**row, "weights": row["weights"] * float("nan")}
                 yield row
 
-        return run_stage(state, spec, config, index, logged_rows(), data)
+        return run_stage(state, spec, stage, rate, logged_batches())
 
     def counted_save(self, step, items, meta):
         nonlocal saves, checkpoints
@@ -66,9 +66,11 @@ def main() -> int:
             threading.Timer(0.005, die).start()
 
     loop.run_stage, Checkpoints.save = logged_stage, counted_save
-    loop.tune = lambda *args, **kwargs: tune(*args[:-1], logged(args[-1]), **kwargs)
+    growth_point.tune = lambda params, growth, value_and_grad, batches, shardings: tune(
+        params, growth, value_and_grad, logged(batches), shardings
+    )
     if when == "growth":
-        loop.certify = die
+        growth_point.certify = die
     return cli.main(sys.argv[2:])
 
 

@@ -15,7 +15,7 @@ import flmjax
 from flmjax.config import FORMAT, ConfigError, MeshConfig, OptimizerConfig, resize
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import from_items, init_state, state_spec, to_items
-from flmjax.training.step import compile_step
+from flmjax.training.step import jit_train_step
 from flmjax.workdir.checkpoint import CheckpointError, Checkpoints, remove_incomplete
 
 CONFIG = with_fields(TINY, num_heads=8)
@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints") / "checkpoints"
     spec = spec_on(1, 2, 4)
     state = init_state(spec, 0)
-    step = compile_step(spec, 1)
+    step = jit_train_step(spec, 1)
     for i in range(3):
         state, _ = step(state, random_batch(CONFIG, rows=8, seed=i), np.float32(1e-2))
     with Checkpoints(folder, keep=2) as checkpoints:
@@ -108,7 +108,7 @@ def test_the_program_does_not_grow_with_depth(one_device_mesh):
     sizes, seconds = {}, {}
     for depth in (6, 48):
         spec = state_spec(with_fields(CONFIG, num_layers=depth), OptimizerConfig(), one_device_mesh)
-        lowered = compile_step(spec, 1).lower(spec.abstract, random_batch(CONFIG), np.float32(0))
+        lowered = jit_train_step(spec, 1).lower(spec.abstract, random_batch(CONFIG), np.float32(0))
         start = time.process_time()
         text = lowered.compile().as_text()
         seconds[depth] = time.process_time() - start

@@ -37,7 +37,7 @@ from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.mesh import MESH_AXES, make_mesh
 from flmjax.sharding.rules import Placement, leaf_sharding
 from flmjax.training.state import init_state, state_spec
-from flmjax.training.step import compile_growth, compile_step, gradients
+from flmjax.training.step import gradients, jit_growth, jit_train_step
 
 GOLDEN = Path(__file__).parent / "golden"
 FLOOR = "0.10.2"  # the version of JAX that wrote numbers/ and programs/
@@ -201,10 +201,10 @@ def numbers_text(name: str) -> str:
     ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
     for stage, spec in enumerate(specs):
         if stage:
-            state = compile_growth(specs[0], spec, tiny.growth)(state, key)
+            state = jit_growth(specs[0], spec, tiny.growth)(state, key)
             lines += [f"grown {p} {summary(x)}" for p, x in paths(state.params)]
             lines += [f"grown {p} {summary(x)}" for p, x in moments(state.opt_state)]
-        step = compile_step(spec, 2, new_warmup=3 * stage, ramp=ramp if stage else None)
+        step = jit_train_step(spec, 2, new_warmup=3 * stage, ramp=ramp if stage else None)
         for update in range(5):
             state, metrics = step(state, batch_of(tiny, 5 * stage + update), np.float32(3e-3))
             lines.append(f"loss {5 * stage + update + 1} {float(metrics['loss']).hex()}")
@@ -240,9 +240,9 @@ def program_text(name: str, program: str) -> str:
     key = jax.eval_shape(lambda: jax.random.key(0))
     if program == "step":
         ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
-        lowered = compile_step(new, 2, new_warmup=3, ramp=ramp).lower(new.abstract, batch, np.float32(0))
+        lowered = jit_train_step(new, 2, new_warmup=3, ramp=ramp).lower(new.abstract, batch, np.float32(0))
     elif program == "growth":
-        lowered = compile_growth(old, new, tiny.growth).lower(old.abstract, key)
+        lowered = jit_growth(old, new, tiny.growth).lower(old.abstract, key)
     else:
         growth = Growth(tiny.model, tiny.larger, tiny.growth)
         compare = jit_comparison(growth, dtype="float32", placement=Placement(mesh), gradients=True)

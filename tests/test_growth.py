@@ -27,7 +27,7 @@ from flmjax.model.transformer import abstract_params
 from flmjax.optimizer.adam import FIRST, AdamState
 from flmjax.sharding.axes import map_with_axes
 from flmjax.training.state import init_state, state_spec
-from flmjax.training.step import compile_step
+from flmjax.training.step import jit_train_step
 
 GROWN = with_fields(TINY, embed_dim=24, num_heads=4, head_dim=6, mlp_dim=29, max_length=8, norm_eps=1e-2)
 LLAMA = {"norm": "rmsnorm", "tied_embedding": False, "activation": "swiglu", "bias": False, "position": "rope"}
@@ -381,7 +381,7 @@ def sizes_of(config):
 def trained_state(config, mesh, steps=20, learning_rate=3e-3, optimizer=None):
     spec = state_spec(config, optimizer or OptimizerConfig(), mesh)
     state = init_state(spec, 0)
-    step = compile_step(spec, 1)
+    step = jit_train_step(spec, 1)
     for i in range(steps):
         state, _ = step(state, random_batch(config, seed=i), np.float32(learning_rate))
     return spec, state
@@ -455,7 +455,7 @@ def test_first_update_of_new_weights_stays_below_the_learning_rate(grown_state, 
     old, _, _, grown, spec = grown_state
     rate = 1e-3
     before = jax.tree.map(np.asarray, grown.params)
-    step = compile_step(spec, 1, new_warmup=warmup)
+    step = jit_train_step(spec, 1, new_warmup=warmup)
     after, _ = step(jax.tree.map(jnp.copy, grown), random_batch(old, seed=99), np.float32(rate))
     decay = 0.1 * rate
 
@@ -488,7 +488,7 @@ def test_everything_new_learns_within_three_steps(family, one_device_mesh):  # f
     _, state = trained_state(old, one_device_mesh, optimizer=optimizer)
     spec = state_spec(new, optimizer, one_device_mesh)
     state = jax.jit(lambda s: grow(s, Growth(old, new, operator, KEY)), out_shardings=spec.shardings)(state)
-    step = compile_step(spec, 1, ramp=Ramp(Growth(old, new, operator), 20) if family == "mask" else None)
+    step = jit_train_step(spec, 1, ramp=Ramp(Growth(old, new, operator), 20) if family == "mask" else None)
     before = jax.tree.map(np.asarray, state.params)
     for i in range(3):
         state, _ = step(state, random_batch(old, rows=8, seed=i), np.float32(1e-2))
@@ -508,13 +508,13 @@ def test_only_the_newest_weights_warm_up(one_device_mesh):
     optimizer, rate = OptimizerConfig(weight_decay=0.0, clip_norm=None), 1e-3
     _, state = trained_state(old, one_device_mesh, steps=2, optimizer=optimizer)
     state = jax.jit(lambda s: grow(s, Growth(old, middle, GrowthConfig(), KEY)))(state)
-    step = compile_step(state_spec(middle, optimizer, one_device_mesh), 1)
+    step = jit_train_step(state_spec(middle, optimizer, one_device_mesh), 1)
     for i in range(3):
         state, _ = step(state, random_batch(old, seed=i), np.float32(rate))
     spec = state_spec(new, optimizer, one_device_mesh)
     state = jax.jit(lambda s: grow(s, Growth(middle, new, GrowthConfig(), KEY)), out_shardings=spec.shardings)(state)
     before = np.asarray(state.params["layers"]["mlp"]["down"]["kernel"])
-    state, _ = compile_step(spec, 1, new_warmup=1000)(state, random_batch(old, seed=9), np.float32(rate))
+    state, _ = jit_train_step(spec, 1, new_warmup=1000)(state, random_batch(old, seed=9), np.float32(rate))
     moved = np.abs(np.asarray(state.params["layers"]["mlp"]["down"]["kernel"]) - before)
     assert moved[:2, 29:].max() > 0.3 * rate
     assert 0 < moved[2].max() < 1.01e-3 * rate
@@ -529,14 +529,14 @@ def test_a_reset_ends_the_warm_up_of_earlier_growth(grows, one_device_mesh):
     optimizer, rate = OptimizerConfig(weight_decay=0.0, clip_norm=None), 1e-3
     _, state = trained_state(old, one_device_mesh, steps=2, optimizer=optimizer)
     state = jax.jit(lambda s: grow(s, Growth(old, middle, GrowthConfig(), KEY)))(state)
-    state, _ = compile_step(state_spec(middle, optimizer, one_device_mesh), 1)(
+    state, _ = jit_train_step(state_spec(middle, optimizer, one_device_mesh), 1)(
         state, random_batch(old), np.float32(rate)
     )
     spec = state_spec(new, optimizer, one_device_mesh)
     reset = GrowthConfig(moments="reset")
     state = jax.jit(lambda s: grow(s, Growth(middle, new, reset, KEY)), out_shardings=spec.shardings)(state)
     before = np.asarray(state.params["layers"]["mlp"]["down"]["kernel"])
-    state, _ = compile_step(spec, 1, new_warmup=1000)(state, random_batch(old, seed=9), np.float32(rate))
+    state, _ = jit_train_step(spec, 1, new_warmup=1000)(state, random_batch(old, seed=9), np.float32(rate))
     moved = np.abs(np.asarray(state.params["layers"]["mlp"]["down"]["kernel"]) - before)
     assert moved[:2].max() == pytest.approx(rate, rel=1e-3)  # a first update, at the full rate
     assert moved[:2, 29:].max() == pytest.approx(rate, rel=1e-3)
@@ -559,7 +559,7 @@ def test_unequal_copies_part_and_equal_ones_never(split, one_device_mesh):
     spec = state_spec(new, OptimizerConfig(), one_device_mesh)
     operator = GrowthConfig("duplicate", split=split)
     state = jax.jit(lambda s: grow(s, Growth(old, new, operator, KEY)), out_shardings=spec.shardings)(state)
-    step = compile_step(spec, 1)
+    step = jit_train_step(spec, 1)
     for i in range(50):
         state, _ = step(state, random_batch(new, seed=i), np.float32(3e-3))
     up = np.asarray(state.params["layers"]["mlp"]["up"]["kernel"])
@@ -590,7 +590,7 @@ def test_loss_does_not_jump_after_growth(family, one_device_mesh):  # case G02
     held_out = batch(10**6, rows=256)
     spec = state_spec(config, OptimizerConfig(), one_device_mesh)
     state = init_state(spec, 0)
-    step = compile_step(spec, 1)
+    step = jit_train_step(spec, 1)
     for i in range(300):
         state, _ = step(state, batch(i), np.float32(2e-3))
     weight = held_out["weights"].sum()
@@ -599,7 +599,7 @@ def test_loss_does_not_jump_after_growth(family, one_device_mesh):  # case G02
     spec = state_spec(new, OptimizerConfig(), one_device_mesh)
     operator = GrowthConfig(family)
     state = jax.jit(lambda s: grow(s, Growth(config, new, operator, KEY)), out_shardings=spec.shardings)(state)
-    step, evaluate = compile_step(spec, 1), jax.jit(lambda p: loss_sums(p, held_out, new)[0])
+    step, evaluate = jit_train_step(spec, 1), jax.jit(lambda p: loss_sums(p, held_out, new)[0])
     losses = []
     for i in range(300, 350):
         state, _ = step(state, batch(i), np.float32(2e-3))

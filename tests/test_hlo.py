@@ -8,10 +8,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from flmjax.data.batch import BatchKind, abstract_batch
 from flmjax.planning.hlo import _groups, collectives, matmul_flops
 from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.rules import batch_sharding
 from flmjax.training.state import state_spec
-from flmjax.training.step import abstract_batch, compile_step
+from flmjax.training.step import jit_train_step
 
 
 @pytest.mark.parametrize(
@@ -151,8 +153,8 @@ def test_flops_of_a_two_layer_step_by_hand(remat, passes, microbatches):
     model = ModelConfig(**sizes, max_length=16, remat=remat)
     mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     spec = state_spec(model, OptimizerConfig(), mesh)
-    batch = abstract_batch(8, 16, mesh, segments=False, teachers=False)
-    text = compile_step(spec, microbatches).lower(spec.abstract, batch, np.float32(0)).compile().as_text()
+    batch = abstract_batch(BatchKind(False, False), 8, 16, batch_sharding(mesh))
+    text = jit_train_step(spec, microbatches).lower(spec.abstract, batch, np.float32(0)).compile().as_text()
     tokens = 8 * 16
     layer = 2 * tokens * (4 * 24 * 24 + 2 * 24 * 40) + 2 * 2 * tokens * 16 * 24  # matrices; QK^T and AV, whole square
     spared = 2 * tokens * 24 * 40 if remat == "full" else 0  # nothing needs the MLP's second product once more

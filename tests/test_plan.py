@@ -90,7 +90,7 @@ def test_the_planned_programs_are_those_that_train(data, fake_compiler, tmp_path
 
         return made
 
-    for name in ("compile_step", "compile_growth"):
+    for name in ("jit_train_step", "jit_growth"):
         monkeypatch.setattr(loop, name, spy(getattr(loop, name)))
     loop.train(config, tmp_path / "run")
     small, growth, masked, _ = lowered

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from flmjax.config import ConfigError, MeshConfig, from_config_dict
-from flmjax.data.loader import validation_rows
+from flmjax.data.loader import TrainingStream
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.growth.growth import Growth
@@ -167,7 +167,7 @@ def test_kill_between_saves_loses_nothing(lab):  # case A01
     workdir = lab / "killed"
     start(lab, "batch:12", workdir, expect=-9)  # the first 11 steps are done, step 10 is saved
     # Step 10 was being written when the kill came: whole or not there.
-    assert re.search(r"go on from step (5|10):", start(lab, "never", workdir).stdout)
+    assert re.search(r"resume at step (5|10):", start(lab, "never", workdir).stdout)
     same_run(lab / "straight", workdir)
 
 
@@ -179,7 +179,7 @@ def test_kill_while_the_mask_opens_loses_nothing(lab):
         assert checkpoints.latest_step() == 20
         check_masked_validation(workdir, checkpoints)
     shown = start(lab, "never", workdir).stdout
-    assert "go on from step 20:" in shown
+    assert "resume at step 20:" in shown
     assert "large 23: the mask is open and gone" in shown
     same_run(lab / "straight", workdir)
 
@@ -190,7 +190,7 @@ def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
     old, new = config.stage_models
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     params = checkpoints.restore(20, {"params": state_spec(new, config.optimizer, mesh).abstract.params})["params"]
-    batch = validation_rows(load(workdir / "data"), config.data, length=new.max_length, rows=8)
+    batch = TrainingStream.of_run(config, load(workdir / "data")).validation_rows(8)
     rows = {**batch, "bytes": np.ones(8, np.float32)}
     losses = [
         float(jax.jit(lambda p: loss_sums(p, rows, new)[0])(p)) / rows["weights"].sum()
@@ -224,7 +224,7 @@ def test_kill_inside_the_growth_point_loses_nothing(lab):
     workdir = lab / "killed_growing"
     start(lab, "growth", workdir, expect=-9)
     assert not (workdir / "certificates").exists()
-    assert "go on from step 15" in start(lab, "never", workdir).stdout
+    assert "resume at step 15" in start(lab, "never", workdir).stdout
     same_run(lab / "straight", workdir)
 
 
@@ -233,7 +233,7 @@ def test_kill_while_saving_and_an_empty_folder_cost_one_interval(lab):  # case H
     start(lab, "saving:2", workdir, expect=-9)
     (workdir / "checkpoints" / "12").mkdir()  # Orbax alone would take it for the newest
     result = start(lab, "never", workdir)
-    assert "go on from step 5" in result.stdout or "go on from step 10" in result.stdout
+    assert "resume at step 5" in result.stdout or "resume at step 10" in result.stdout
     assert f"removed {workdir / 'checkpoints' / '12'}: not a complete checkpoint" in result.stderr
     same_run(lab / "straight", workdir)
     assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
@@ -245,7 +245,7 @@ def test_full_disk_stops_the_run_and_spares_the_last_checkpoint(lab):  # case H0
     assert "saving in" in result.stderr
     assert len(result.stderr.strip().splitlines()[-1]) < 600
     assert len(batches(workdir)) <= 15  # within one interval of the second save, at step 10
-    assert "go on from step 5" in start(lab, "never", workdir).stdout
+    assert "resume at step 5" in start(lab, "never", workdir).stdout
     same_run(lab / "straight", workdir)
 
 
@@ -337,7 +337,7 @@ def test_a_grown_checkpoint_has_its_certificate_and_trains_on(lab, weights_only)
     moments = {path: value for path, value in sums.items() if "/mu/" in path or "/nu/" in path}
     assert len(moments) > 20
     assert any(moments.values()) != weights_only
-    assert "go on from step 0: stage big" in start(lab, "never", workdir, config="big.py").stdout
+    assert "resume at step 0: stage big" in start(lab, "never", workdir, config="big.py").stdout
     losses = [line["loss"] for line in read_metrics(workdir) if line["kind"] == "train"]
     assert len(losses) == 4
     assert abs(losses[0] - certificate["loss_after"]) < 0.3

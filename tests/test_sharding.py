@@ -21,13 +21,14 @@ from flmjax.config import (
     resize,
 )
 from flmjax.config.validate import validate_mesh
+from flmjax.data.batch import global_batch
 from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.learned import expand, first_matrices
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.rules import Placement
+from flmjax.sharding.rules import Placement, batch_sharding
 from flmjax.training.state import init_state, state_spec
-from flmjax.training.step import compile_step, gradients, put_batch
+from flmjax.training.step import gradients, jit_train_step
 
 # 61 words do not divide over anything: rows up to 64 are padding.
 CONFIG = with_fields(TINY, num_heads=8, num_layers=2)
@@ -46,12 +47,12 @@ def run(shape, steps=20):
     start = jax.tree.map(np.asarray, state.params)
     rows = random_batch(CONFIG, rows=8)
     rows.pop("bytes")
-    batch = put_batch(rows, np.ones(61, np.float32), mesh)
+    batch = global_batch(rows, np.ones(61, np.float32), batch_sharding(mesh))
     place = Placement(mesh)
     _, grads = jax.jit(
         lambda p, b: gradients(p, b, jax.random.key(0), CONFIG, place), out_shardings=(None, spec.shardings.params)
     )(state.params, batch)
-    step, losses, norm = compile_step(spec, 1), [], None
+    step, losses, norm = jit_train_step(spec, 1), [], None
     for _ in range(steps):
         state, metrics = step(state, batch, np.float32(3e-3))
         norm = float(metrics["gradient_norm"]) if norm is None else norm
@@ -87,8 +88,8 @@ def test_constraints_reach_the_lowered_program():
     spec = state_spec(CONFIG, OptimizerConfig(), mesh)
     rows = random_batch(CONFIG, rows=8)
     rows.pop("bytes")
-    batch = put_batch(rows, np.ones(61, np.float32), mesh)
-    text = compile_step(spec, 1).lower(spec.abstract, batch, np.float32(0)).as_text()
+    batch = global_batch(rows, np.ones(61, np.float32), batch_sharding(mesh))
+    text = jit_train_step(spec, 1).lower(spec.abstract, batch, np.float32(0)).as_text()
     constraints = re.findall(r"sharding_constraint.*", text)
     residual = [line for line in constraints if re.search(r'"replica", "fsdp"}, {"tensor"}', line)]
     heads = [line for line in constraints if re.search(r'"replica", "fsdp"}, {[^}]*}, {"tensor"}', line)]

@@ -15,6 +15,8 @@ import pytest
 from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import GrowthConfig, MeshConfig, OptimizerConfig, RunConfig, StageConfig, resize
+from flmjax.data.batch import global_batch
+from flmjax.evaluation.validation_loss import describe, jit_loss_sums, validation_loss, validation_means
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp, masked
 from flmjax.model import loss as losses
@@ -24,15 +26,14 @@ from flmjax.optimizer.adam import AdamState, make_optimizer
 from flmjax.optimizer.schedule import learning_rate, new_warmup
 from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.rules import batch_sharding
 from flmjax.training import loop
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import (
     accumulate,
-    compile_evaluation,
-    compile_step,
     gradients,
+    jit_train_step,
     nonfinite_leaves,
-    put_batch,
 )
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
 
@@ -44,7 +45,7 @@ def spec(one_device_mesh):
 
 @pytest.fixture(scope="module")
 def step(spec):
-    return compile_step(spec, 1)
+    return jit_train_step(spec, 1)
 
 
 def adam(state):
@@ -99,7 +100,7 @@ def test_small_updates_add_up_under_bfloat16_compute(one_device_mesh):  # case D
     spec = state_spec(config, OptimizerConfig(weight_decay=1.0, clip_norm=None), one_device_mesh)
     state = init_state(spec, 0)
     state = state.replace(params=jax.tree.map(jnp.ones_like, state.params))
-    run = compile_step(spec, 1)
+    run = jit_train_step(spec, 1)
     batch = {**random_batch(config), "weights": np.zeros((4, 16), np.float32)}  # no gradient: decay alone
     for _ in range(100):
         state, _ = run(state, batch, np.float32(6e-4))
@@ -175,7 +176,7 @@ def test_learning_rate_counts_updates_over_all_stages(spec, one_device_mesh):  #
     np.testing.assert_allclose(rates[20:], 0.3)
     with pytest.raises(ValueError, match="schedule ends"):
         learning_rate(stages, 22)
-    run = compile_step(spec, 4)
+    run = jit_train_step(spec, 4)
     state = init_state(spec, 0)
     for i in range(10):
         state, _ = run(state, random_batch(TINY, seed=i), np.float32(rates[i]))
@@ -207,7 +208,7 @@ def test_mup_scales_matrices_inside_the_blocks(one_device_mesh):
     spec = state_spec(config, OptimizerConfig(), one_device_mesh)
     state, standard = init_state(spec, 0), init_state(plain, 0)
     before = jax.tree.map(np.asarray, state.params)
-    after, _ = compile_step(spec, 1)(state, random_batch(config), np.float32(1e-3))
+    after, _ = jit_train_step(spec, 1)(state, random_batch(config), np.float32(1e-3))
 
     def check(path, leaf, a, b, standard):
         hidden = "layers/attention" in path or "layers/mlp" in path
@@ -241,7 +242,7 @@ def test_a_masked_step_is_a_step_of_the_masked_model(microbatches, one_device_me
         return losses.loss_sums(masked(p, ramp.growth, 0.3), batch, new)[0] / batch["weights"].sum()
 
     loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(params)
-    after, metrics = compile_step(spec, microbatches, ramp=ramp)(state, batch, np.float32(1e-3))
+    after, metrics = jit_train_step(spec, microbatches, ramp=ramp)(state, batch, np.float32(1e-3))
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
     moments = adam(after).mu
@@ -258,7 +259,7 @@ def test_a_stage_leaves_its_mask_behind(one_device_mesh, monkeypatch):
     texts = []
 
     def lowered(*args, **kwargs):
-        step = compile_step(*args, **kwargs)
+        step = jit_train_step(*args, **kwargs)
 
         def spy(state, batch, rate):
             texts.append(step.lower(state, batch, rate).as_text())
@@ -266,25 +267,28 @@ def test_a_stage_leaves_its_mask_behind(one_device_mesh, monkeypatch):
 
         return spy
 
-    monkeypatch.setattr(loop, "compile_step", lowered)
+    monkeypatch.setattr(loop, "jit_train_step", lowered)
     rows = ({k: v for k, v in random_batch(model, seed=i).items() if k != "bytes"} for i in range(9))
-    data = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=np.ones(61, np.float32)))
+    sharding = batch_sharding(one_device_mesh)
+    batches = (global_batch(row, np.ones(61, np.float32), sharding) for row in rows)
     for at, masked_steps in ((3, 2), (4, 1), (5, 0)):
         texts.clear()
         state = dataclasses.replace(init_state(spec, 0), step=jnp.int32(at))
-        assert [step for step, _, _ in loop.run_stage(state, spec, config, 1, rows, data)] == list(range(at + 1, 8))
-        plain = compile_step(spec, 1).lower(*plain_arguments(spec, model)).as_text()
+        assert [
+            step for step, _, _ in loop.run_stage(state, spec, config.schedule[1], lambda step: 1e-3, batches)
+        ] == list(range(at + 1, 8))
+        plain = jit_train_step(spec, 1).lower(*plain_arguments(spec, model)).as_text()
         assert [text == plain for text in texts] == [False] * masked_steps + [True] * (7 - at - masked_steps)
 
 
 def plain_arguments(spec, model):
     rows = {k: v for k, v in random_batch(model).items() if k != "bytes"}
-    return init_state(spec, 0), put_batch(rows, np.ones(61, np.float32), spec.mesh), np.float32(0)
+    return init_state(spec, 0), global_batch(rows, np.ones(61, np.float32), batch_sharding(spec.mesh)), np.float32(0)
 
 
 def test_dropout_goes_on_as_if_never_stopped(one_device_mesh):  # case E02
     spec = state_spec(with_fields(TINY, dropout=0.1), OptimizerConfig(), one_device_mesh)
-    run = compile_step(spec, 1)
+    run = jit_train_step(spec, 1)
     batch = random_batch(TINY)
     state, losses = init_state(spec, 0), []
     for i in range(6):
@@ -303,7 +307,9 @@ def test_dropout_goes_on_as_if_never_stopped(one_device_mesh):  # case E02
 def test_bits_per_byte_are_counted_from_the_targets(spec, step, one_device_mesh):
     batch = random_batch(TINY)
     token_bytes = np.arange(61, dtype=np.float32)
-    placed = put_batch({k: v for k, v in batch.items() if k != "bytes"}, token_bytes, one_device_mesh)
+    placed = global_batch(
+        {k: v for k, v in batch.items() if k != "bytes"}, token_bytes, batch_sharding(one_device_mesh)
+    )
     _, metrics = step(init_state(spec, 0), placed, np.float32(0.0))
     total = float(metrics["loss"]) * batch["weights"].sum() / math.log(2)
     by_hand = total / (batch["targets"] * batch["weights"]).sum()
@@ -363,7 +369,9 @@ def plain_nll(params, batch, config=TINY):
 
 def place(batch, mesh):
     """What a loader gives, placed; token i stands for i bytes."""
-    return put_batch({k: v for k, v in batch.items() if k != "bytes"}, np.arange(61, dtype=np.float32), mesh)
+    return global_batch(
+        {k: v for k, v in batch.items() if k != "bytes"}, np.arange(61, dtype=np.float32), batch_sharding(mesh)
+    )
 
 
 def test_sums_of_teachers_are_those_by_hand():
@@ -442,9 +450,9 @@ def test_sums_with_teachers_are_those_of_the_whole_batch():  # cases B01, B02
 def test_metrics_with_teachers_are_equal_on_a_mesh_of_every_axis(spec, step):
     sharded = state_spec(TINY, OptimizerConfig(), make_mesh(MeshConfig(2, 2, 2), jax.devices()))
     batch, found = mixed_batch(), []
-    for of_mesh, update in ((spec, step), (sharded, compile_step(sharded, 1))):
+    for of_mesh, update in ((spec, step), (sharded, jit_train_step(sharded, 1))):
         state, placed = init_state(of_mesh, 0), place(batch, of_mesh.mesh)
-        sums = compile_evaluation(of_mesh)(state.params, placed)
+        sums = jit_loss_sums(of_mesh.config, of_mesh.mesh)(state.params, placed)
         _, metrics = update(state, placed, np.float32(1e-3))
         found.append(jax.tree.map(np.asarray, (sums, metrics)))
     chex.assert_trees_all_close(found[1], found[0], rtol=2e-6)
@@ -464,7 +472,7 @@ def test_judging_gathers_no_table_and_multiplies_no_matrix(tied):
     plain = {name: x for name, x in batch.items() if name not in ("marks", "decisive")}
 
     def program(batch):
-        return compile_evaluation(spec).lower(spec.abstract.params, batch)
+        return jit_loss_sums(spec.config, spec.mesh).lower(spec.abstract.params, batch)
 
     judging, without = program(batch), program(plain)
     assert judging.as_text().count("dot_general") == without.as_text().count("dot_general") > 0
@@ -500,7 +508,7 @@ def test_judged_targets_are_counted_once_although_every_process_has_all_rows(mon
     sums = {name: np.float64(8) for name in ("loss", "weight", "bytes", "judged", "correct")}
     sums |= {f"{kind}_{name}": np.float64(4) for kind in ("language", "teacher") for name in ("loss", "weight")}
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert loop.validation_means(sums)["judged"] == 4
+    assert validation_means(sums)["judged"] == 4
 
 
 def log_train(workdir, spec, metrics):
@@ -508,9 +516,10 @@ def log_train(workdir, spec, metrics):
     config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10),), log_every=1)
     bar = SimpleNamespace(update=lambda *_: None)
     with MetricsWriter(workdir, 0) as writer:
-        run = SimpleNamespace(config=config, length=16, writer=writer, bar=bar, peak=1.0, mesh=spec.mesh, newest={})
-        run.progress = lambda step, index: {"tokens": 0, "flops": 0.0}
-        loop.Run.log(run, 1, metrics, 0, spec, SimpleNamespace(tick=lambda: None, rate=lambda tokens: 1.0))
+        run = SimpleNamespace(config=config, writer=writer, bar=bar, peak=1.0, mesh=spec.mesh, newest={})
+        run.write = functools.partial(loop.Run.write, run)
+        clock = SimpleNamespace(tick=lambda: None, rate=lambda tokens: 1.0)
+        loop.Run.log(run, 1, metrics, config.schedule[0], spec, clock)
     return read_metrics(workdir)
 
 
@@ -524,25 +533,18 @@ def test_bytes_are_those_of_language_alone(spec, step, one_device_mesh):
     np.testing.assert_allclose(float(metrics["bits_per_byte"]), total / by_hand.sum(), rtol=1e-5)
 
 
-def evaluate_rows(workdir, spec, rows, batch_size, evaluate=None):
-    """(line of metrics, line on the screen) of one evaluation on `rows`."""
-    said = []
-    config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10, batch_size=batch_size),))
-    data = SimpleNamespace(tokenizer=SimpleNamespace(token_bytes=np.arange(61, dtype=np.float32)))
+def evaluate_rows(spec, rows, batch_size, evaluate=None):
+    """(means, line on the screen) of one evaluation on `rows`."""
     rows = {k: v for k, v in rows.items() if k != "bytes"}
-    with MetricsWriter(workdir, 0) as writer:
-        bar = SimpleNamespace(log=said.append)
-        run = SimpleNamespace(config=config, validation=rows, data=data, mesh=spec.mesh, writer=writer, bar=bar)
-        run.progress = lambda step, index: {"tokens": 0, "flops": 0.0}
-        loop.Run.evaluate(run, 5, random_params(TINY), evaluate or compile_evaluation(spec), 0)
-    (line,), (text,) = read_metrics(workdir), said
-    return line, text
+    sums_of = evaluate or jit_loss_sums(spec.config, spec.mesh)
+    values = validation_loss(random_params(TINY), rows, sums_of, batch_size, np.arange(61, dtype=np.float32), spec.mesh)
+    return values, describe(values)
 
 
 def test_validation_says_the_loss_of_language_and_how_often_a_judgement_is_right(spec, tmp_path):
     """Seven rows in parts of four: the row that fills up the last part is not judged again."""
     rows, teacher = mixed_batch(rows=7, teachers=(0, 2, 5)), [0, 2, 5]
-    line, text = evaluate_rows(tmp_path, spec, rows, 4)
+    line, text = evaluate_rows(spec, rows, 4)
     nll, weights = np.asarray(plain_nll(random_params(TINY), rows)), rows["weights"]
     of_text = np.delete(nll * weights, teacher, axis=0).sum()
     of_teachers = (nll * weights)[teacher].sum() / weights[teacher].sum()
@@ -559,22 +561,22 @@ def test_validation_says_the_loss_of_language_and_how_often_a_judgement_is_right
 def test_validation_text_of_known_sums(spec, tmp_path):
     sums = {"loss": 30.0, "weight": 12.0, "bytes": 4.0, "language_loss": 23.1, "language_weight": 10.0}
     sums |= {"teacher_loss": 6.9, "teacher_weight": 2.0, "judged": 512, "correct": 374}
-    _, text = evaluate_rows(tmp_path, spec, random_batch(TINY), 4, evaluate=lambda params, batch: sums)
-    assert text == ("a 5: validation loss 2.3100 nats a token, 8.3316 bits a byte, judgement accuracy 73.0 % of 512")
+    _, text = evaluate_rows(spec, random_batch(TINY), 4, evaluate=lambda params, batch: sums)
+    assert text == ("validation loss 2.3100 nats a token, 8.3316 bits a byte, judgement accuracy 73.0 % of 512")
 
 
 @pytest.mark.parametrize(("teachers", "missing"), [((), "teacher"), (range(4), "language")])
 def test_validation_without_one_kind_has_null_for_it(teachers, missing, spec, tmp_path):
-    line, _ = evaluate_rows(tmp_path, spec, mixed_batch(rows=4, teachers=teachers), 4)
+    line, _ = evaluate_rows(spec, mixed_batch(rows=4, teachers=teachers), 4)
     none = {"teacher": {"teacher_loss", "judgement_accuracy"}, "language": {"loss", "bits_per_byte"}}[missing]
-    assert {name for name, value in line.items() if value is None} == none
+    assert {name for name, value in line.items() if np.isnan(value)} == none
 
 
 def test_without_teachers_lines_say_what_they_always_said(spec, step, one_device_mesh, tmp_path):
     batch = random_batch(TINY)
-    line, text = evaluate_rows(tmp_path / "validation", spec, batch, 4)
-    assert list(line) == ["kind", "step", "stage", "loss", "bits_per_byte", "tokens", "flops"]
-    assert text == f"a 5: validation loss {line['loss']:.4f} nats a token, {line['bits_per_byte']:.4f} bits a byte"
+    line, text = evaluate_rows(spec, batch, 4)
+    assert list(line) == ["loss", "bits_per_byte"]
+    assert text == f"validation loss {line['loss']:.4f} nats a token, {line['bits_per_byte']:.4f} bits a byte"
     _, metrics = step(init_state(spec, 0), place(batch, one_device_mesh), np.float32(0))
     (line,) = log_train(tmp_path / "train", spec, metrics)
     assert list(line)[3:7] == ["loss", "bits_per_byte", "gradient_norm", "learning_rate"]

@@ -1,4 +1,8 @@
-"""Spooled text to tokens, in parts that parallel processes write; a part that is there is not written again."""
+"""Documents to tokens in parallel processes.
+
+The documents of a split are divided into parts. Each part becomes a file of tokens, and a file that an interrupted
+preparation left is used again.
+"""
 
 import dataclasses
 import itertools
@@ -14,18 +18,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flmjax.data.packing import COUNTS, DECISIVE
+from flmjax.data.prepared import COUNTS, DECISIVE
 from flmjax.data.sources.freelm import Marks
 from flmjax.data.spool import NO_JUDGEMENT, Spooled
 from flmjax.data.tokenizers import Tokenizer, load_tokenizer
 
-PART_BYTES = (4 << 20, 32 << 20)  # least and most text of a part; memory of a process is some ten times that
-PROCESSES_FROM = 16 << 20  # bytes of text; starting processes for less takes longer than the work
+PART_BYTES = (4 << 20, 32 << 20)  # least and most text of a part; a process needs about ten times as much memory
+PROCESSES_FROM = 16 << 20  # bytes of text; for less, starting processes takes longer than the work
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Consecutive documents of a split, from byte `start` of its text, and the file that their tokens go to."""
+    """Consecutive documents of a split.
+
+    Attributes:
+        text: file of the split's documents (spool.Spooled).
+        start: first byte of the part in that file.
+        sizes, judgements: of the part's documents, as in Spooled.
+        path: file of the part's tokens.
+    """
 
     text: Path
     start: int
@@ -34,7 +45,7 @@ class Part:
     path: Path
 
     def texts(self) -> list[str]:
-        """The documents."""
+        """The part's documents."""
         with self.text.open("rb") as file:
             file.seek(self.start)
             return [file.read(size).decode("utf-8") for size in self.sizes]
@@ -42,20 +53,25 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What makes tokens of documents: ids and the end token for a text; ids and a mark for a proposition."""
+    """Turns documents into tokens: a text into its ids and the end token, a proposition into its ids and a mark.
+
+    Attributes:
+        end_of_document: whether the end token follows each text.
+        marks: of the propositions; None if no source is a teacher's.
+    """
 
     tokenizer: Tokenizer
     end_of_document: bool
     marks: Marks | None
 
     def encode(self, part: Part) -> None:
-        """Write the part: tokens uint32, the documents' lengths in tokens, for propositions loss weights uint8.
+        """Write the file of a part: "tokens", "lengths" of the documents in tokens, of propositions loss "weights".
 
-        A proposition's weights are 0 but for its mark: the judgement is all that is learnt.
+        Only the mark of a proposition has loss weights other than 0: the model learns the judgement, not the text.
         """
         end = np.array([self.tokenizer.end_id] if self.end_of_document else [], np.uint32)
-        tokens: list[np.ndarray] = []  # of each document two arrays: its text and what closes it
-        weights: list[np.ndarray] = []
+        tokens: list[np.ndarray] = []  # two arrays for each document: its text, and the end token or mark
+        loss_weights: list[np.ndarray] = []
         for ids, judgement in zip(self.tokenizer.encode_batch(part.texts()), part.judgements, strict=True):
             if judgement == NO_JUDGEMENT:
                 tokens += [ids, end]
@@ -63,19 +79,19 @@ class Encoder:
             assert self.marks is not None
             mark = np.array(self.marks.true if judgement else self.marks.false, np.uint32)
             tokens += [ids, mark]
-            weights.append(np.zeros(len(ids) + len(mark), np.uint8))
-            weights[-1][len(ids) :] = COUNTS
-            weights[-1][len(ids) + self.marks.differs] = DECISIVE
+            loss_weights.append(np.zeros(len(ids) + len(mark), np.uint8))
+            loss_weights[-1][len(ids) :] = COUNTS
+            loss_weights[-1][len(ids) + self.marks.differs] = DECISIVE
         lengths = np.array([len(array) for array in tokens], np.uint64)
         columns = {"tokens": np.concatenate(tokens), "lengths": lengths[::2] + lengths[1::2]}
-        if weights:
-            columns["weights"] = np.concatenate(weights)
+        if loss_weights:
+            columns["weights"] = np.concatenate(loss_weights)
         partial = part.path.with_suffix(".tmp.npz")
         np.savez(partial, allow_pickle=False, **columns)
         os.replace(partial, part.path)
 
     def read(self, part: Part) -> dict[str, np.ndarray]:
-        """The part's arrays; one that a kill of the machine left damaged is written anew."""
+        """The arrays of a part; a file that a power cut left damaged is written again."""
         try:
             with np.load(part.path) as stored:
                 return dict(stored)
@@ -86,7 +102,7 @@ class Encoder:
 
 
 def split_parts(spooled: Spooled, folder: Path, name: str) -> list[Part]:
-    """Parts of a split's documents; the same for the same documents."""
+    """The documents of a split in parts; the division depends on the documents alone."""
     ends = np.cumsum(spooled.sizes)
     total = int(ends[-1]) if len(ends) else 0
     size = min(max(total // 1000, PART_BYTES[0]), PART_BYTES[1])
@@ -103,7 +119,13 @@ def split_parts(spooled: Spooled, folder: Path, name: str) -> list[Part]:
 
 
 def encode_parts(parts: Iterable[Part], encoder: Encoder, folder: Path, workers: int | None, progress: bool) -> None:
-    """Write every part that is not there, in `workers` processes (None: one a core); `folder` has the tokenizer."""
+    """Write the files of all parts that have none yet.
+
+    Args:
+        folder: of the tokenizer's files.
+        workers: number of processes; None: one for each core.
+        progress: show a progress bar on standard error.
+    """
     missing = [part for part in parts if not part.path.exists()]
     total = sum(int(part.sizes.sum()) for part in missing)
     workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
@@ -111,22 +133,23 @@ def encode_parts(parts: Iterable[Part], encoder: Encoder, folder: Path, workers:
     with tqdm(
         desc="text to tokens", total=total, unit="B", unit_scale=True, leave=False, disable=None if progress else True
     ) as bar:
-        for part in _done(missing, encoder, folder, workers if total >= PROCESSES_FROM else 1):
+        for part in encoded(missing, encoder, folder, workers if total >= PROCESSES_FROM else 1):
             bar.update(int(part.sizes.sum()))
 
 
-def _done(parts: list[Part], encoder: Encoder, folder: Path, workers: int) -> Iterator[Part]:
+def encoded(parts: list[Part], encoder: Encoder, folder: Path, workers: int) -> Iterator[Part]:
+    """Each part as soon as its file is written, in any order."""
     if workers <= 1:
         for part in parts:
             encoder.encode(part)
             yield part
         return
-    # Spawned: a process with JAX in it has threads and must not be forked.
+    # Spawned, because a process that uses JAX has threads and must not be forked.
     context = multiprocessing.get_context("spawn")
     arguments = (folder, encoder.end_of_document, encoder.marks)
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=arguments) as pool:
         try:
-            futures = {pool.submit(_encode, part): part for part in parts}
+            futures = {pool.submit(encode_in_worker, part): part for part in parts}
             for future in as_completed(futures):
                 future.result()
                 yield futures[future]
@@ -135,7 +158,7 @@ def _done(parts: list[Part], encoder: Encoder, folder: Path, workers: int) -> It
             raise
 
 
-_encoder: Encoder | None = None  # of a worker process
+_encoder: Encoder | None = None  # of this process, if it is a worker
 
 
 def _start(folder: Path, end_of_document: bool, marks: Marks | None) -> None:
@@ -143,10 +166,11 @@ def _start(folder: Path, end_of_document: bool, marks: Marks | None) -> None:
     _encoder = Encoder(load_tokenizer(folder), end_of_document, marks)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # A pool's workers outlive a parent that was killed, waiting for work.
+    # Otherwise the workers of a killed process would wait for work for ever.
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _encode(part: Part) -> None:
+def encode_in_worker(part: Part) -> None:
+    """Write the file of a part with the encoder of this worker process."""
     assert _encoder is not None
     _encoder.encode(part)

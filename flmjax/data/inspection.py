@@ -1,21 +1,22 @@
-"""Prepared data as a person reads it: counts of every source, and rows decoded with what the loss sees of them."""
+"""Prepared data for a reader: counts of every source, and decoded rows that show which tokens are in the loss."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
-from flmjax.data.prepared import Prepared
+from flmjax.data.batch import Batch
+from flmjax.data.loader import TrainingStream
 from flmjax.data.spool import SPLITS
 from flmjax.data.tokenizers import Tokenizer
 
-NO_LOSS = ("⟦", "⟧")  # around text that is no target of the loss
+NO_LOSS = ("⟦", "⟧")  # around text that is not in the loss
 FAINT = ("\x1b[2m", "\x1b[0m")
 
 
-def summary(prepared: Prepared, weights: Sequence[float]) -> str:
-    """A table of the sources: documents, tokens, bytes a token, share of the samples, equal documents."""
-    head = ("source", "split", "documents", "tokens", "bytes", "bytes/token", "of samples", "duplicates")
+def summary(stream: TrainingStream) -> str:
+    """A table of the sources: documents, tokens, bytes per token, share of the first stage's samples, duplicates."""
+    prepared, weights = stream.prepared, stream.schedule[0].mixture_weights
+    head = ("source", "split", "documents", "tokens", "bytes", "bytes/token", "share", "duplicates")
     lines = [head]
     for source, weight in zip(prepared.sources, weights, strict=True):
         counts = prepared.meta["sources"][source]
@@ -41,51 +42,53 @@ def summary(prepared: Prepared, weights: Sequence[float]) -> str:
     ]
     tokenizer = prepared.tokenizer
     notes = [
-        f"{prepared.directory}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.end_id}, "
-        f"{prepared.meta.get('duplicates', 0):,} equal documents in all sources together, "
-        f"{prepared.meta.get('held_out_in_training', 0):,} held-out texts also in training"
+        f"{prepared.directory}: vocabulary of {tokenizer.vocab_size:,} ids, id {tokenizer.end_id} ends a document; "
+        f"{prepared.meta.get('duplicates', 0):,} documents repeat another one, "
+        f"{prepared.meta.get('held_out_in_training', 0):,} held-out texts are also in the training text"
     ]
     if prepared.marks is not None:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
-        notes.append(f"marks: true {spelled[0]}, false {spelled[1]}; token {prepared.marks.differs + 1} decides")
+        place = prepared.marks.differs + 1
+        notes.append(f"marks: true {spelled[0]}, false {spelled[1]}; their tokens differ first at number {place}")
     return "\n".join([*notes, *(line.rstrip() for line in table)])
 
 
-def show_row(row: dict[str, np.ndarray], tokenizer: Tokenizer, terminal: bool = False) -> str:
-    """A row of the loader: every segment's text, ends of documents, what is not in the loss, padding.
+def show_row(row: Batch, tokenizer: Tokenizer, terminal: bool = False) -> str:
+    """The text of every segment of a sample, with ends of documents and padding.
 
-    `terminal`: text without loss is faint there, else it stands between NO_LOSS.
+    Args:
+        terminal: True: text that is not in the loss is faint. False: it stands between the brackets NO_LOSS.
     """
-    real = row["weights"] > 0
+    in_loss = row["weights"] > 0
     if "segment_ids" in row:
-        segments = row["segment_ids"]
-    else:  # the padding is what has no weight at the end
-        segments = (np.arange(len(real)) <= np.flatnonzero(real)[-1]).astype(np.int32)
-    lines = [f"{int((segments > 0).sum())} tokens, {int(real.sum())} in the loss"]
-    for segment in range(1, int(segments.max()) + 1):
-        places = np.flatnonzero(segments == segment)
-        targets = places if real[places[-1]] else places[:-1]  # a border's target belongs to the next document
+        segment_ids = row["segment_ids"]
+    else:  # padding is the end of the row that has no weight
+        segment_ids = (np.arange(len(in_loss)) <= np.flatnonzero(in_loss)[-1]).astype(np.int32)
+    lines = [f"{int((segment_ids > 0).sum())} tokens, {int(in_loss.sum())} in the loss"]
+    for segment in range(1, int(segment_ids.max()) + 1):
+        places = np.flatnonzero(segment_ids == segment)
+        targets = places if in_loss[places[-1]] else places[:-1]  # the last target may belong to the next document
         ids = [int(row["tokens"][places[0]]), *(int(i) for i in row["targets"][targets])]
-        counts = [bool(c) for c in real[targets]]
+        counts = [bool(c) for c in in_loss[targets]]
         counts = [counts[0] if counts else False, *counts]  # the first token is no target: shown like the second
         lines.append(f"[segment {segment}] " + "".join(_pieces(ids, counts, tokenizer, FAINT if terminal else NO_LOSS)))
-    padding = int((segments == 0).sum())
+    padding = int((segment_ids == 0).sum())
     return "\n".join(lines + [f"[{padding} padding]"] * (padding > 0))
 
 
 def _pieces(ids: list[int], counts: list[bool], tokenizer: Tokenizer, no_loss: tuple[str, str]) -> Iterator[str]:
     start = 0
     for i in range(1, len(ids) + 1):
-        ends_here = ids[i - 1] == tokenizer.end_id
-        if i == len(ids) or counts[i] != counts[start] or ends_here:
-            text = tokenizer.decode(ids[start : i - ends_here]) + "<end>" * ends_here
+        is_end = ids[i - 1] == tokenizer.end_id
+        if i == len(ids) or counts[i] != counts[start] or is_end:
+            text = tokenizer.decode(ids[start : i - is_end]) + "<end>" * is_end
             yield text if counts[start] else no_loss[0] + text + no_loss[1]
             start = i
 
 
-def show_samples(dataset: Any, prepared: Prepared, count: int, terminal: bool = False) -> Iterator[str]:
-    """The first `count` samples of the training stream."""
+def show_samples(stream: TrainingStream, count: int, terminal: bool = False) -> Iterator[str]:
+    """The text of the first `count` samples of the training stream."""
     for n in range(count):
-        row = dataset[n]
-        kind = "teacher" if row.get("marks", np.zeros(2)).any() else "text"
-        yield f"--- sample {n}, {kind}: {show_row(row, prepared.tokenizer, terminal)}"
+        row = stream.samples[n]
+        kind = "teacher" if "marks" in row and row["marks"].any() else "text"
+        yield f"--- sample {n}, {kind}: {show_row(row, stream.prepared.tokenizer, terminal)}"

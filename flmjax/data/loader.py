@@ -1,202 +1,194 @@
-"""Prepared tokens to batches. Sample n of a run is a pure function of (seed, mixture schedule, n).
+"""`TrainingStream`: prepared tokens as batches. Sample n of a run is a function of seed, mixture schedule and n.
 
-Nothing here has state: a checkpoint keeps the number of samples seen, and `batches(start=...)` goes on from there in
-the same stream, with whatever batch size, hosts, threads or buffer.
+The stream has no state: a checkpoint stores the number of samples seen, and `batches(start=...)` continues the stream
+from there with any batch size and any number of hosts, threads and buffered batches.
+
+A row is a sequence of `length` tokens: one sample of the stream, one row of a batch (batch.py).
 """
 
-import bisect
-import fractions
+import dataclasses
+import functools
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, cast
 
 import grain
 import numpy as np
 
 from flmjax.config import ConfigError, DataConfig, RunConfig
-from flmjax.data.packing import make_proposition_row, make_row, num_rows, proposition_rows
+from flmjax.data.batch import Batch, BatchKind
+from flmjax.data.mixture import ENDLESS, ExactPhase, MixturePhase, SampleOrder, exact_phases, mixture_schedule
+from flmjax.data.packing import first_propositions, make_proposition_row, make_row, num_rows
 from flmjax.data.prepared import Prepared
 
-STREAM_VERSION = 1  # of the rules below that decide sample n
-ENDLESS = 2**50  # samples; Grain divides lengths as floats, which hold this exactly and sys.maxsize not
+STREAM_VERSION = 1  # of the rules in this package that decide sample n
 
 
-class Segment(NamedTuple):
-    """A stretch of the run with one mixture: weights per source, and its samples (None: without end).
+def batch_kind(data: DataConfig, prepared: Prepared | None = None) -> BatchKind:
+    """Optional entries of the batches that `data` gives.
 
-    Text and teachers alternate in blocks of `block` samples; 0 mixes them evenly.
+    Args:
+        prepared: the prepared data. None: not known yet; a seqio mixture then counts as text without teachers.
     """
-
-    weights: tuple[float, ...]
-    samples: int | None
-    block: int = 0
+    teachers = bool(data.teachers) if prepared is None else prepared.marks is not None
+    return BatchKind(segments=data.document_attention or teachers, teachers=teachers)
 
 
-def default_weights(prepared: Prepared, data: DataConfig) -> tuple[float, ...]:
-    """`data.mixture_weights`; where that is None the rates of data.mixture, or shares by number of training tokens."""
-    if data.mixture_weights is not None:
-        if len(data.mixture_weights) != len(prepared.sources):
-            raise ConfigError(
-                f"data.mixture_weights has {len(data.mixture_weights)} entries for the {len(prepared.sources)} "
-                f"sources of the mixture: {', '.join(prepared.sources)}"
-            )
-        return data.mixture_weights
-    if prepared.rates is not None:
-        return prepared.rates
-    tokens = [prepared.num_tokens(source, "train") for source in prepared.sources]
-    return tuple(count / sum(tokens) for count in tokens)
+@dataclasses.dataclass(frozen=True)
+class TrainingStream:
+    """The endless stream of training rows of a run, and the validation rows of the same data.
 
+    Each source is shuffled over all its rows, in a new order every epoch, and has a cursor that a change of the mixture
+    does not move: no row of a source is repeated before all its rows were seen. Within a phase the sources alternate
+    evenly; after n samples each has given its share of n to within the number of sources.
 
-def mixture_schedule(config: RunConfig, prepared: Prepared) -> list[Segment]:
-    """The mixture's weights and samples of every stage; the last goes on for ever."""
-    weights = default_weights(prepared, config.data)
-    alternating = config.data.teacher_mixing == "alternating" and prepared.marks is not None
-    schedule = []
-    for i, stage in enumerate(config.stages):
-        weights = stage.mixture_weights or weights
-        batches_of_stage = stage.steps + config.schedule[i].tuning_steps
-        samples = None if i + 1 == len(config.stages) else batches_of_stage * stage.batch_size
-        schedule.append(Segment(weights, samples, stage.batch_size if alternating else 0))
-    return schedule
-
-
-def check_size(prepared: Prepared, data: DataConfig, length: int, batch_size: int) -> None:
-    """Refuse a training set that does not fill one batch, or a source that fills no row.
+    Attributes:
+        prepared: the token files.
+        data: settings of packing and loss: document_attention, teacher_weight.
+        seed: of the order of rows.
+        length: tokens of a row.
+        schedule: phases of the mixture; the last has no end.
 
     Raises:
-        ConfigError: naming rows, batch size and what would do.
+        ConfigError: for a schedule without phases, or with mixture weights that are not positive or not one for each
+            source (mixture.exact_phases).
     """
-    rows = {s: len(_rows(prepared, s, "train", length, data)) for s in prepared.sources}
-    for source, count in rows.items():
-        if count == 0:
-            raise ConfigError(f"data.sources: '{source}' has no training row (one token at most); add text")
-    if sum(rows.values()) < batch_size:
-        raise ConfigError(
-            f"the training set has {sum(rows.values())} rows of {length} tokens, fewer than one batch of {batch_size}: "
-            f"add text, or lower batch_size or max_length"
-        )
 
+    prepared: Prepared
+    data: DataConfig
+    seed: int
+    length: int
+    schedule: tuple[MixturePhase, ...]
 
-def mixture(
-    prepared: Prepared, data: DataConfig, *, seed: int, length: int, schedule: Sequence[Segment]
-) -> grain.MapDataset:
-    """The endless stream of training rows: element n is sample n of the run, a dict as packing.make_row gives it.
+    def __post_init__(self) -> None:
+        _ = self._phases  # raises the errors of a schedule at once
 
-    Each source is shuffled over all its rows, in a new order every epoch, and has its own cursor that a change of the
-    mixture does not move: nothing of a source is repeated before all of it was seen. Within a segment the sources
-    alternate evenly; after n samples each has had its share of n to within the number of sources. The last segment
-    goes on for ever.
+    @classmethod
+    def of_run(cls, config: RunConfig, prepared: Prepared) -> "TrainingStream":
+        """The stream of a run."""
+        schedule = mixture_schedule(config, prepared)
+        return cls(prepared, config.data, config.seed, config.model.max_length, schedule)
 
-    Raises:
-        ConfigError: for a schedule that is empty, or with weights that are not positive or not one per source.
-    """
-    order = _Order(_canonical(schedule, len(prepared.sources)), [prepared.is_teacher(s) for s in prepared.sources])
-    datasets = []
-    for source in prepared.sources:
-        rows = _rows(prepared, source, "train", length, data)
-        source_seed = int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()[:4])
-        datasets.append(grain.MapDataset.source(rows).shuffle(seed=source_seed).repeat())
-    return grain.MapDataset.select_from_datasets(datasets, order)
+    @functools.cached_property
+    def samples(self) -> grain.MapDataset[Batch]:
+        """The samples: element n is sample n of the run, a Batch without the axis B."""
+        order = SampleOrder(self._phases, [self.prepared.is_teacher(source) for source in self.prepared.sources])
+        datasets = []
+        for source in self.prepared.sources:
+            seed = int.from_bytes(hashlib.sha256(f"{self.seed} {source}".encode()).digest()[:4])
+            datasets.append(grain.MapDataset.source(self._rows(source, "train")).shuffle(seed=seed).repeat())
+        return grain.MapDataset.select_from_datasets(datasets, order)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) of everything that decides the stream: equal fingerprints mean equal streams.
 
-def fingerprint(prepared: Prepared, data: DataConfig, *, seed: int, length: int, schedule: Sequence[Segment]) -> str:
-    """sha256 (hex) over everything that decides the stream; equal fingerprints, equal streams.
-
-    Neighbouring segments of the same mixture are one, and the end of the last segment does not count: where stages
-    begin does not matter while the mixture stays.
-    """
-    parts = {
-        "version": STREAM_VERSION,
-        "sources": [[source, *prepared.checksums(source, "train")] for source in prepared.sources],
-        "seed": seed,
-        "length": length,
-        "document_attention": data.document_attention,
-        "end_id": prepared.tokenizer.end_id,
-        "schedule": [  # as it was written before there were blocks
-            segment if segment[2] else segment[:2] for segment in _canonical(schedule, len(prepared.sources))
-        ],
-    }
-    if prepared.marks is not None:
-        files = {s: f"{prepared.meta['sources'][s]['slug']}-train.weights.u8" for s in prepared.sources}
-        parts["teachers"] = {
-            s: prepared.meta["files"][files[s]]["sha256"] for s in prepared.sources if prepared.is_teacher(s)
+        Neighbouring phases of the same mixture count as one, and the end of the last phase does not count: the steps
+        at which stages begin do not matter while the mixture stays the same.
+        """
+        prepared, data = self.prepared, self.data
+        identity: dict[str, Any] = {
+            "version": STREAM_VERSION,
+            "sources": [[source, *prepared.checksums(source, "train")] for source in prepared.sources],
+            "seed": self.seed,
+            "length": self.length,
+            "document_attention": data.document_attention,
+            "end_id": prepared.tokenizer.end_id,
+            "schedule": [  # without the block if it is 0: older fingerprints had no blocks
+                phase if phase.block else phase[:2] for phase in self._phases
+            ],
         }
-        parts["teacher_weight"] = data.teacher_weight
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        if prepared.marks is not None:
+            teachers = [source for source in prepared.sources if prepared.is_teacher(source)]
+            identity["teachers"] = {source: prepared.loss_weights_checksum(source, "train") for source in teachers}
+            identity["teacher_weight"] = data.teacher_weight
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def batches(
+        self, *, start: int, batch_size: int, host: int = 0, hosts: int = 1, threads: int = 1, prefetch: int = 4
+    ) -> grain.DatasetIterator[Batch]:
+        """Endless batches of the samples start, start + 1, ...: of each, the rows of one host.
+
+        The iterator's `close()` ends its threads, and so does dropping it.
+
+        Args:
+            batch_size: rows of a batch over all hosts, B.
+            host, hosts: host h has rows h B / hosts to (h + 1) B / hosts - 1 of every batch.
+            threads: threads that read. 0: the caller's thread reads.
+            prefetch: batches that are kept ready.
+
+        Raises:
+            ConfigError: if the batch does not divide over the hosts, if there is no such host, or for a start below 0.
+        """
+        if not 0 <= host < hosts:
+            raise ConfigError(f"host={host} is not one of {hosts} data hosts (0 to {hosts - 1})")
+        if batch_size < 1 or batch_size % hosts:
+            raise ConfigError(f"batch_size={batch_size} does not divide over {hosts} data hosts")
+        if start < 0:
+            raise ConfigError(f"start={start} must not be negative")
+        share = _HostShare(start, batch_size, host, batch_size // hosts)
+        rows_of_host = grain.MapDataset.select_from_datasets([self.samples], share)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+        return iter(rows_of_host.batch(batch_size // hosts).to_iter_dataset(options))
+
+    def validation_rows(self, rows: int) -> Batch:
+        """At most `rows` held-out rows of text, then at most `rows` of teachers, evenly spread over the sources.
+
+        The rows are the same at every call. Rows with padding are taken only if there are fewer than `rows` full rows.
+
+        Raises:
+            ConfigError: if no row is held out.
+        """
+        chosen: list[Batch] = []
+        for of_teachers in (False, True):
+            names = [source for source in self.prepared.sources if self.prepared.is_teacher(source) is of_teachers]
+            chosen += _spread([self._rows(source, "validation") for source in names], rows)
+        if not chosen:
+            raise ConfigError("there is no validation row; add text or raise data.validation_fraction")
+        stacked = {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}  # type: ignore[literal-required]
+        return cast(Batch, stacked)
+
+    def check_size(self, batch_size: int) -> None:
+        """Refuse a training set that does not fill a batch, or a source that does not fill a row.
+
+        Raises:
+            ConfigError: naming the source, or the number of rows, the batch size and the remedies.
+        """
+        rows = {source: len(self._rows(source, "train")) for source in self.prepared.sources}
+        for source, count in rows.items():
+            if count == 0:
+                raise ConfigError(f"data.sources: '{source}' has no training row (one token at most); add text")
+        if sum(rows.values()) < batch_size:
+            raise ConfigError(
+                f"the training set has {sum(rows.values())} rows of {self.length} tokens, fewer than one batch of "
+                f"{batch_size}: add text, or lower batch_size or max_length"
+            )
+
+    @functools.cached_property
+    def _phases(self) -> list[ExactPhase]:
+        return exact_phases(self.schedule, len(self.prepared.sources))
+
+    def _rows(self, source: str, split: str) -> "_TextRows | _PropositionRows":
+        rows = _PropositionRows if self.prepared.is_teacher(source) else _TextRows
+        return rows(self.prepared, source, split, self.length, self.data)
 
 
-def batches(
-    dataset: grain.MapDataset,
-    *,
-    start: int,
-    batch_size: int,
-    host: int = 0,
-    hosts: int = 1,
-    threads: int = 1,
-    prefetch: int = 4,
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Batches of samples start, start + 1, ... without end; this host's part of each: arrays (batch_size / hosts, L).
-
-    Host h has rows h B/H to (h + 1) B/H - 1 of every global batch. `threads` threads keep `prefetch` batches ready;
-    0 reads in the caller's thread. `close()` ends the threads, and so does dropping the iterator.
-
-    Raises:
-        ConfigError: when the batch does not divide over the hosts, or there is no such host.
-    """
-    if not 0 <= host < hosts:
-        raise ConfigError(f"host={host} is not one of {hosts} data hosts (0 to {hosts - 1})")
-    if batch_size < 1 or batch_size % hosts:
-        raise ConfigError(f"batch_size={batch_size} does not divide over {hosts} data hosts")
-    if start < 0:
-        raise ConfigError(f"start={start} must not be negative")
-    share = _HostShare(start, batch_size, host, batch_size // hosts)
-    own = grain.MapDataset.select_from_datasets([dataset], share).batch(batch_size // hosts)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
-    return iter(own.to_iter_dataset(options))
-
-
-def validation_rows(prepared: Prepared, data: DataConfig, *, length: int, rows: int) -> dict[str, np.ndarray]:
-    """At most `rows` held-out rows, evenly spread over the sources' streams: arrays (R, length), always the same.
-
-    Full rows are taken; those with padding only where the full ones are fewer than `rows`. Where there are teachers, at
-    most `rows` rows of theirs follow.
-
-    Raises:
-        ConfigError: when there is no held-out row.
-    """
-    made = []
-    for of_teachers in (False, True):
-        names = [source for source in prepared.sources if prepared.is_teacher(source) is of_teachers]
-        sources = [_rows(prepared, source, "validation", length, data) for source in names]
-        made += _spread(sources, rows)
-    if not made:
-        raise ConfigError("there is no validation row; add text or raise data.validation_fraction")
-    return {key: np.stack([row[key] for row in made]) for key in made[0]}
-
-
-def _spread(sources: Sequence["_Rows"], rows: int) -> list[dict[str, np.ndarray]]:
+def _spread(sources: Sequence["_TextRows | _PropositionRows"], rows: int) -> list[Batch]:
+    """At most `rows` rows, evenly spread over the full rows of all sources, then padded rows if these are too few."""
     starts = np.cumsum([0] + [source.full_rows for source in sources])  # of each source among all full rows
     full = int(starts[-1])
-    picked = range(full) if full <= rows else [(2 * i + 1) * full // (2 * rows) for i in range(rows)]
+    indices = range(full) if full <= rows else [(2 * i + 1) * full // (2 * rows) for i in range(rows)]
     chosen = []
-    for i in picked:
-        at = int(np.searchsorted(starts, i, side="right")) - 1
-        chosen.append((sources[at], i - int(starts[at])))
+    for i in indices:
+        source = int(np.searchsorted(starts, i, side="right")) - 1
+        chosen.append(sources[source][i - int(starts[source])])
     padded = [(source, i) for source in sources for i in range(source.full_rows, len(source))]
-    chosen += padded[: rows - len(chosen)]
-    return [source[i] for source, i in chosen]
+    return chosen + [source[i] for source, i in padded[: rows - len(chosen)]]
 
 
-def _rows(prepared: Prepared, source: str, split: str, length: int, data: DataConfig) -> "_Rows":
-    if prepared.is_teacher(source):
-        return _PropositionRows(prepared, source, split, length, data)
-    return _Rows(prepared, source, split, length, data)
-
-
-class _Rows:
-    """A source's rows in the order of its stream: a Grain random-access source."""
+class _TextRows:
+    """The rows of a source of text in the order of its token stream: a random-access source of Grain."""
 
     def __init__(self, prepared: Prepared, source: str, split: str, length: int, data: DataConfig):
         self._tokens = prepared.tokens(source, split)
@@ -204,13 +196,13 @@ class _Rows:
         self._length = length
         self._end_id = prepared.tokenizer.end_id
         self._document_attention = data.document_attention
-        self._beside_teachers = prepared.marks is not None  # whose rows have segments
+        self._kind = batch_kind(data, prepared)
         self.full_rows = max(len(self._tokens) - 1, 0) // length
 
     def __len__(self) -> int:
         return num_rows(len(self._tokens), self._length)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         row = make_row(
             self._tokens,
             self._offsets,
@@ -218,131 +210,50 @@ class _Rows:
             self._length,
             end_id=self._end_id,
             document_attention=self._document_attention,
-            segments=self._beside_teachers,
+            segments=self._kind.segments,
         )
-        if self._beside_teachers:
+        if self._kind.teachers:
             row["decisive"] = np.zeros(self._length, np.float32)
             row["marks"] = np.zeros(2, np.int32)
         return row
 
 
-class _PropositionRows(_Rows):
-    """A teacher's rows: whole propositions, that do not see one another."""
+class _PropositionRows:
+    """The rows of a teacher, each of whole propositions: a random-access source of Grain."""
 
     def __init__(self, prepared: Prepared, source: str, split: str, length: int, data: DataConfig):
-        super().__init__(prepared, source, split, length, data)
-        weights, marks = prepared.weights(source, split), prepared.marks
-        assert weights is not None
+        loss_weights, marks = prepared.loss_weights(source, split), prepared.marks
+        assert loss_weights is not None
         assert marks is not None
-        self._weights = weights
-        self._weight = data.teacher_weight
+        self._tokens = prepared.tokens(source, split)
+        self._offsets = prepared.offsets(source, split)
+        self._loss_weights = loss_weights
+        self._length = length
+        self._end_id = prepared.tokenizer.end_id
+        self._mark_weight = data.teacher_weight
         self._marks = np.array([marks.true[marks.differs], marks.false[marks.differs]], np.int32)
-        self._firsts = proposition_rows(self._offsets, length)
+        self._firsts = first_propositions(self._offsets, length)
         self.full_rows = len(self)
 
     def __len__(self) -> int:
         return len(self._firsts) - 1
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         row = make_proposition_row(
             self._tokens,
             self._offsets,
-            self._weights,
+            self._loss_weights,
             range(self._firsts[index], self._firsts[index + 1]),
             self._length,
             end_id=self._end_id,
-            weight=self._weight,
+            mark_weight=self._mark_weight,
         )
         row["marks"] = self._marks
         return row
 
 
-_Shares = tuple[int, ...]  # of the sources, in lowest terms
-
-
-def _canonical(schedule: Sequence[Segment], num_sources: int) -> list[tuple[_Shares, int | None, int]]:
-    """(exact integer shares, samples, block) per segment; equal neighbours merged; the last one open."""
-    segments: list[tuple[_Shares, int | None, int]] = []
-    for i, (weights, samples, block) in enumerate(schedule):
-        if len(weights) != num_sources or not all(math.isfinite(w) and w > 0 for w in weights):
-            raise ConfigError(f"schedule[{i}]: weights {weights} must be {num_sources} positive numbers, one a source")
-        if i < len(schedule) - 1 and (samples is None or samples < 0):
-            raise ConfigError(f"schedule[{i}]: samples={samples}; only the last segment is without end")
-        ratios = [fractions.Fraction(str(weight)) for weight in weights]  # 0.535 is 107/200, as it was written
-        whole = math.lcm(*(ratio.denominator for ratio in ratios))
-        counts = [int(ratio * whole) for ratio in ratios]
-        shares = tuple(count // math.gcd(*counts) for count in counts)
-        if samples == 0 and i < len(schedule) - 1:
-            continue
-        if segments and (segments[-1][0], segments[-1][2]) == (shares, block):
-            before = segments.pop()[1] or 0
-            samples = None if samples is None else before + samples
-        segments.append((shares, samples, block))
-    if not segments:
-        raise ConfigError("the mixture schedule is empty")
-    return [*segments[:-1], (segments[-1][0], None, segments[-1][2])]
-
-
-def _counts(shares: _Shares, n: int) -> list[int]:
-    """How many of a segment's first n samples each source has.
-
-    Each source takes its share, rounded up, of what those before it left; so from n to n + 1 exactly one count rises.
-    """
-    counts = []
-    left, whole = n, sum(shares)
-    for share in shares:
-        rest = left * (whole - share) // whole
-        counts.append(left - rest)
-        left, whole = rest, whole - share
-    return counts
-
-
-def _alternating_counts(shares: _Shares, teachers: Sequence[bool], block: int, n: int) -> list[int]:
-    """_counts in blocks of samples that are all text or all a teacher's; each kind is mixed within itself."""
-    kinds = [[i for i, teacher in enumerate(teachers) if teacher is kind] for kind in (False, True)]
-    of_kinds = tuple(sum(shares[i] for i in kind) for kind in kinds)
-    blocks, rest = divmod(n, block)
-    whole, begun = _counts(of_kinds, blocks), _counts(of_kinds, blocks + 1)
-    counts = [0] * len(shares)
-    for kind, before, after in zip(kinds, whole, begun, strict=True):
-        own = _counts(tuple(shares[i] for i in kind), before * block + (after - before) * rest)
-        for i, count in zip(kind, own, strict=True):
-            counts[i] = count
-    return counts
-
-
-class _Order(grain.transforms.DatasetSelectionMap):
-    """Sample n of the run -> (source, index in that source's own endless stream)."""
-
-    def __init__(self, segments: list[tuple[_Shares, int | None, int]], teachers: Sequence[bool]):
-        self._segments = segments
-        self._teachers = teachers
-        self._starts = [0]  # first sample of each segment
-        self._cursors = [[0] * len(teachers)]  # what each source has given before it
-        for i, (_, samples, _) in enumerate(segments[:-1]):
-            assert samples is not None
-            self._starts.append(self._starts[-1] + samples)
-            given = self._given(i, samples)
-            self._cursors.append([c + g for c, g in zip(self._cursors[-1], given, strict=True)])
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        segment = bisect.bisect_right(self._starts, index) - 1
-        n = index - self._starts[segment]
-        now, then = self._given(segment, n), self._given(segment, n + 1)
-        source = next(i for i in range(len(now)) if then[i] > now[i])
-        return source, self._cursors[segment][source] + now[source]
-
-    def _given(self, segment: int, n: int) -> list[int]:
-        """How many of the segment's first n samples each source has."""
-        shares, _, block = self._segments[segment]
-        return _alternating_counts(shares, self._teachers, block, n) if block else _counts(shares, n)
-
-
 class _HostShare(grain.transforms.DatasetSelectionMap):
-    """Row i of one host's batches, laid end to end -> the sample it is."""
+    """Row i of the batches of one host, laid end to end -> the sample of the run."""
 
     def __init__(self, start: int, batch_size: int, host: int, rows: int):
         self._first = start + host * rows

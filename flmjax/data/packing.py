@@ -1,18 +1,18 @@
-"""Token streams to rows of equal length.
+"""Token streams to rows: sequences of equal length, each a Batch without the axis B.
 
-Text is concatenated, then split: no document is truncated and nothing is padded but the tail of the last row; each
-token is the input of exactly one position, except the stream's last, which nothing follows: it is only ever a target.
-A teacher's propositions stay whole: one cut off from its mark would teach nothing.
+Text is concatenated, then cut into rows: no document is truncated, and only the tail of the last row is padded. Each
+token is the input at exactly one place, except the last of the stream, which is a target alone, for nothing follows it.
+The propositions of a teacher are not cut, because a proposition without its mark would teach nothing.
 """
 
 import numpy as np
 
-# Loss weights of a token as target, in a teacher's files.
-COUNTS, DECISIVE = 1, 2  # in the loss; in the loss, and the judgement is decided there
+from flmjax.data.batch import Batch
+from flmjax.data.prepared import DECISIVE
 
 
 def num_rows(num_tokens: int, length: int) -> int:
-    """Rows of `length` inputs that `num_tokens` tokens fill, the last one perhaps in part."""
+    """Rows of `length` inputs that a stream of `num_tokens` tokens fills; the last may be padded."""
     return -(-max(num_tokens - 1, 0) // length)
 
 
@@ -25,24 +25,28 @@ def make_row(
     end_id: int,
     document_attention: bool,
     segments: bool = False,
-) -> dict[str, np.ndarray]:
-    """Row `index` of the stream `tokens` (T,), whose documents start at `offsets` (D + 1,), the last entry being T.
+) -> Batch:
+    """Row `index` of a stream of text.
 
-    With `segments` and without document_attention the row is one segment, from position 0.
+    Args:
+        tokens: the stream, (T,).
+        offsets: first token of each document, then T: (D + 1,).
+        length: of the row, L.
+        end_id: id of the padding.
+        document_attention: make every document in the row a segment; a target that starts the next document has
+            weight 0.
+        segments: without document_attention: make the row one segment, with positions from 0.
 
-    Returns arrays of shape (length,):
-        tokens, targets: int32, targets[i] follows tokens[i] in the stream; the padding holds end_id.
-        weights: float32, 1 where the target counts. It is 0 on the padding, and with document_attention where the
-            target starts another document. It goes by position: a true end token as target has weight 1.
-        segment_ids: int32, only with either: 1, 2, ... by document within the row, 0 on the padding.
-        positions: int32, only with either: 0, 1, ... from the start of the row and of every document.
+    Returns:
+        tokens, targets, weights; segment_ids and positions if one of the two flags is set: arrays (L,) as in Batch.
+        Weights go by place: a true end token as target has weight 1, padding has weight 0.
     """
     start = index * length
     stream = np.asarray(tokens[start : start + length + 1]).astype(np.int32)
     used = len(stream) - 1
     if used < 1 or index < 0:
         raise IndexError(f"row {index} of {num_rows(len(tokens), length)}")
-    row = {
+    row: Batch = {
         "tokens": np.full(length, end_id, np.int32),
         "targets": np.full(length, end_id, np.int32),
         "weights": np.zeros(length, np.float32),
@@ -53,7 +57,7 @@ def make_row(
     if document_attention:
         ends = np.array([start, start + used + 1], offsets.dtype)  # of another dtype, NumPy would convert all offsets
         first, last = np.searchsorted(offsets, ends)
-        begins = np.zeros(used + 1, bool)  # per token of the stream: does a document begin here?
+        begins = np.zeros(used + 1, bool)  # for each token of the stream: whether a document begins with it
         begins[np.asarray(offsets[first:last]).astype(np.int64) - start] = True
         row["weights"][:used][begins[1:]] = 0
         begins[0] = True
@@ -69,10 +73,11 @@ def make_row(
     return row
 
 
-def proposition_rows(offsets: np.ndarray, length: int) -> np.ndarray:
-    """First document of every row of whole documents, then D: int64 (R + 1,).
+def first_propositions(offsets: np.ndarray, length: int) -> np.ndarray:
+    """Index of the first of the D propositions in each of R rows, then D: int64 (R + 1,).
 
-    Rows take as many as fit, in order; a document of n tokens takes n - 1 places, a longer one than the row all of it.
+    Every row takes as many whole propositions as fit, in order. A proposition of n tokens takes n - 1 places; one that
+    is longer than a row has a row to itself.
     """
     ends = np.cumsum(np.minimum(np.diff(offsets.astype(np.int64)) - 1, length))
     firsts = [0]
@@ -85,24 +90,27 @@ def proposition_rows(offsets: np.ndarray, length: int) -> np.ndarray:
 def make_proposition_row(
     tokens: np.ndarray,
     offsets: np.ndarray,
-    weights: np.ndarray,
-    documents: range,
+    loss_weights: np.ndarray,
+    propositions: range,
     length: int,
     *,
     end_id: int,
-    weight: float,
-) -> dict[str, np.ndarray]:
-    """A row of whole propositions, each a segment of its own; of one that is too long, the end, which has the mark.
+    mark_weight: float,
+) -> Batch:
+    """A row of propositions, each a segment; of a proposition that is too long, the end, which has the mark.
 
     Args:
-        tokens, offsets: of the stream, as for make_row. weights: of its tokens as targets: 0, COUNTS or DECISIVE.
-        documents: of this row, as proposition_rows says.
-        weight: of a target that counts.
+        tokens, offsets: the teacher's stream, as in make_row.
+        loss_weights: of its tokens as targets: 0, COUNTS or DECISIVE, (T,).
+        propositions: indices of the row's propositions.
+        length: of the row, L.
+        end_id: id of the padding.
+        mark_weight: weight of the tokens of a mark.
 
     Returns:
-        What make_row does with segments, and decisive: float32 (length,), 1 where the judgement is decided.
+        tokens, targets, weights, segment_ids, positions and decisive: arrays (L,) as in Batch.
     """
-    row = {
+    row: Batch = {
         "tokens": np.full(length, end_id, np.int32),
         "targets": np.full(length, end_id, np.int32),
         "weights": np.zeros(length, np.float32),
@@ -110,16 +118,16 @@ def make_proposition_row(
         "positions": np.zeros(length, np.int32),
         "decisive": np.zeros(length, np.float32),
     }
-    at = 0
-    for segment, document in enumerate(documents, start=1):
-        end = int(offsets[document + 1])
-        start = max(int(offsets[document]), end - length - 1)
-        here = slice(at, at + end - start - 1)
-        row["tokens"][here] = tokens[start : end - 1]
-        row["targets"][here] = tokens[start + 1 : end]
-        row["weights"][here] = (weights[start + 1 : end] > 0) * weight
-        row["decisive"][here] = weights[start + 1 : end] == DECISIVE
-        row["segment_ids"][here] = segment
-        row["positions"][here] = np.arange(end - start - 1)
-        at = here.stop
+    next_place = 0
+    for segment, proposition in enumerate(propositions, start=1):
+        end = int(offsets[proposition + 1])
+        start = max(int(offsets[proposition]), end - length - 1)
+        places = slice(next_place, next_place + end - start - 1)
+        row["tokens"][places] = tokens[start : end - 1]
+        row["targets"][places] = tokens[start + 1 : end]
+        row["weights"][places] = (loss_weights[start + 1 : end] > 0) * mark_weight
+        row["decisive"][places] = loss_weights[start + 1 : end] == DECISIVE
+        row["segment_ids"][places] = segment
+        row["positions"][places] = np.arange(end - start - 1)
+        next_place = places.stop
     return row

@@ -1,14 +1,15 @@
-"""Documents to token files, once: split by hash, train the tokenizer, encode, and seal the result with checksums.
+"""Documents to token files, once: split by hash, train the tokenizer, tokenise, and seal the files with checksums.
 
-The directory (what it holds: flmjax.data.prepared) is written under another name and renamed when it is whole, so that
-none with a meta.json is half of one. What a killed process had done by then is taken up by the next: sources that were
-read, parts that were tokenised.
+The directory (its files: prepared.py) is written under a temporary name and renamed when it is complete, so that a
+directory with a meta.json is never incomplete. If the process is killed, the next one resumes its work: it keeps the
+sources that were read and the parts that were tokenised.
 """
 
 import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,10 +37,10 @@ from flmjax.data.tokenizers import (
     named_tokenizer,
 )
 
-PROGRESS_FILE = "progress.json"  # while the directory is being made: its settings and sources
-VOCABULARY_FILE = "vocabulary.txt"  # while the directory is being made: the fingerprint that its parts have
-TOKENIZER_TEXT_BYTES = 32 << 20  # of training text that a vocabulary is trained on at most
-GZIP_BYTES = 16 << 20  # of a source's held-out text that gzip is measured on at most
+PROGRESS_FILE = "progress.json"  # in an incomplete directory: settings, and stamps of the sources
+VOCABULARY_FILE = "vocabulary.txt"  # in an incomplete directory: fingerprint of the vocabulary of its parts
+TOKENIZER_TEXT_BYTES = 32 << 20  # a vocabulary is trained on at most this much training text
+GZIP_BYTES = 16 << 20  # gzip is measured on at most this much held-out text of each source
 
 
 def prepare(
@@ -50,22 +51,27 @@ def prepare(
     progress: bool = False,
     full_check: bool = False,
 ) -> Prepared:
-    """Fill `directory` from the documents of `data`'s sources, or load it if that was done before.
+    """Write the token files of `data` to `directory`, or load them if an earlier call wrote them.
 
-    `sources` gives the documents from Python, in place of the names' built-in corpora and files; its keys must be
-    data.sources and data.teachers. `full_check` is `full` of load. Documents that are only white space are left out.
-    A document is held out if the hash of its key says so, or of its text if it has none: documents of one key are on
-    one side, and so are equal texts without keys, also across sources; meta.json counts the texts that are on both.
+    Documents that are only white space are left out. The hash of a document's key, or of its text if it has no key,
+    decides whether it is held out. Documents with equal keys therefore go to the same split, and so do equal texts
+    without keys, also across sources; meta.json counts the texts that are in both splits.
 
-    Memory holds some parts of 4 to 32 MB of text for each process and a few bytes a document; the disk holds the text
-    and the tokens once more while this runs. Processes are started for 16 MB of text or more: a script that calls this
-    needs Python's `if __name__ == "__main__":`. A process that finds another one at work on `directory` waits for it.
-    Text that changes later at the same place is not noticed.
+    Memory holds some parts of 4 to 32 MB of text for each process, and a few bytes for each document; while this runs,
+    the disk holds the text and a second copy of the tokens. For 16 MB of text or more, processes are started: a script
+    that calls this needs Python's `if __name__ == "__main__":`. If another process is preparing `directory`, this one
+    waits for it. Files that change after the preparation are not noticed.
+
+    Args:
+        sources: documents of each entry of data.sources and data.teachers, in place of built-in corpora and files.
+        progress: show progress bars on standard error.
+        full_check: read every file of an existing directory, as `full` of `load`.
 
     Raises:
-        ConfigError: for a source without documents, for no training or validation documents, text that is not
-            Unicode, an unreadable file, marks that the vocabulary cannot tell apart, or a `directory` that holds
-            something else or was made with other settings (the fields are named). Nothing is left behind.
+        ConfigError: for a source without documents, for no training or no validation documents, for text that is not
+            Unicode, for an unreadable file, for marks that the vocabulary cannot tell apart, and for a `directory` that
+            holds something else or was prepared with other settings (with the names of the fields). No incomplete
+            directory is left.
     """
     directory = Path(directory).absolute()
     settings = _settings(data)
@@ -76,22 +82,22 @@ def prepare(
         return _load_same(directory, settings, full_check)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _lock(directory.with_name(f".{directory.name}.lock")):
-        if (directory / META_FILE).exists():  # another process made it while this one waited
+        if (directory / META_FILE).exists():  # another process prepared it while this one waited
             return _load_same(directory, settings, full_check)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
-        partial = directory.with_name(f".{directory.name}.partial")  # who holds the lock is alone here
+        partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
         try:
             _Preparation(data, settings, partial, sources, progress).run()
             os.replace(partial, directory)
-        except ConfigError:  # what a kill, an interrupt or a full disk leaves is gone on with
+        except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return load(directory)
 
 
 def _settings(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide what is in the directory."""
+    """The settings that decide the content of the directory."""
     fields = ["vocabulary", "end_id", "validation_fraction", "split_by", "end_of_document"]
     fields += ["sources", "teachers"] if data.mixture is None else ["mixture"]
     if data.vocabulary in (None, "sentencepiece"):
@@ -106,11 +112,15 @@ def _settings(data: DataConfig) -> dict[str, Any]:
 
 def _load_same(directory: Path, settings: dict[str, Any], full: bool) -> Prepared:
     default = _settings(DataConfig())
-    there = {**default, **read_meta(directory)["settings"]}
-    asked = {**default, **settings}
-    names = [n for n in sorted(there.keys() | asked.keys()) if n != "vocab_size" or (_trains(there) and _trains(asked))]
+    stored = {**default, **read_meta(directory)["settings"]}
+    current = {**default, **settings}
+    names = sorted(stored.keys() | current.keys())
+    if not (_trains(stored) and _trains(current)):
+        names.remove("vocab_size")
     differing = [
-        f"data.{n}={there.get(n)!r} there, {asked.get(n)!r} asked" for n in names if there.get(n) != asked.get(n)
+        f"data.{name}={stored.get(name)!r} there, {current.get(name)!r} in this config"
+        for name in names
+        if stored.get(name) != current.get(name)
     ]
     if differing:
         raise ConfigError(f"{directory} was prepared with other settings: {'; '.join(differing)}; choose another one")
@@ -118,12 +128,13 @@ def _load_same(directory: Path, settings: dict[str, Any], full: bool) -> Prepare
 
 
 def _trains(settings: dict[str, Any]) -> bool:
+    """Whether the settings ask for a vocabulary that is trained on the text."""
     return settings["vocabulary"] in (None, "sentencepiece")
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Alone on this machine until the block ends; the system lets go of a killed process's lock."""
+    """Keep other processes of this machine out until the block ends; a killed process releases its lock, too."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -133,29 +144,29 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 class _Preparation:
-    """The making of a directory in `folder`, from where an earlier process left it if that asked for the same."""
+    """Preparation of a directory in `folder`; it resumes that of an earlier process if the settings are the same."""
 
     def __init__(
         self,
         data: DataConfig,
         settings: dict[str, Any],
         folder: Path,
-        given: Mapping[str, Iterable[Document | str]] | None,
+        documents: Mapping[str, Iterable[Document | str]] | None,
         progress: bool,
     ):
         self.data, self.settings, self.folder, self.progress = data, settings, folder, progress
         self.rates: tuple[float, ...] | None = None
-        vocabulary: Tokenizer | None = None  # of the mixture
+        mixture_vocabulary: Tokenizer | None = None
         self.provenance: dict[str, Any] = {}
-        if given is not None:
+        if documents is not None:
             names = (*data.sources, *data.teachers)
-            self.sources = [Source(n, functools.partial(iter, given[n]), n in data.teachers) for n in names]
+            self.sources = [Source(n, functools.partial(iter, documents[n]), n in data.teachers) for n in names]
         elif data.mixture is not None:
-            from flmjax.data.sources.tasks import read_mixture  # TensorFlow: 5 s, and an optional package
+            from flmjax.data.sources.seqio_mixture import read_mixture  # TensorFlow: 5 s, an optional package
 
             mixture = read_mixture(data)
-            self.sources, self.rates = list(mixture.sources), mixture.weights
-            vocabulary, self.provenance = mixture.vocabulary, mixture.provenance
+            self.sources, self.rates = list(mixture.sources), mixture.rates
+            mixture_vocabulary, self.provenance = mixture.vocabulary, mixture.provenance
             if data.mixture_weights is not None and len(data.mixture_weights) != len(self.sources):
                 tasks = [source.name for source in self.sources]
                 raise ConfigError(
@@ -167,25 +178,25 @@ class _Preparation:
             self.sources += [teacher_source(name, data) for name in data.teachers]
         self.slugs = _slugs(tuple(source.name for source in self.sources))
         self.has_teacher = any(source.is_teacher for source in self.sources)
-        self.vocabulary = self.ready_vocabulary(vocabulary)  # what is wrong with it is said before anything is read
+        self.vocabulary = self.ready_vocabulary(mixture_vocabulary)  # errors are raised before a source is read
         if self.vocabulary is not None and self.has_teacher:
             marks(self.vocabulary, data)
 
     def run(self) -> None:
-        """Do all that is not done, in order: read, train or load the vocabulary, tokenise, seal."""
+        """Read the sources, train or load the vocabulary, tokenise and seal; finished steps are not repeated."""
         self.open()
         spools = self.read()
         tokenizer = self.vocabulary or self.train_vocabulary(spools)
         names = self.save_vocabulary(tokenizer)
-        own_marks = marks(tokenizer, self.data) if self.has_teacher else None
-        encoder = Encoder(tokenizer, self.data.end_of_document, own_marks)
+        mark_ids = marks(tokenizer, self.data) if self.has_teacher else None
+        encoder = Encoder(tokenizer, self.data.end_of_document, mark_ids)
         parts = {
             (name, split): split_parts(spool.splits[split], self.folder, f"{spool.slug}-{split}")
             for name, spool in spools.items()
             for split in SPLITS
         }
-        everything = [part for own in parts.values() for part in own]
-        encode_parts(everything, encoder, self.folder, self.data.workers, self.progress)
+        all_parts = list(itertools.chain.from_iterable(parts.values()))
+        encode_parts(all_parts, encoder, self.folder, self.data.workers, self.progress)
         files = {name: _describe(self.folder / name) for name in names}
         counts: dict[str, dict[str, Any]] = {}
         for source in self.sources:
@@ -196,12 +207,12 @@ class _Preparation:
                 "duplicates": spool.duplicates(),
             }
             for split in SPLITS:
-                own = parts[source.name, split]
-                tokens = _seal(own, encoder, self.folder / f"{spool.slug}-{split}", source.is_teacher, files)
+                stem = self.folder / f"{spool.slug}-{split}"
+                tokens = _seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
                 sizes = spool.splits[split].sizes
                 counts[source.name][split] = {"documents": len(sizes), "tokens": tokens, "bytes": int(sizes.sum())}
         hashes = {s: np.concatenate([spool.splits[s].hashes for spool in spools.values()]) for s in SPLITS}
-        everything_read = np.concatenate(list(hashes.values()))
+        all_hashes = np.concatenate(list(hashes.values()))
         meta = {
             "format": FORMAT,
             "settings": self.settings,
@@ -214,14 +225,14 @@ class _Preparation:
             **({} if self.rates is None else {"rates": self.rates}),
             **self.provenance,
             "sources": counts,
-            "duplicates": len(everything_read) - len(np.unique(everything_read)),
+            "duplicates": len(all_hashes) - len(np.unique(all_hashes)),
             "held_out_in_training": len(np.intersect1d(hashes["train"], hashes["validation"])),
             "validation_gzip_bits_per_byte": _gzip_bits_per_byte(
                 spools[source.name] for source in self.sources if not source.is_teacher
             ),
             "files": files,
         }
-        for part in everything:
+        for part in all_parts:
             part.path.unlink()
         for spool in spools.values():
             spool.delete()
@@ -230,27 +241,27 @@ class _Preparation:
         (self.folder / META_FILE).write_text(json.dumps(meta, indent=1, ensure_ascii=False))
 
     def open(self) -> None:
-        """Make the folder, or keep of it what a process with the same settings has read of the same text."""
+        """Create the folder, or keep the work of an earlier process: its settings and stamps must be the same."""
         progress = self.folder / PROGRESS_FILE
-        wanted = {"settings": self.settings, "stamps": {source.name: source.stamp for source in self.sources}}
+        current = {"settings": self.settings, "stamps": {source.name: source.stamp for source in self.sources}}
         try:
-            found = json.loads(progress.read_text())
-            same = found["settings"] == self.settings and list(found["stamps"]) == list(wanted["stamps"])
+            stored = json.loads(progress.read_text())
+            same = stored["settings"] == self.settings and list(stored["stamps"]) == list(current["stamps"])
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
-        elif None in wanted["stamps"].values() or found != wanted:
+        elif None in current["stamps"].values() or stored != current:
             for source, slug in zip(self.sources, self.slugs, strict=True):
-                if source.stamp is None or source.stamp != found["stamps"][source.name]:
+                if source.stamp is None or source.stamp != stored["stamps"][source.name]:
                     Spool(self.folder, slug).forget()
             for part in self.folder.glob("*.part*"):  # their vocabulary may have been trained on the old text
                 part.unlink()
-        progress.write_text(json.dumps(wanted))
+        progress.write_text(json.dumps(current))
 
     def read(self) -> dict[str, Spool]:
-        """The documents of every source, on disk."""
+        """The documents of every source on disk."""
         spools = {}
         for source, slug in zip(self.sources, self.slugs, strict=True):
             spools[source.name] = spool = Spool(self.folder, slug)
@@ -264,7 +275,7 @@ class _Preparation:
         return spools
 
     def check(self, spools: Mapping[str, Spool]) -> None:
-        """Refuse sources without training documents, or no held-out text at all."""
+        """Refuse a source without training documents, and texts of which none is held out."""
         fraction = self.data.validation_fraction
         for source in self.sources:
             sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
@@ -277,33 +288,33 @@ class _Preparation:
             total = sum(len(spool.splits["train"].sizes) for spool in texts)
             raise ConfigError(
                 f"none of the {total} documents is held out at data.validation_fraction={fraction}: add documents, "
-                f"part the text into more of them (by two blank lines in .txt files; into more files with "
+                f"divide the text into more documents (by two blank lines in .txt files; into more files with "
                 f"data.split_by='path'), or raise the fraction"
             )
 
     def field(self, source: Source) -> str:
-        """The setting that names a source."""
+        """The setting that names a source, for messages."""
         if self.data.mixture is not None:
             return "data.mixture"
         return "data.teachers" if source.is_teacher else "data.sources"
 
-    def ready_vocabulary(self, of_mixture: Tokenizer | None) -> Tokenizer | None:
-        """The vocabulary asked for, else the mixture's; None for one that is trained on the text."""
-        if self.data.vocabulary is None and of_mixture is not None:
+    def ready_vocabulary(self, mixture_vocabulary: Tokenizer | None) -> Tokenizer | None:
+        """The vocabulary that data.vocabulary names, else that of the mixture; None: it must be trained on the text."""
+        if self.data.vocabulary is None and mixture_vocabulary is not None:
             if self.data.end_id is not None:
-                raise ConfigError(f"data.end_id={self.data.end_id} is not read: the mixture's vocabulary has its own")
-            return of_mixture
+                raise ConfigError(f"data.end_id={self.data.end_id} is not read: the mixture's vocabulary has an end id")
+            return mixture_vocabulary
         return named_tokenizer(self.data.vocabulary or "sentencepiece", self.data.end_id)
 
     def train_vocabulary(self, spools: Mapping[str, Spool]) -> Tokenizer:
-        """A SentencePiece model of the training text."""
+        """A SentencePiece model that is trained on the training text."""
         total = sum(int(spool.splits["train"].sizes.sum()) for spool in spools.values())
         texts = (text for spool in spools.values() for text in spool.splits["train"].read())
         keep = min(1.0, TOKENIZER_TEXT_BYTES / total)
         return SentencePieceTokenizer.train(texts, self.data.vocab_size, keep=keep)
 
     def save_vocabulary(self, tokenizer: Tokenizer) -> list[str]:
-        """Write it and return its files' names; parts that an earlier process made with another one are removed."""
+        """Write the vocabulary and return the names of its files; parts with the ids of another one are removed."""
         path = self.folder / VOCABULARY_FILE
         if not path.exists() or path.read_text() != tokenizer.fingerprint:
             for old in (*self.folder.glob("*.part*"), self.folder / MODEL_FILE, self.folder / SETTINGS_FILE):
@@ -313,7 +324,7 @@ class _Preparation:
 
 
 def _slugs(sources: tuple[str, ...]) -> list[str]:
-    """File names for the sources: their letters and digits, and a part of the hash where that is not all of it."""
+    """Names of the sources in file names: letters and digits, and a hash if the name has other characters."""
     slugs = []
     for source in sources:
         plain = re.sub(r"[^a-z0-9_]", "-", source.lower()).strip("-")[-40:]
@@ -327,7 +338,7 @@ def _watched(items: Iterable[Any], label: str, progress: bool) -> Iterator[Any]:
 
 
 def _seal(parts: list[Part], encoder: Encoder, stem: Path, is_teacher: bool, files: dict[str, Any]) -> int:
-    """Lay the parts end to end, describing each file in `files`; returns the number of tokens."""
+    """Join the parts of a split to its token files and describe these in `files`; returns the number of tokens."""
     kinds = {"u32": "<u4", "offsets.u64": "<u8", **({"weights.u8": "u1"} if is_teacher else {})}
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in kinds}
     hashes = {kind: hashlib.sha256() for kind in kinds}

@@ -1,4 +1,4 @@
-"""Text of one source on disk, split into training and validation, so that it can be read again and in parts."""
+"""Documents of a source on disk, divided into training and validation, so that processes can read them in parallel."""
 
 import array
 import dataclasses
@@ -11,18 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from flmjax.config import ConfigError
-from flmjax.data.sources.documents import Document, is_held_out
+from flmjax.data.sources.documents import Document, as_document, is_held_out
 
 SPLITS = ("train", "validation")
-NO_JUDGEMENT = 2
+NO_JUDGEMENT = 2  # a text; 1 is a true proposition, 0 a false one
 
 
 @dataclasses.dataclass(frozen=True)
 class Spooled:
-    """The documents of a source and split, D in number: UTF-8 one after another in `path`.
+    """The D documents of a source and split.
 
-    sizes: bytes of each, int64 (D,). judgements: 1 true, 0 false, NO_JUDGEMENT for a text, uint8 (D,). hashes: of the
-    texts, to find equal ones, uint64 (D,).
+    Attributes:
+        path: file of their texts in UTF-8, one after another.
+        sizes: bytes of each document, int64 (D,).
+        judgements: 1 true, 0 false, NO_JUDGEMENT for a text, uint8 (D,).
+        hashes: of the texts, uint64 (D,). Documents with equal hashes count as equal.
     """
 
     path: Path
@@ -38,7 +41,12 @@ class Spooled:
 
 
 class Spool:
-    """The documents of a source in `folder`, by split; empty until `fill` or `reload`."""
+    """The documents of a source, stored in a folder.
+
+    Attributes:
+        slug: the source's name in file names.
+        splits: the documents of each split; empty until `fill` or `reload`.
+    """
 
     def __init__(self, folder: Path, slug: str):
         self.slug = slug
@@ -47,18 +55,22 @@ class Spool:
         self._paths = {split: folder / f"{slug}-{split}.text" for split in SPLITS}
 
     def fill(self, documents: Iterable[Document | str], source: str, fraction: float, is_teacher: bool) -> None:
-        """Store every document that is not white space, on its own side or the one that its key's hash says.
+        """Store every document that is not only white space, in the split that it names or that its key decides.
+
+        Args:
+            source: its name, for messages.
+            fraction: of the documents, held out by the hash of their key.
+            is_teacher: whether all documents must be propositions; else all must be texts.
 
         Raises:
-            ConfigError: for a document that is no text, holds a lone surrogate, or is a proposition where the source
-                is no teacher or the other way round; names source and document.
+            ConfigError: for a document that is no `str` or holds a lone surrogate, for a proposition in a source of
+                texts, and for a text in a teacher; names source and document.
         """
         self.forget()
         columns = {split: (array.array("q"), array.array("B"), array.array("Q")) for split in SPLITS}
         with self._paths["train"].open("wb") as train, self._paths["validation"].open("wb") as validation:
             files = {"train": train, "validation": validation}
-            for i, given in enumerate(documents):
-                document = given if isinstance(given, Document) else Document(given)
+            for i, document in enumerate(map(as_document, documents)):
                 raw = _encoded(document.text, i, source)
                 if (document.judgement is not None) != is_teacher:
                     kind = "a text" if is_teacher else "a proposition with a judgement"
@@ -80,11 +92,11 @@ class Spool:
         }
         partial = self._columns_path.with_suffix(".tmp.npz")
         np.savez(partial, allow_pickle=False, **named)
-        os.replace(partial, self._columns_path)  # the spool is whole from here on
+        os.replace(partial, self._columns_path)  # `reload` finds the spool from this moment on
         self.reload()
 
     def reload(self) -> bool:
-        """Take what an earlier process stored; False if it did not come to its end."""
+        """Load the documents that an earlier process stored; False if that process did not finish."""
         try:
             with np.load(self._columns_path) as columns:
                 self.splits = {
@@ -96,16 +108,16 @@ class Spool:
         return all(s.path.exists() and s.path.stat().st_size == s.sizes.sum() for s in self.splits.values())
 
     def forget(self) -> None:
-        """Let `reload` find nothing."""
+        """Make `reload` return False."""
         self._columns_path.unlink(missing_ok=True)
 
     def duplicates(self) -> int:
-        """Documents that are equal to another one before them."""
+        """Number of documents that are equal to an earlier document of the source."""
         hashes = np.concatenate([spooled.hashes for spooled in self.splits.values()])
         return len(hashes) - len(np.unique(hashes))
 
     def delete(self) -> None:
-        """Remove the files."""
+        """Remove the files of the spool."""
         for path in (*self._paths.values(), self._columns_path):
             path.unlink()
 

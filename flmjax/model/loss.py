@@ -27,10 +27,7 @@ def loss_sums(
 
     Args:
         params: of Transformer(config).
-        batch: tokens, targets int (B, L), weights (B, L); segment_ids, positions (B, L) where documents are kept apart;
-            bytes (B,) of text that the row's weighted targets stand for, 0 in a teacher's row. Where the data has
-            teachers also marks int (B, 2), the true and the false mark's id at the token where they differ, in a row of
-            language two equal ids; and decisive (B, L), 1 where the target is such an id.
+        batch: arrays of a Batch (flmjax.data.batch) on the devices.
         dropout_key: None switches dropout off.
 
     Returns:

@@ -12,6 +12,8 @@ import numpy as np
 
 from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.config.validate import validate_mesh
+from flmjax.data.batch import abstract_batch
+from flmjax.data.loader import batch_kind
 from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
@@ -20,10 +22,10 @@ from flmjax.optimizer.schedule import new_warmup
 from flmjax.planning.hlo import Collective, collectives, matmul_flops
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.rules import Placement, whole_rows
+from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.stderr import captured_stderr
 from flmjax.training.state import StateSpec, state_spec
-from flmjax.training.step import abstract_batch, compile_growth, compile_step
+from flmjax.training.step import jit_growth, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +84,10 @@ class Compiler:
         """The training step of a stage, as `flmjax train` makes it."""
         config, stage = self.config, self.config.stages[index]
         spec = self.spec(index)
-        kinds = {"segments": config.data.document_attention, "teachers": bool(config.data.teachers)}
-        batch = abstract_batch(stage.batch_size, spec.config.max_length, self.mesh, **kinds)
-        program = compile_step(spec, stage.microbatches, new_warmup(stage), ramp_of(config.schedule[index]))
+        batch = abstract_batch(
+            batch_kind(config.data), stage.batch_size, spec.config.max_length, batch_sharding(self.mesh)
+        )
+        program = jit_train_step(spec, stage.microbatches, new_warmup(stage), ramp_of(config.schedule[index]))
         return self._compiled(program, spec.abstract, batch, np.float32(0))
 
     def attention(self, index: int) -> str:
@@ -93,13 +96,13 @@ class Compiler:
         if model.attention != "fused":
             return model.attention
         platform = self.mesh.devices.flat[0].platform
-        return choose(platform, model.dtype, data.document_attention or bool(data.teachers))
+        return choose(platform, model.dtype, batch_kind(data).segments)
 
     def growth(self, index: int) -> Program:
         """The growth into a stage from the one before it."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         old, new = self.spec(index - 1), self.spec(index)
-        return self._compiled(compile_growth(old, new, self.config.stages[index].growth), old.abstract, key)
+        return self._compiled(jit_growth(old, new, self.config.stages[index].growth), old.abstract, key)
 
     def certificate(self, index: int) -> Program:
         """The larger program of a growth's certificate, both models' gradients; both states' moments are in memory."""
@@ -111,9 +114,7 @@ class Compiler:
             gradients=True,
         )
         rows = whole_rows(config.certificate_rows, self.mesh)
-        batch = abstract_batch(
-            rows, old.config.max_length, self.mesh, segments=config.data.document_attention, teachers=False
-        )
+        batch = abstract_batch(batch_kind(config.data), rows, old.config.max_length, batch_sharding(self.mesh))
         found = self._compiled(program, (old.abstract.params, new.abstract.params), batch)
         moments = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, from_stored, resize, to_json
 from flmjax.config.validate import check_mesh, validate, validate_mesh
-from flmjax.data.loader import fingerprint, mixture_schedule
+from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load, with_vocabulary
 from flmjax.data.tokenizers import Tokenizer
@@ -21,9 +21,9 @@ from flmjax.growth.grow import plan_growth
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training.loop import prove_growth
+from flmjax.training.growth_point import growth_key, prove_growth
 from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
-from flmjax.training.step import compile_growth
+from flmjax.training.step import jit_growth
 from flmjax.workdir.checkpoint import Checkpoints, latest_whole_step
 from flmjax.workdir.paths import data_directory, write_config
 
@@ -48,7 +48,7 @@ def plan_checkpoint(config: RunConfig, source: Path) -> str:
         ConfigError, GrowthError: as grow_checkpoint.
     """
     found, growth_config = _newest(source), config.stages[0].growth
-    plan = plan_growth(Growth(found.model, _target(config, found.model), growth_config, growth_key(config)))
+    plan = plan_growth(Growth(found.model, _target(config, found.model), growth_config, growth_key(config, 0)))
     rows = [(leaf.path, str(leaf.old_shape), str(leaf.new_shape), "; ".join(leaf.rules) or "as it is") for leaf in plan]
     path, old, new = (max(len(row[i]) for row in rows) for i in range(3))
     lines = [f"{row[0]:{path}}  {row[1]:{old}} -> {row[2]:{new}}  {row[3]}" for row in rows]
@@ -90,38 +90,33 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     check_vocabulary(data_directory(found.config, source), data.tokenizer, workdir)
     mesh = make_mesh(mesh_config, jax.devices())
     before, after = (state_spec(model, config.optimizer, mesh) for model in (found.model, new))
-    key = growth_key(config)
+    key = growth_key(config, 0)
     growth = Growth(found.model, new, config.stages[0].growth, key)
     state = _restore(source / "checkpoints", found.step, before, config.seed, weights_only)
-    program = compile_growth(before, after, growth.config)
+    program = jit_growth(before, after, growth.config)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
+    stream = TrainingStream.of_run(config, data)
     prove_growth(
         config,
         workdir,
-        data,
+        stream,
         mesh,
         (state.params, grown.params),
         growth,
         GrowthPoint(0, f"{source} step {found.step}", config.stages[0].name),
         functools.partial(print, flush=True),
     )
-    schedule = mixture_schedule(config, data)
     meta = {
         "stage": 0,
         "samples_seen": 0,
-        "fingerprint": fingerprint(data, config.data, seed=config.seed, length=new.max_length, schedule=schedule),
+        "fingerprint": stream.fingerprint,
         "config": to_json(config),
     }
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, to_items(grown), meta)
         checkpoints.wait()
     write_config(asked, workdir)
-
-
-def growth_key(config: RunConfig) -> jax.Array:
-    """The key of a growth between runs."""
-    return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
 def _restore(directory: Path, step: int, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:

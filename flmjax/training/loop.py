@@ -1,7 +1,6 @@
-"""A run: stages of training with growth between them, started or gone on with by the same call."""
+"""A run: stages of training with growth between them, started or resumed by the same call."""
 
-import dataclasses
-import itertools
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,32 +10,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flmjax.config import ConfigError, RunConfig, to_json
+from flmjax.config import ConfigError, RunConfig, Stage, to_json
 from flmjax.config.validate import validate, validate_mesh
-from flmjax.data.loader import batches, check_size, fingerprint, mixture, mixture_schedule, validation_rows
+from flmjax.data.batch import global_batch
+from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import Prepared, with_vocabulary
 from flmjax.evaluation.generate import generate
-from flmjax.growth.certificate import Certificate, GrowthPoint, certify
+from flmjax.evaluation.validation_loss import LossSums, describe, jit_loss_sums, validation_loss
+from flmjax.growth.certificate import GrowthPoint
 from flmjax.growth.growth import Growth
-from flmjax.growth.learned import tune, tuning_flops
+from flmjax.growth.learned import tuning_flops
 from flmjax.growth.ramp import ramp_of
 from flmjax.hardware import peak_flops
 from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
-from flmjax.model.loss import divisor, teacher_means
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate, new_warmup
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.rules import Placement, whole_rows
+from flmjax.sharding.rules import batch_sharding
+from flmjax.training.growth_point import grow_into, growth_key, prove_growth, samples_before, this_host
 from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
-from flmjax.training.step import (
-    compile_evaluation,
-    compile_growth,
-    compile_step,
-    gradients,
-    nonfinite_leaves,
-    put_batch,
-)
+from flmjax.training.step import jit_train_step, nonfinite_leaves
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import MetricsWriter
 from flmjax.workdir.paths import claim_workdir, data_directory
@@ -44,6 +38,8 @@ from flmjax.workdir.progress import Clock, ProgressBar
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
 OF_ALL_ROWS = ("loss", "gradient_norm")  # the others are of the text's rows or the teachers', NaN for a batch without
+
+Metrics = dict[str, jax.Array]
 
 
 class TrainingError(RuntimeError):
@@ -69,29 +65,45 @@ def train(config: RunConfig, workdir: Path) -> None:
 
 
 def run_stage(
-    state: TrainState, spec: StateSpec, config: RunConfig, index: int, rows: Iterator[dict[str, np.ndarray]], data: Any
-) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
-    """Yield (steps done, state, metrics on the device) after each update until the stage's end.
+    state: TrainState, spec: StateSpec, stage: Stage, rate: Callable[[int], float], batches: Iterator[dict[str, Any]]
+) -> Iterator[tuple[int, TrainState, Metrics]]:
+    """Yield (updates done, state, metrics on the device) after each update until the stage's end.
 
     The state is donated to the next update: a caller must be done with it before it asks for more.
+
+    Args:
+        rate: the learning rate of update n = 0, 1, ... of the run.
+        batches: on the devices.
     """
-    stage, step = config.stages[index], int(state.step)
-    warmup = new_warmup(stage)  # also of a first stage: a checkpoint may have grown before the run
-    ramp = ramp_of(config.schedule[index])
+    step = int(state.step)
+    warmup = new_warmup(stage.config)  # also of a first stage: a checkpoint may have grown before the run
+    ramp = ramp_of(stage)
     phases = [(ramp, ramp.end)] if ramp is not None else []
-    for ramp, end in [*phases, (None, config.stage_starts()[index + 1])]:
-        if step >= end:  # gone on with after the mask
+    for mask, end in [*phases, (None, stage.end)]:
+        if step >= end:  # resumed after the mask
             continue
-        train_step = compile_step(spec, stage.microbatches, warmup, ramp)
+        train_step = jit_train_step(spec, stage.layout.microbatches, warmup, mask)
         while step < end:
-            batch = put_batch(next(rows), data.tokenizer.token_bytes, spec.mesh)
-            state, metrics = train_step(state, batch, np.float32(learning_rate(config.stages, step)))
+            state, metrics = train_step(state, next(batches), np.float32(rate(step)))
             step += 1
             yield step, state, metrics
 
 
+def spent(stage: Stage, step: int) -> tuple[int, float]:
+    """(tokens, model FLOPs) of the first `step` updates of a run that has come to `stage`, its growth included if that
+    learns: a function of the config alone."""
+    tokens, flops = spent(stage.previous, stage.start) if stage.previous else (0, 0.0)
+    length = stage.model.max_length
+    updates = min(max(step, stage.start), stage.end) - stage.start + stage.tuning_steps
+    tokens += updates * stage.config.batch_size * length
+    flops += updates * stage.config.batch_size * length * flops_per_token(stage.model, length)
+    if stage.tuning_steps:
+        flops += stage.tuning_steps * tuning_flops(Growth.into(stage))
+    return tokens, flops
+
+
 class Run:
-    """What a run holds while it goes; `config` has its vocabulary."""
+    """A run in progress; `config` has its vocabulary."""
 
     def __init__(
         self,
@@ -103,122 +115,96 @@ class Run:
         writer: MetricsWriter,
         bar: ProgressBar,
     ) -> None:
-        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
+        self.config, self.workdir, self.mesh = config, workdir, mesh
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
-        self.length = config.model.max_length
-        kwargs: Any = {"seed": config.seed, "length": self.length, "schedule": mixture_schedule(config, data)}
-        self.stream = mixture(data, config.data, **kwargs)
-        self.fingerprint = fingerprint(data, config.data, **kwargs)
+        self.tokenizer = data.tokenizer
+        self.stream = TrainingStream.of_run(config, data)
+        self.validation = self.stream.validation_rows(config.evaluation_rows)
         self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
         if config.peak_flops is not None:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
-        self.validation = validation_rows(data, config.data, length=self.length, rows=config.evaluation_rows)
-        self.newest: dict[str, float] = {}  # since the last line, of each but OF_ALL_ROWS
+        self.newest: dict[str, float] = {}  # since the last line, of each metric but OF_ALL_ROWS
 
     def run_schedule(self) -> None:
         """Train every stage that is not done, growing between them."""
-        for stage in self.config.stages:
-            check_size(self.data, self.config.data, self.length, stage.batch_size)
+        for stage in self.config.schedule:
+            self.stream.check_size(stage.config.batch_size)
         index, spec, state = self.start()
-        while True:
-            if int(state.step) < self.config.stage_starts()[index + 1]:
-                state = self.train_stage(state, spec, index)
-            if index + 1 == len(self.config.stages):
-                return
-            spec, state = self.grow_into(index + 1, state)
-            index += 1
+        for stage in self.config.schedule[index:]:
+            if stage.index > index:
+                spec, state = self.grow(stage, spec, state)
+            if int(state.step) < stage.end:
+                state = self.train_stage(state, spec, stage)
 
     def start(self) -> tuple[int, StateSpec, TrainState]:
-        """(stage, its spec, state), from the first that exists: 1. this run's newest checkpoint, 2. scratch."""
+        """(index of the stage, its spec, state), from the first that exists: 1. this run's newest checkpoint,
+        2. scratch."""
         step = self.checkpoints.latest_step()
         if step is None:
-            spec = self.spec(0)
-            state, index = init_state(spec, self.config.seed), 0
-            self.bar.log(f"start: {self.describe(0, state)}")
+            stage, state = self.config.schedule[0], None
         else:
             meta = self.checkpoints.meta(step)
-            if meta["fingerprint"] != self.fingerprint:
+            if meta["fingerprint"] != self.stream.fingerprint:
                 raise ConfigError(
                     f"{self.workdir}: the data or its mixture is not that of the checkpoint at step {step} "
-                    f"(fingerprint {self.fingerprint[:12]}, there {meta['fingerprint'][:12]})"
+                    f"(fingerprint {self.stream.fingerprint[:12]}, there {meta['fingerprint'][:12]})"
                 )
-            index = meta["stage"]
-            spec = self.spec(index)
+            stage = self.config.schedule[meta["stage"]]
+        spec = self.spec(stage)
+        if step is None:
+            state = init_state(spec, self.config.seed)
+        else:
             state = from_items(self.checkpoints.restore(step, to_items(spec.abstract)))
-            self.bar.log(f"go on from step {step}: {self.describe(index, state)}")
-        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source}); {FLOPS_CONVENTION}")
-        return index, spec, state
-
-    def spec(self, index: int) -> StateSpec:
-        """Description of a stage's state."""
-        return state_spec(self.config.stage_models[index], self.config.optimizer, self.mesh)
-
-    def describe(self, index: int, state: TrainState) -> str:
-        """One line on a stage's model."""
-        m = self.config.stage_models[index]
-        return (
-            f"stage {self.config.stages[index].name}, {count_parameters(state.params):,} parameters ({m.num_layers} "
-            f"layers x {m.embed_dim}, {m.num_heads} heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
+        m = stage.model
+        self.bar.log(
+            f"{'start' if step is None else f'resume at step {step}'}: stage {stage.name}, "
+            f"{count_parameters(state.params):,} parameters ({m.num_layers} layers x {m.embed_dim}, {m.num_heads} "
+            f"heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
         )
+        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source}); {FLOPS_CONVENTION}")
+        return stage.index, spec, state
 
-    def progress(self, step: int, index: int) -> dict[str, float]:
-        """Tokens and model FLOPs spent in the first `step` steps, growth into stage `index` included if that learns:
-        a function of the config alone."""
-        tokens, flops = 0, 0.0
-        models = self.config.stage_models
-        for i, stage in enumerate(self.config.stages[: index + 1]):
-            tuning = self.config.schedule[i].tuning_steps
-            steps = min(max(step - self.config.stage_starts()[i], 0), stage.steps)
-            tokens += (steps + tuning) * stage.batch_size * self.length
-            flops += (steps + tuning) * stage.batch_size * self.length * flops_per_token(models[i], self.length)
-            flops += tuning * tuning_flops(Growth.into(self.config.schedule[i])) if tuning else 0.0
-        return {"tokens": tokens, "flops": flops}
+    def spec(self, stage: Stage) -> StateSpec:
+        """Description of a stage's state."""
+        return state_spec(stage.model, self.config.optimizer, self.mesh)
 
-    def batches(self, start: int, size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of `size` rows from the stream's sample `start` on; of each, this process's part."""
-        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-        return batches(self.stream, start=start, batch_size=size, **hosts)
-
-    def samples(self, step: int, index: int) -> int:
-        """Samples consumed in the first `step` steps."""
-        return int(self.progress(step, index)["tokens"]) // self.length
-
-    def train_stage(self, state: TrainState, spec: StateSpec, index: int) -> TrainState:
+    def train_stage(self, state: TrainState, spec: StateSpec, stage: Stage) -> TrainState:
         """Train to the stage's end, logging, evaluating and saving when due."""
-        stage = self.config.stages[index]
-        end = self.config.stage_starts()[index + 1]
-        rows = self.batches(self.samples(int(state.step), index), stage.batch_size)
-        evaluate = compile_evaluation(spec)
-        ramp = ramp_of(self.config.schedule[index])
-        unmask = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
+        first, size = samples_before(stage, int(state.step)), stage.config.batch_size
+        token_bytes, sharding = self.tokenizer.token_bytes, batch_sharding(self.mesh)
+        host_batches = self.stream.batches(start=first, batch_size=size, **this_host())
+        batches = (global_batch(batch, token_bytes, sharding) for batch in host_batches)
+        sums_of = jit_loss_sums(stage.model, self.mesh)
+        ramp = ramp_of(stage)
+        unmask: Any = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
+        rate = functools.partial(learning_rate, self.config.stages)
         clock = Clock()
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        updates = run_stage(state, spec, self.config, index, rows, self.data)
+        pending: tuple[int, Metrics] | None = None
+        updates = run_stage(state, spec, stage, rate, batches)
         for step, state, metrics in updates:
             # Fetched while the next update computes.
             if pending is not None:
-                self.log(*pending, index, spec, clock)
+                self.log(*pending, stage, spec, clock)
             pending = (step, metrics)
-            last, opened = step == end, ramp is not None and step == ramp.end
-            due = step % self.config.evaluate_every == 0 or last
-            if last or due or opened or step % self.config.checkpoint.every == 0:
-                self.log(*pending, index, spec, clock)
+            last, opened = step == stage.end, ramp is not None and step == ramp.end
+            save_due = last or step % self.config.checkpoint.every == 0
+            evaluation_due = last or step % self.config.evaluate_every == 0
+            if save_due or evaluation_due or opened:
+                self.log(*pending, stage, spec, clock)
                 pending = None
-                if due:
-                    params = state.params
-                    if unmask is not None and ramp is not None and step < ramp.end:
-                        params = unmask(params, step)
-                    self.evaluate(step, params, evaluate, index)
+                if evaluation_due:
+                    is_masked = ramp is not None and step < ramp.end
+                    self.evaluate(step, unmask(state.params, step) if is_masked else state.params, sums_of, stage)
                 if opened:
-                    self.bar.log(f"{stage.name} {step}: the mask is open and gone")
-                if last or step % self.config.checkpoint.every == 0:
-                    self.save(step, state, index)
+                    self.bar.log(f"{stage.name} {step}: the mask is fully open; training goes on without it")
+                if save_due:
+                    self.save(step, state, stage)
                 clock.restart()
-        self.write_sample(state, index)
+        self.write_sample(state, stage)
         self.checkpoints.wait()
         return state
 
-    def log(self, step: int, metrics: dict[str, jax.Array], index: int, spec: StateSpec, clock: Clock) -> None:
+    def log(self, step: int, metrics: Metrics, stage: Stage, spec: StateSpec, clock: Clock) -> None:
         """Check one step's metrics, and write them if due."""
         skipped = int(metrics["skipped_updates"])
         clock.tick()
@@ -231,169 +217,69 @@ class Run:
         if "teacher_loss" in metrics:
             of_kinds = {name: float(metrics[name]) for name in METRICS if name not in OF_ALL_ROWS}
             self.newest |= {name: x for name, x in of_kinds.items() if not np.isnan(x)}
-        stage = self.config.stages[index]
-        if step % self.config.log_every and step != self.config.stage_starts()[index + 1] and not skipped:
+        if step % self.config.log_every and step != stage.end and not skipped:
             return
-        tokens = stage.batch_size * self.length
-        rate = clock.rate(tokens)
+        length = stage.model.max_length
+        rate = clock.rate(stage.config.batch_size * length)
         values = {name: float(metrics[name]) for name in METRICS if name in metrics}  # the last three: with teachers
         if not skipped:  # where batches alternate, a line has the newest batch of either kind
             values |= self.newest
         self.newest = {}
-        flops = flops_per_token(spec.config, self.length)
-        self.writer.write(
+        flops = flops_per_token(spec.config, length)
+        self.write(
             "train",
             step,
-            stage=stage.name,
+            stage,
             **values,
             learning_rate=learning_rate(self.config.stages, step - 1),
-            **self.progress(step, index),
             tokens_per_second=rate,
             model_flops_utilization=None if rate is None else rate * flops / (self.peak * self.mesh.size),
             skipped_updates=skipped,
         )
         self.bar.update(step, stage.name, values["loss"], rate or 0.0)
 
-    def evaluate(self, step: int, params: Any, evaluate: Any, index: int) -> None:
-        """Loss on the held-out rows.
+    def evaluate(self, step: int, params: Any, sums_of: LossSums, stage: Stage) -> None:
+        """Write the loss on the held-out rows."""
+        batch_size = stage.config.batch_size // stage.layout.microbatches
+        token_bytes = self.tokenizer.token_bytes
+        values = validation_loss(params, self.validation, sums_of, batch_size, token_bytes, self.mesh)
+        self.write("validation", step, stage, **values)
+        self.bar.log(f"{stage.name} {step}: {describe(values)}")
 
-        Where there are teachers, "loss" is still that of the language rows, so that it compares with a run without
-        them and with bits_per_byte; the teachers' rows have teacher_loss, and judgement_accuracy of `judged` targets.
-        """
-        rows = -(-self.config.stages[index].batch_size // self.config.stages[index].microbatches)
-        sums: dict[str, Any] = {}
-        for batch in chunks(self.validation, rows):
-            found = evaluate(params, put_batch(batch, self.data.tokenizer.token_bytes, self.mesh))
-            sums = {name: sums.get(name, 0.0) + np.float64(value) for name, value in found.items()}
-        values, name = validation_means(sums), self.config.stages[index].name
-        self.writer.write("validation", step, stage=name, **values, **self.progress(step, index))
-        text = f"validation loss {values['loss']:.4f} nats a token, {values['bits_per_byte']:.4f} bits a byte"
-        if "judged" in values:
-            text += f", judgement accuracy {100 * values['judgement_accuracy']:.1f} % of {values['judged']}"
-        self.bar.log(f"{name} {step}: {text}")
-
-    def save(self, step: int, state: TrainState, index: int) -> None:
+    def save(self, step: int, state: TrainState, stage: Stage) -> None:
         """Start writing a checkpoint."""
         meta = {
-            "stage": index,
-            "samples_seen": self.samples(step, index),
-            "fingerprint": self.fingerprint,
+            "stage": stage.index,
+            "samples_seen": samples_before(stage, step),
+            "fingerprint": self.stream.fingerprint,
             "config": to_json(self.config),
         }
         self.checkpoints.save(step, to_items(state), meta)
 
-    def grow_into(self, index: int, state: TrainState) -> tuple[StateSpec, TrainState]:
-        """Grow to stage `index`, prove it, and store the proof. The checkpoint before it is on disk already."""
-        start = time.monotonic()
-        step, stage = int(state.step), self.config.stages[index]
-        spec = self.spec(index)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), index + 1)
-        grown = compile_growth(self.spec(index - 1), spec, stage.growth)(state, key)
-        if self.config.schedule[index].tuning_steps:
-            grown = dataclasses.replace(grown, params=self.tune(state.params, spec, index, key))
-        certificate = prove_growth(
-            self.config,
-            self.workdir,
-            self.data,
-            self.mesh,
-            (state.params, grown.params),
-            Growth.into(self.config.schedule[index], key),
-            GrowthPoint(step, self.config.stages[index - 1].name, stage.name),
-            self.bar.log,
-        )
-        self.writer.write(
-            "growth",
-            step,
-            stage=stage.name,
-            from_stage=certificate.from_stage,
-            **self.progress(step, index),
-            seconds=time.monotonic() - start,
-        )
-        return spec, grown
+    def grow(self, stage: Stage, spec: StateSpec, state: TrainState) -> tuple[StateSpec, TrainState]:
+        """Grow to `stage`, prove it, and store the proof. The checkpoint before it is on disk already."""
+        assert stage.previous is not None
+        start, key, new = time.monotonic(), growth_key(self.config, stage.index), self.spec(stage)
+        grown = grow_into(stage, state, (spec, new), key, self.stream, self.bar.log)
+        point = GrowthPoint(int(state.step), stage.previous.name, stage.name)
+        pair = (state.params, grown.params)
+        growth = Growth.into(stage, key)
+        prove_growth(self.config, self.workdir, self.stream, self.mesh, pair, growth, point, self.bar.log)
+        self.write("growth", point.step, stage, from_stage=point.from_stage, seconds=time.monotonic() - start)
+        return new, grown
 
-    def tune(self, params: Any, spec: StateSpec, index: int, key: jax.Array) -> Any:
-        """Parameters of stage `index` by growth that learns on the batches before the stage's first."""
-        stage, tuning_steps = self.config.stages[index], self.config.schedule[index].tuning_steps
-        rows = self.batches(self.samples(self.config.stage_starts()[index], index - 1), stage.batch_size)
-        token_bytes = self.data.tokenizer.token_bytes
-        model = dataclasses.replace(spec.config, dropout=0.0)
-
-        def value_and_grad(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-            sums, grads = gradients(params, batch, key, model, Placement(self.mesh), stage.microbatches)
-            return sums["loss"] / divisor(sums["weight"]), grads
-
-        placed = (put_batch(row, token_bytes, self.mesh) for row in itertools.islice(rows, tuning_steps))
-        growth = Growth.into(self.config.schedule[index], key)
-        params, losses = tune(params, growth, value_and_grad, placed, shardings=spec.shardings.params)
-        self.bar.log(
-            f"growth learned in {tuning_steps} updates on {tuning_steps * stage.batch_size:,} samples: "
-            f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-        )
-        return params
-
-    def write_sample(self, state: TrainState, index: int) -> None:
-        """A text sample of the stage's last model."""
+    def write_sample(self, state: TrainState, stage: Stage) -> None:
+        """Write a text sample of the stage's last model."""
         if not self.config.sample_tokens:
             return
-        tokenizer, model = self.data.tokenizer, self.config.stage_models[index]
-        prompt = tokenizer.encode(self.config.sample_prompt)
+        prompt = self.tokenizer.encode(self.config.sample_prompt)
         key = jax.random.key(self.config.seed)
-        ids = generate(state.params, model, [prompt], self.config.sample_tokens, key)[0]
-        text = tokenizer.decode([i for i in ids[len(prompt) :] if i != tokenizer.end_id])
-        step, name = int(state.step), self.config.stages[index].name
-        self.writer.write("sample", step, stage=name, prompt=self.config.sample_prompt, text=text)
+        ids = generate(state.params, stage.model, [prompt], self.config.sample_tokens, key)[0]
+        text = self.tokenizer.decode([i for i in ids[len(prompt) :] if i != self.tokenizer.end_id])
+        step = int(state.step)
+        self.writer.write("sample", step, stage=stage.name, prompt=self.config.sample_prompt, text=text)
 
-
-def prove_growth(
-    config: RunConfig,
-    workdir: Path,
-    data: Prepared,
-    mesh: Mesh,
-    params: tuple[Any, Any],
-    growth: Growth,
-    point: GrowthPoint,
-    log: Callable[[str], None],
-) -> Certificate:
-    """Certify growth from the first of `params` to the second, on validation rows of the old model's length.
-
-    The certificate is stored, also one that fails: GrowthError is raised after that.
-    """
-    size = whole_rows(config.certificate_rows, mesh)
-    rows = next(chunks(validation_rows(data, config.data, length=growth.old.max_length, rows=size), size))
-    certificate = certify(
-        params,
-        growth,
-        put_batch(rows, data.tokenizer.token_bytes, mesh),
-        point,
-        placement=Placement(mesh),
-        float64_below=config.certificate_float64_below,
-        tolerance=config.certificate_tolerance,
-    )
-    log(str(certificate))
-    if jax.process_index() == 0:
-        certificate.save(workdir / "certificates")
-    certificate.check()
-    return certificate
-
-
-def validation_means(sums: dict[str, np.float64]) -> dict[str, Any]:
-    """What a line of validation says of its sums."""
-    if "judged" not in sums:
-        return {"loss": sums["loss"] / sums["weight"], "bits_per_byte": sums["loss"] / np.log(2) / sums["bytes"]}
-    with np.errstate(invalid="ignore"):  # NaN: there is no row of that kind
-        means = teacher_means(sums)
-    return {
-        "loss": means.pop("language_loss"),
-        **means,
-        "judged": int(sums["judged"]) // jax.process_count(),  # every process has all rows
-    }
-
-
-def chunks(rows: dict[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Parts of `size` rows; the last is filled up with rows of weight 0."""
-    total = len(rows["weights"])
-    for start in range(0, total, size):
-        index = np.arange(start, start + size)
-        part = {name: x[index % total] for name, x in rows.items()}
-        part["weights"] = part["weights"] * (index < total)[:, None].astype(np.float32)
-        yield part
+    def write(self, kind: str, step: int, stage: Stage, **values: Any) -> None:
+        """Write a line of metrics with the stage's name, and the tokens and FLOPs up to it."""
+        tokens, flops = spent(stage, step)
+        self.writer.write(kind, step, stage=stage.name, **values, tokens=tokens, flops=flops)

@@ -122,7 +122,7 @@ def train_step(
     return new_state, metrics
 
 
-def compile_step(
+def jit_train_step(
     spec: StateSpec, microbatches: int, new_warmup: int = 0, ramp: Ramp | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """train_step under jit: state donated, shardings fixed. The arguments after the batch are described there."""
@@ -134,48 +134,13 @@ def compile_step(
     )
 
 
-def compile_growth(
-    old: StateSpec, new: StateSpec, config: GrowthConfig
-) -> Callable[[TrainState, jax.Array], TrainState]:
+def jit_growth(old: StateSpec, new: StateSpec, config: GrowthConfig) -> Callable[[TrainState, jax.Array], TrainState]:
     """(state, key) -> the grown state, under jit; the old one stays, to be compared with."""
     return jax.jit(
         lambda state, key: grow(state, Growth(old.config, new.config, config, key)),
         in_shardings=(old.shardings, replicated(old.mesh)),
         out_shardings=new.shardings,
     )
-
-
-def compile_evaluation(spec: StateSpec) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """(params, batch) -> sums as loss_sums gives them, dropout off."""
-    placement = Placement(spec.mesh)
-    return jax.jit(
-        lambda params, batch: loss_sums(params, batch, spec.config, placement)[1],
-        in_shardings=(spec.shardings.params, batch_sharding(spec.mesh)),
-        out_shardings=replicated(spec.mesh),
-    )
-
-
-def put_batch(rows: dict[str, np.ndarray], token_bytes: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
-    """This process's rows as global arrays, with the bytes of text that each row's weighted targets stand for; marks
-    are no text."""
-    per_row = (token_bytes[rows["targets"]] * rows["weights"]).sum(axis=1, dtype=np.float32)
-    if "marks" in rows:
-        per_row = np.where(rows["marks"][:, 0] == rows["marks"][:, 1], per_row, np.float32(0))
-    rows = {**rows, "bytes": per_row}
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in rows.items()}
-
-
-def abstract_batch(rows: int, length: int, mesh: jax.sharding.Mesh, *, segments: bool, teachers: bool) -> Any:
-    """Shapes of what put_batch makes of the loader's rows: with segment ids and positions, with teachers' marks."""
-    names = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    names |= {"segment_ids": jnp.int32, "positions": jnp.int32} if segments or teachers else {}
-    shapes: dict[str, Any] = {name: ((rows, length), dtype) for name, dtype in names.items()}
-    if teachers:
-        shapes |= {"marks": ((rows, 2), jnp.int32), "decisive": ((rows, length), jnp.float32)}
-    shapes["bytes"] = ((rows,), jnp.float32)
-    sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(*of, sharding=sharding) for name, of in shapes.items()}
 
 
 def nonfinite_leaves(finite: np.ndarray, params: Any) -> list[str]:

@@ -128,7 +128,7 @@ def watch(process: subprocess.Popen, peak: list[int]) -> None:
 
 def seqio_speed(folder: Path, texts: list[str]) -> float:
     """Tokens a second of a Task that tokenises in its graph, on documents of one line each."""
-    from flmjax.data.sources.tasks import Cl100kVocabulary, seqio
+    from flmjax.data.sources.seqio_tasks import Cl100kVocabulary, seqio
 
     path = folder / "lines.txt"
     path.write_text("".join(f"{' '.join(text.split())}\n" for text in texts * 4))
@@ -151,13 +151,13 @@ def seqio_speed(folder: Path, texts: list[str]) -> float:
 def loader_speed(folder: Path, length: int, batch_size: int, tokens: int = 8_000_000) -> float:
     """Tokens a second of batches of the prepared text."""
     from flmjax.config import DataConfig
-    from flmjax.data.loader import Segment, batches, mixture
+    from flmjax.data.loader import TrainingStream
+    from flmjax.data.mixture import MixturePhase
     from flmjax.data.prepared import load
 
     prepared = load(folder / "data")
-    schedule = [Segment((0.535, 0.465), None)]
-    stream = mixture(prepared, DataConfig(), seed=0, length=length, schedule=schedule)
-    rows = batches(stream, start=1_000_000_000, batch_size=batch_size)
+    stream = TrainingStream(prepared, DataConfig(), 0, length, (MixturePhase((0.535, 0.465), None),))
+    rows = stream.batches(start=1_000_000_000, batch_size=batch_size)
     next(rows)
     count = max(20, min(tokens // (batch_size * length), 2000))
     start = time.perf_counter()
@@ -176,21 +176,23 @@ def step_speed(folder: Path, steps: int = 30) -> float:
     import numpy as np
 
     from flmjax.config import MeshConfig, from_config_dict
+    from flmjax.data.batch import global_batch
     from flmjax.sharding.mesh import make_mesh
+    from flmjax.sharding.rules import batch_sharding
     from flmjax.training.state import init_state, state_spec
-    from flmjax.training.step import compile_step, put_batch
+    from flmjax.training.step import jit_train_step
 
     sys.path.insert(0, str(ROOT / "configs"))
     config = from_config_dict(importlib.import_module("quickstart").get_config())
     model = dataclasses.replace(config.stage_models[0], vocab_size=config.data.vocab_size)
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     spec = state_spec(model, config.optimizer, mesh)
-    state, step = init_state(spec, 0), compile_step(spec, 1)
+    state, step = init_state(spec, 0), jit_train_step(spec, 1)
     shape = (config.stages[0].batch_size, model.max_length)
     rng = np.random.default_rng(0)
     rows = {name: rng.integers(0, 2000, shape).astype(np.int32) for name in ("tokens", "targets")}
     rows["weights"] = np.ones(shape, np.float32)
-    batch = put_batch(rows, np.ones(model.vocab_size, np.float32), mesh)
+    batch = global_batch(rows, np.ones(model.vocab_size, np.float32), batch_sharding(mesh))
     state, metrics = step(state, batch, np.float32(1e-3))
     jax.block_until_ready(metrics)
     start = time.perf_counter()

@@ -23,10 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from flmjax.data.batch import global_batch
 from flmjax.model.flops import flops_per_token
 from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.rules import batch_sharding
 from flmjax.training.state import init_state, state_spec
-from flmjax.training.step import compile_step, put_batch
+from flmjax.training.step import jit_train_step
 
 BATCH, LENGTH = 8, 256
 TOKENS = BATCH * LENGTH
@@ -59,12 +61,12 @@ def ours(microbatches: int) -> Step:
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     spec = state_spec(MODEL, OPTIMIZER, mesh)
     tokens = rows().astype(np.int32)
-    batch = put_batch(
+    batch = global_batch(
         {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((BATCH, LENGTH), np.float32)},
         np.ones(MODEL.padded_vocab_size, np.float32),
-        mesh,
+        batch_sharding(mesh),
     )
-    compiled = compile_step(spec, microbatches)
+    compiled = jit_train_step(spec, microbatches)
     state, learning_rate = init_state(spec, 0), jnp.float32(LEARNING_RATE)
 
     def step() -> float:

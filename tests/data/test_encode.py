@@ -71,7 +71,7 @@ from flmjax.config import ConfigError, DataConfig
 from flmjax.data import encode, prepare as module
 
 encode.PART_BYTES, encode.PROCESSES_FROM = (1000, 1000), 0
-real = encode._done
+real = encode.encoded
 def slow(*args):
     for i, part in enumerate(real(*args)):
         if i == 5:
@@ -80,7 +80,7 @@ def slow(*args):
         yield part
 
 if __name__ == "__main__":
-    encode._done = slow
+    encode.encoded = slow
     data = DataConfig(sources=(sys.argv[1],), vocabulary="bytes", validation_fraction=0.2, workers=2)
     module.prepare(data, Path(sys.argv[2]))
 """
@@ -164,7 +164,7 @@ def test_damaged_notes_of_a_killed_process_are_not_trusted(small_parts, killed, 
 
 
 def test_a_worker_that_fails_ends_the_call_and_leaves_no_directory(small_parts, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_encode", failing)
+    monkeypatch.setattr(encode, "encode_in_worker", failing)
     with pytest.raises(OSError, match="disk is full"):
         prepare(settings(folder, workers=2), tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -196,7 +196,7 @@ def test_a_document_of_fifty_megabytes_is_one_document(tmp_path):
 def test_processes_are_as_many_as_there_are_cores_at_most_one_a_part(monkeypatch, folder, tmp_path):
     asked = []
     monkeypatch.setattr(encode, "PROCESSES_FROM", 0)
-    monkeypatch.setattr(encode, "_done", lambda parts, encoder, folder, workers: asked.append(workers) or ())
+    monkeypatch.setattr(encode, "encoded", lambda parts, encoder, folder, workers: asked.append(workers) or ())
     monkeypatch.setattr(encode.Encoder, "read", lambda self, part: 1 / 0)  # nothing was written
     with pytest.raises(ZeroDivisionError):
         prepare(settings(folder), tmp_path / "data")

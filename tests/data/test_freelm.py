@@ -1,5 +1,6 @@
 """Teacher signals: propositions, marks, whole rows of them, and their place in the stream."""
 
+import dataclasses
 import itertools
 import json
 
@@ -8,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flmjax.config import ConfigError, DataConfig, ModelConfig, RunConfig
-from flmjax.data.loader import Segment, fingerprint, mixture, validation_rows
-from flmjax.data.packing import make_proposition_row, proposition_rows
+from flmjax.config import ConfigError, DataConfig
+from flmjax.data.loader import TrainingStream
+from flmjax.data.mixture import MixturePhase
+from flmjax.data.packing import first_propositions, make_proposition_row
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import with_vocabulary
 from flmjax.data.sources import hsk
 from flmjax.data.sources.documents import Document, is_held_out
 from flmjax.data.sources.freelm import (
@@ -211,12 +212,12 @@ def test_every_proposition_is_whole_in_one_row_or_cut_at_its_front(lengths, leng
     tokens = np.arange(offsets[-1], dtype=np.uint32) + 1000
     weights = np.zeros(len(tokens), np.uint8)
     weights[offsets[1:].astype(int) - 1] = 2
-    firsts = proposition_rows(offsets, length)
+    firsts = first_propositions(offsets, length)
     assert firsts[0] == 0
     assert firsts[-1] == len(lengths)
     found = []
     for first, last in itertools.pairwise(firsts):
-        row = make_proposition_row(tokens, offsets, weights, range(first, last), length, end_id=0, weight=0.5)
+        row = make_proposition_row(tokens, offsets, weights, range(first, last), length, end_id=0, mark_weight=0.5)
         assert row["decisive"].sum() == last - first
         np.testing.assert_array_equal(row["weights"], 0.5 * row["decisive"])
         for segment in range(1, last - first + 1):
@@ -234,24 +235,25 @@ def test_every_proposition_is_whole_in_one_row_or_cut_at_its_front(lengths, leng
 
 def test_rows_are_filled_as_far_as_whole_propositions_go():
     offsets = np.array([0, 5, 10, 15, 18, 40, 43], np.uint64)  # 4, 4, 4, 2, 21 and 2 places
-    assert proposition_rows(offsets, 10).tolist() == [0, 2, 4, 5, 6]
+    assert first_propositions(offsets, 10).tolist() == [0, 2, 4, 5, 6]
 
 
-def made(tmp_path, num_texts=200, num_propositions=120, **fields):
+def make_stream(tmp_path, *phases, **fields) -> TrainingStream:
+    """Rows of 32 tokens of a text and a teacher; by default as many of each."""
     data = DataConfig(**{**vars(DATA), **fields})
-    teacher = [Document(f"proposition {i:04d}?", f"key {i // 2}", i % 2 == 0) for i in range(num_propositions)]
-    return prepare(
-        data, tmp_path / "data", sources={"text": [f"text {i:05d}" for i in range(num_texts)], "teacher": teacher}
-    ), data
+    teacher = [Document(f"proposition {i:04d}?", f"key {i // 2}", i % 2 == 0) for i in range(120)]
+    sources = {"text": [f"text {i:05d}" for i in range(200)], "teacher": teacher}
+    schedule = tuple(MixturePhase(*phase) for phase in phases or [((0.5, 0.5), None)])
+    return TrainingStream(prepare(data, tmp_path / "data", sources=sources), data, 0, 32, schedule)
 
 
 def test_a_prepared_teacher_has_its_marks_weights_and_counts(tmp_path):
-    prepared, _ = made(tmp_path)
+    prepared = make_stream(tmp_path).prepared
     assert prepared.sources == ("text", "teacher")
     assert [prepared.is_teacher(s) for s in prepared.sources] == [False, True]
     assert prepared.marks == Marks(tuple(TRUE), tuple(FALSE), 3)
-    assert prepared.weights("text", "train") is None
-    tokens, weights = prepared.tokens("teacher", "train"), prepared.weights("teacher", "train")
+    assert prepared.loss_weights("text", "train") is None
+    tokens, weights = prepared.tokens("teacher", "train"), prepared.loss_weights("teacher", "train")
     offsets = prepared.offsets("teacher", "train").astype(int)
     assert len(tokens) == len(weights) == offsets[-1]
     for start, end in itertools.pairwise(offsets):
@@ -262,7 +264,7 @@ def test_a_prepared_teacher_has_its_marks_weights_and_counts(tmp_path):
 
 
 def test_both_propositions_of_an_example_are_on_one_side(tmp_path):
-    prepared, _ = made(tmp_path)
+    prepared = make_stream(tmp_path).prepared
     numbers = {}
     for split in ("train", "validation"):
         text = prepared.tokenizer.decode(prepared.tokens("teacher", split))
@@ -272,9 +274,8 @@ def test_both_propositions_of_an_example_are_on_one_side(tmp_path):
 
 
 def test_text_beside_teachers_is_one_segment_and_nothing_else_changes(tmp_path):
-    prepared, data = made(tmp_path)
-    stream = mixture(prepared, data, seed=0, length=32, schedule=[Segment((0.5, 0.5), None)])
-    rows = [stream[n] for n in range(40)]
+    stream = make_stream(tmp_path)
+    rows = [stream.samples[n] for n in range(40)]
     texts = [row for row in rows if row["marks"][0] == row["marks"][1]]
     teachers = [row for row in rows if row["marks"][0] != row["marks"][1]]
     assert len(texts) == len(teachers) == 20
@@ -290,76 +291,54 @@ def test_text_beside_teachers_is_one_segment_and_nothing_else_changes(tmp_path):
 
 
 def test_teacher_weight_scales_the_marks_alone(tmp_path):
-    prepared, data = made(tmp_path, teacher_weight=3.0)
-    stream = mixture(prepared, data, seed=0, length=32, schedule=[Segment((0.5, 0.5), None)])
-    assert {float(w) for n in range(20) for w in stream[n]["weights"]} == {0.0, 1.0, 3.0}
+    stream = make_stream(tmp_path, teacher_weight=3.0)
+    assert {float(w) for n in range(20) for w in stream.samples[n]["weights"]} == {0.0, 1.0, 3.0}
 
 
-def test_attention_that_cannot_keep_propositions_apart_is_refused_when_the_data_turns_out_to_have_some(tmp_path):
-    prepared, _ = made(tmp_path)
-    config = RunConfig(model=ModelConfig(attention="cudnn"))  # of a mixture nobody knows before it is read
-    with pytest.raises(ConfigError, match=r"model\.attention='cudnn' .* has teachers; take 'plain'"):
-        with_vocabulary(config, prepared)
-
-
-def test_without_teachers_rows_have_no_more_arrays_than_before(tmp_path):
-    data = DataConfig(sources=("text",), vocabulary="bytes", validation_fraction=0.2)
-    prepared = prepare(data, tmp_path / "data", sources={"text": [f"text {i:05d}" for i in range(200)]})
-    stream = mixture(prepared, data, seed=0, length=32, schedule=[Segment((1.0,), None)])
-    assert sorted(stream[0]) == ["targets", "tokens", "weights"]
-    assert prepared.marks is None
-
-
-def kinds(prepared, data, schedule, count):
-    stream = mixture(prepared, data, seed=0, length=32, schedule=schedule)
-    return [int(stream[n]["marks"][0] != stream[n]["marks"][1]) for n in range(count)]
+def kinds(stream, count):
+    """1 for a sample of the teacher, 0 for a text."""
+    marks = (stream.samples[n]["marks"] for n in range(count))
+    return [int(true != false) for true, false in marks]
 
 
 def test_mixed_teachers_are_in_every_batch_at_their_rate(tmp_path):
-    prepared, data = made(tmp_path)
-    found = np.array(kinds(prepared, data, [Segment((0.75, 0.25), None)], 160)).reshape(-1, 8)
-    assert found.sum(axis=1).tolist() == [2] * 20
+    stream = make_stream(tmp_path, ((0.75, 0.25), None))
+    batches = np.array(kinds(stream, 160)).reshape(-1, 8)
+    assert batches.sum(axis=1).tolist() == [2] * 20
 
 
-def test_alternating_batches_are_of_one_kind_at_their_rate_and_lose_nothing(tmp_path):
-    prepared, data = made(tmp_path)
-    schedule = [Segment((0.75, 0.25), 8 * 13, 8), Segment((0.75, 0.25), None, 4)]
-    found = kinds(prepared, data, schedule, 8 * 13 + 4 * 20)
-    blocks = [found[8 * i : 8 * i + 8] for i in range(13)] + [found[104 + 4 * i : 108 + 4 * i] for i in range(20)]
+def test_alternating_batches_are_of_one_kind_and_lose_nothing(tmp_path):
+    """Each kind has its rate of the batches, and each source its order, across the border between phases."""
+    stream = make_stream(tmp_path, ((0.75, 0.25), 8 * 13, 8), ((0.75, 0.25), None, 4))
+    is_teacher = kinds(stream, 8 * 13 + 4 * 20)
+    blocks = [is_teacher[8 * i : 8 * i + 8] for i in range(13)]
+    blocks += [is_teacher[104 + 4 * i : 108 + 4 * i] for i in range(20)]
     assert all(len(set(block)) == 1 for block in blocks)
     assert sum(block[0] for block in blocks[:12]) == 3
     assert sum(block[0] for block in blocks[13:]) == 5
-    stream = mixture(prepared, data, seed=0, length=32, schedule=schedule)
-    even = mixture(prepared, data, seed=0, length=32, schedule=[Segment((0.5, 0.5), None)])
-    for kind in (0, 1):  # each source in its own order, across the border between segments
-        own = [stream[n]["tokens"].tolist() for n in range(len(found)) if found[n] == kind]
-        plain = [
-            r["tokens"].tolist() for r in (even[n] for n in range(400)) if (r["marks"][0] != r["marks"][1]) == kind
-        ]
-        assert own == plain[: len(own)]
+    even = dataclasses.replace(stream, schedule=(MixturePhase((0.5, 0.5), None),))
+    even_kinds = kinds(even, 400)
+    for kind in (0, 1):
+        samples = [stream.samples[n]["tokens"].tolist() for n, k in enumerate(is_teacher) if k == kind]
+        in_order = [even.samples[n]["tokens"].tolist() for n, k in enumerate(even_kinds) if k == kind]
+        assert samples == in_order[: len(samples)]
 
 
-def test_the_fingerprint_changes_with_marks_and_with_how_teachers_are_mixed(tmp_path):
-    prepared, data = made(tmp_path)
-    other, _ = made(tmp_path / "other", true_mark="😡", false_mark="😈")
-    heavy = DataConfig(**{**vars(data), "teacher_weight": 2.0})
-    base = {"seed": 0, "length": 32}
-    prints = {
-        fingerprint(prepared, data, schedule=[Segment((0.5, 0.5), None)], **base),
-        fingerprint(prepared, data, schedule=[Segment((0.5, 0.5), None, 8)], **base),
-        fingerprint(prepared, data, schedule=[Segment((0.5, 0.5), None, 4)], **base),
-        fingerprint(other, data, schedule=[Segment((0.5, 0.5), None)], **base),
-        fingerprint(prepared, heavy, schedule=[Segment((0.5, 0.5), None)], **base),
-    }
-    assert len(prints) == 5
+def test_the_fingerprint_changes_with_marks_and_their_mixing(tmp_path):
+    stream = make_stream(tmp_path)
+    streams = [
+        stream,
+        dataclasses.replace(stream, schedule=(MixturePhase((0.5, 0.5), None, 8),)),
+        dataclasses.replace(stream, schedule=(MixturePhase((0.5, 0.5), None, 4),)),
+        dataclasses.replace(stream, data=dataclasses.replace(stream.data, teacher_weight=2.0)),
+        make_stream(tmp_path / "other", true_mark="😡", false_mark="😈"),
+    ]
+    assert len({variant.fingerprint for variant in streams}) == 5
 
 
 def test_validation_has_rows_of_both_kinds_text_first(tmp_path):
-    prepared, data = made(tmp_path)
-    rows = validation_rows(prepared, data, length=32, rows=4)
-    teacher = rows["marks"][:, 0] != rows["marks"][:, 1]
-    assert teacher.tolist() == [False] * 4 + [True] * 4
-    assert set(rows) == {"tokens", "targets", "weights", "segment_ids", "positions", "decisive", "marks"}
+    marks = make_stream(tmp_path).validation_rows(4)["marks"]
+    assert (marks[:, 0] != marks[:, 1]).tolist() == [False] * 4 + [True] * 4
 
 
 def test_texts_in_a_teacher_and_propositions_in_a_text_are_refused(tmp_path):

@@ -10,6 +10,8 @@ from flmjax import cli
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import prepared as prepared_module
 from flmjax.data.inspection import show_row, summary
+from flmjax.data.loader import TrainingStream
+from flmjax.data.mixture import MixturePhase
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import VERIFIED_FILE, load
 from flmjax.data.sources.documents import Document
@@ -53,14 +55,16 @@ def prepared(tmp_path):
 
 
 def test_the_table_has_counts_shares_and_duplicates(prepared):
-    lines = summary(prepared, (0.9, 0.1)).splitlines()
-    assert (
-        "257 ids, end of document 256, 2 equal documents in all sources together, 0 held-out texts also in training"
-        in lines[0]
+    schedule = (MixturePhase((0.9, 0.1), None),)
+    lines = summary(TrainingStream(prepared, DataConfig(), 0, 8, schedule)).splitlines()
+    assert lines[0] == (
+        f"{prepared.directory}: vocabulary of 257 ids, id 256 ends a document; 2 documents repeat another one, "
+        "0 held-out texts are also in the training text"
     )
-    assert lines[1] == "marks: true 😈 [240, 159, 152, 136], false 😡 [240, 159, 152, 161]; token 4 decides"
+    marks = "true 😈 [240, 159, 152, 136], false 😡 [240, 159, 152, 161]"
+    assert lines[1] == f"marks: {marks}; their tokens differ first at number 4"
     cells = [line.split() for line in lines[2:]]
-    assert cells[0] == ["source", "split", "documents", "tokens", "bytes", "bytes/token", "of", "samples", "duplicates"]
+    assert cells[0] == ["source", "split", "documents", "tokens", "bytes", "bytes/token", "share", "duplicates"]
     counts = prepared.meta["sources"]["text"]["train"]
     assert cells[1][:3] == ["text", "train", str(counts["documents"])]
     assert cells[1][3:] == [f"{counts['tokens']:,}", f"{counts['bytes']:,}", "0.91", "90.0%", "2"]

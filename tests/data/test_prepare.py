@@ -115,12 +115,12 @@ def test_a_second_call_loads_and_reads_no_document(prepared):
 )
 def test_other_settings_in_a_prepared_directory_are_refused_by_name(prepared, field, value):
     other = DataConfig(**{**vars(BYTES), field: value})
-    with pytest.raises(ConfigError, match=f"data.{field}=.* there, {value!r} asked"):
+    with pytest.raises(ConfigError, match=f"data.{field}=.* there, {value!r} in this config"):
         prepare(other, prepared.directory, sources=DOCUMENTS)
 
 
 def test_other_sources_in_a_prepared_directory_are_refused(prepared):
-    with pytest.raises(ConfigError, match=r"data\.sources=\['a', 'b'\] there, \['a'\] asked"):
+    with pytest.raises(ConfigError, match=r"data\.sources=\['a', 'b'\] there, \['a'\] in this config"):
         prepare(DataConfig(**{**vars(BYTES), "sources": ("a",)}), prepared.directory, sources={"a": []})
 
 
@@ -318,7 +318,7 @@ def test_directories_of_before_there_were_teachers_are_read_and_teachers_refused
     old = {"sources": ["a", "b"], "vocabulary": "bytes", "validation_fraction": 0.2, "end_of_document": True}
     path.write_text(json.dumps({**prepared.meta, "settings": old}))
     assert prepare(BYTES, prepared.directory).sources == ("a", "b")
-    with pytest.raises(ConfigError, match=r"data\.teachers=\[\] there, \['t'\] asked"):
+    with pytest.raises(ConfigError, match=r"data\.teachers=\[\] there, \['t'\] in this config"):
         prepare(DataConfig(**{**vars(BYTES), "teachers": ("t",)}), prepared.directory)
 
 

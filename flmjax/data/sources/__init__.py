@@ -1,6 +1,18 @@
-"""Where documents come from: two corpora that need no download, and text files."""
+"""Sources: where documents come from, and how a name in the settings becomes one.
 
-from collections.abc import Callable, Iterable, Iterator
+A `Source` (documents.py) has a name and a function that reads its `Document`s: texts, or propositions of a teacher.
+
+    setting                            read by                          documents
+    data.sources = python_docs, hsk    python_docs.py, hsk.py           two built-in corpora, no download
+    data.sources = PATH                text_files.py                    a text file, a folder or a glob
+    data.teachers = TEMPLATE:PATH ...  freelm.teacher_source            FreeLM's true and false propositions
+    data.mixture = NAME                seqio_mixture.read_mixture       a registered seqio Task or Mixture
+
+seqio_tasks.py registers Tasks: those of the paper on TFDS data sets, and helpers for new ones. tfds_folder.py turns a
+folder of text files into a TFDS data set. These two and seqio_mixture.py import TensorFlow; the others do not.
+"""
+
+from collections.abc import Callable, Iterator
 
 from flmjax.data.sources import hsk, python_docs, text_files
 from flmjax.data.sources.documents import Document, Source
@@ -12,26 +24,20 @@ BUILT_IN: dict[str, Callable[[], Iterator[Document | str]]] = {
 
 
 def text_source(name: str, split_by: str = "text", field: str = "data.sources") -> Source:
-    """The source that an entry of `data.sources` means.
+    """The source that an entry of `data.sources` names.
 
-    It is a built-in name, else a file, a folder or a glob (see text_files.find); a file or folder that happens to bear
-    a built-in name is reached as `./python_docs`. `split_by="path"` gives all documents of a file its path within the
-    source as their key: pages of parallel folders, `en/a.txt` and `zh/a.txt`, are then on the same side of the split.
+    A name in BUILT_IN is that corpus, any other a file, a folder or a glob (text_files.find); `./python_docs` is a file
+    or a folder of that name. With `split_by="path"` the documents of a file have its path within the source as their
+    key, so that `en/a.txt` and `zh/a.txt`, pages of parallel folders, go to the same split.
+
+    Args:
+        field: the setting that error messages name.
 
     Raises:
-        ConfigError: at once for a name that is nothing, at the first document for a missing optional package, while
-            reading for a file that is not UTF-8 (named, with the byte).
+        ConfigError: at once for a name that is neither built in nor a path; at the first document for a missing
+            optional package; while reading for a file that is not UTF-8 (with the file and the byte).
     """
     if name in BUILT_IN:
-        return Source(name, BUILT_IN[name], stamp=name)  # part of this installation
-    files = source_files(name, field)
+        return Source(name, BUILT_IN[name], stamp=name)  # the corpora are part of the installation
+    files = text_files.find(name, BUILT_IN, field)
     return Source(name, lambda: text_files.documents(files, split_by == "path"), stamp=text_files.stamp(files))
-
-
-def source_files(name: str, field: str, built_in: Iterable[str] = BUILT_IN) -> text_files.Files:
-    """The files that `name` means, which is none of the `built_in` names.
-
-    Raises:
-        ConfigError: naming `field` when there are none.
-    """
-    return text_files.find(name, built_in, field)

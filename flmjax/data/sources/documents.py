@@ -1,4 +1,4 @@
-"""What a source gives: documents, each with what decides its side of the split and, for a teacher, its judgement."""
+"""`Document` and `Source`: what every source yields, and the rule that holds documents out for validation."""
 
 import dataclasses
 import hashlib
@@ -7,21 +7,31 @@ from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """One text, or one proposition of a teacher."""
+    """One text, or one proposition of a teacher.
+
+    Attributes:
+        text: the text; of a proposition, all of it but the mark that judges it.
+        key: documents with equal keys go to the same split, in all sources. None: the text is the key.
+        judgement: whether the proposition is true. None: the document is a text.
+        split: "train" or "validation", where the source says so itself. None: the hash of the key decides.
+    """
 
     text: str
-    key: str | None = None  # documents of one key are on one side of the split, in all sources; None: the text is it
-    judgement: bool | None = None  # whether the proposition is true; None: a text, not a proposition
-    split: str | None = None  # "train" or "validation" where the source has splits of its own; None: the key's hash
+    key: str | None = None
+    judgement: bool | None = None
+    split: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A named stream of documents.
 
-    `read` gives the documents, always in the same order. `stamp` is a text that changes when the documents may have
-    (files, their sizes and times): what a killed preparation has read of a source is kept only if it is the same.
-    None: cannot be known, read again.
+    Attributes:
+        name: the entry of data.sources or data.teachers, or the name of the seqio Task.
+        read: yields the documents from the first, in the same order at every call. A `str` is a Document with defaults.
+        is_teacher: True if all documents are propositions, False if all are texts.
+        stamp: changes when the documents may have changed (paths, sizes and times of files). A preparation that was
+            interrupted keeps the text of a source whose stamp is the same. None: unknown, so the source is read again.
     """
 
     name: str
@@ -30,7 +40,14 @@ class Source:
     stamp: str | None = None
 
 
+def as_document(document: Document | str) -> Document:
+    """A text as a Document; a Document as it is."""
+    return document if isinstance(document, Document) else Document(document)
+
+
 def is_held_out(key: bytes, fraction: float) -> bool:
-    """Whether a key (a document's text in UTF-8, if it has none) is for validation: its sha256, read as a number in
-    [0, 1), is below `fraction`."""
+    """Whether documents with this key (UTF-8) are held out for validation.
+
+    They are if the first 64 bits of the key's sha256, read as a number in [0, 1), are below `fraction`.
+    """
     return int.from_bytes(hashlib.sha256(key).digest()[:8]) < fraction * 2**64

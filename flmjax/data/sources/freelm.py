@@ -1,7 +1,7 @@
 """Teacher signals of FreeLM (arXiv 2305.01616; FLM-101B, section 2.2): propositions that end in a judgement slot.
 
-A labelled example becomes a true proposition, with its label, and a false one, with another label. What stands in the
-slot is a mark, one of two emoji; the loss is on the mark alone.
+A labelled example becomes a true proposition, with its label, and a false proposition, with another label. The slot
+holds a mark, one of two emoji that stand for "true" and "false"; the loss is on the mark alone.
 """
 
 import dataclasses
@@ -12,21 +12,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError, DataConfig, nearest
-from flmjax.data.sources import hsk, source_files, text_source
-from flmjax.data.sources.documents import Document, Source, is_held_out
-from flmjax.data.sources.text_files import json_lines, row_key, stamp
+from flmjax.data.sources import BUILT_IN as BUILT_IN_TEXTS
+from flmjax.data.sources import hsk, text_source
+from flmjax.data.sources.documents import Document, Source, as_document, is_held_out
+from flmjax.data.sources.text_files import Files, find, json_lines, key_of, stamp
 from flmjax.data.tokenizers import Tokenizer
 
-RESERVOIR = 1000  # earlier partners that a false pair is drawn from
-PARAGRAPH = (60, 300)  # characters: shorter paragraphs say too little of their topic, longer ones are cut
+RESERVOIR = 1000  # second texts of earlier pairs, from which false pairs are drawn
+# Least and most characters of a paragraph: a shorter one says too little of its topic, a longer one is cut.
+PARAGRAPH = (60, 300)
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How an example (a mapping of fields) with a label becomes a proposition.
+    """How a labelled example (a mapping of fields) becomes a proposition.
 
-    `text` has the example's fields in braces and, as {label}, what `labels` makes of the label; what it makes may have
-    fields too (COPA's labels are two fields). An example whose label `labels` lacks (hidden in test sets) is left out.
+    Attributes:
+        text: the proposition, with the example's fields in braces and {label} for the words of the label.
+        labels: words of each label; they may have fields in braces too (COPA's two labels are fields). An example
+            whose label is not in `labels`, as the hidden labels of test sets, makes no proposition.
+        label_field: the field that holds the label.
     """
 
     text: str
@@ -39,7 +44,7 @@ _NLI = types.MappingProxyType({"entailment": "entailment", "neutral": "neutral",
 _ZH_NLI = types.MappingProxyType({"entailment": "蕴含", "neutral": "中立", "contradiction": "矛盾"})
 _ZH_SAME = types.MappingProxyType({"0": "不同", "1": "相同"})
 
-# SuperGLUE's with the fields and numbers of TFDS and of the official files, CLUE's with those of the official files.
+# SuperGLUE: fields and numbers of labels as in TFDS and in the official files. CLUE: as in the official files.
 TEMPLATES: dict[str, Template] = {
     "boolq": Template("{passage}\nQuestion: {question}?\nAnswer: {label}\nJudgement:", _NO_YES),
     "rte": Template(
@@ -60,7 +65,7 @@ TEMPLATES: dict[str, Template] = {
         "{text}\n“{span2_text}”指的是“{span1_text}”吗？{label}\n判断：", {"false": "不是", "true": "是"}
     ),
 }
-# Self-made from pairs: true where they belong together.
+# Propositions on pairs of texts: true where the two texts belong together.
 PAIRS = {
     "translation": "{first}\n{second}\nIs the second a translation of the first?\nJudgement:",
     "topic": "{first}\n\n{second}\n\nAre the two of one text?\nJudgement:",
@@ -76,7 +81,12 @@ BUILT_IN: dict[str, Callable[[float], Iterator[Document]]] = {
 
 
 class Marks(NamedTuple):
-    """Ids of the two marks, equally many; `differs` is the first place where they are not the same: it decides."""
+    """Token ids of the two marks.
+
+    Attributes:
+        true, false: ids of each mark, equally many.
+        differs: index of the first token in which the marks differ. The judgement is decided at this token.
+    """
 
     true: tuple[int, ...]
     false: tuple[int, ...]
@@ -84,10 +94,10 @@ class Marks(NamedTuple):
 
 
 def marks(tokenizer: Tokenizer, data: DataConfig) -> Marks:
-    """The marks of `data` in a vocabulary.
+    """The marks data.true_mark and data.false_mark in a vocabulary.
 
     Raises:
-        ConfigError: for a mark that the vocabulary cannot spell, or marks of equal ids or of unequal length.
+        ConfigError: for a mark that the vocabulary cannot spell, and for marks of equal ids or of unequal length.
     """
     ids = []
     for field in ("true_mark", "false_mark"):
@@ -107,12 +117,12 @@ def marks(tokenizer: Tokenizer, data: DataConfig) -> Marks:
 
 
 def propositions(example: Mapping[str, Any], template: Template) -> Iterator[Document]:
-    """A true and a false proposition of a labelled example; nothing for a label that is not known.
+    """A true and a false proposition of a labelled example; none for a label that the template lacks.
 
-    Both have one key: the example's field "key", or its text without the label.
+    Both have the same key: the example's field "key", or the text without the label.
 
     Raises:
-        ConfigError: when the example lacks a field of the template; names it and those that are there.
+        ConfigError: if the example lacks a field of the template; names that field and the example's fields.
     """
     example = _flat(example)
     if template.label_field not in example:
@@ -132,14 +142,17 @@ def propositions(example: Mapping[str, Any], template: Template) -> Iterator[Doc
 
 
 def judged_pairs(pairs: Iterable[tuple[str, str, str]], text: str, fraction: float) -> Iterator[Document]:
-    """For every (key, first, second) a true proposition, and a false one with the second of an earlier pair.
+    """For every pair (key, first, second) a true proposition, and a false one with the second text of an earlier pair.
 
-    That one is of the same side of the split at `fraction`, so that no held-out text is seen in training. `text` has
-    {first} and {second}.
+    The earlier pair is of the same split, so that no held-out text occurs in training.
+
+    Args:
+        text: the proposition, with {first} and {second}.
+        fraction: data.validation_fraction, which decides the split of a key.
     """
-    earlier: dict[bool, list[str]] = {False: [], True: []}
+    earlier: dict[bool, list[str]] = {False: [], True: []}  # second texts, by whether they are held out
     for key, first, second in pairs:
-        chance = random.Random(f"{key}\n{first}\n{second}")  # of a str: the same in every process
+        chance = random.Random(f"{key}\n{first}\n{second}")  # seeded by a str, which is the same in every process
         others = earlier[is_held_out(key.encode(), fraction)]
         yield Document(text.format(first=first, second=second), key, True)
         if others and (other := chance.choice(others)) != second:
@@ -151,64 +164,66 @@ def judged_pairs(pairs: Iterable[tuple[str, str, str]], text: str, fraction: flo
 
 
 def teacher_source(name: str, data: DataConfig) -> Source:
-    """The source that an entry of `data.teachers` means.
+    """The source that an entry of `data.teachers` names.
 
-    A built-in name (BUILT_IN); `translation:FILES` (.jsonl, two texts a line); `topic:SOURCE` (any entry of
-    data.sources); `TEMPLATE:FILES` (.jsonl with the template's fields, see TEMPLATES); or FILES alone: .jsonl with
-    "proposition" and "judgement" (true or false).
+    An entry is one of:
+        a name in BUILT_IN;
+        `translation:FILES`: .jsonl files with two texts a line;
+        `topic:SOURCE`: paragraphs of any entry of data.sources;
+        `TEMPLATE:FILES`: .jsonl files with the fields of a template in TEMPLATES;
+        `FILES`: .jsonl files with "proposition" and "judgement" (true or false).
 
     Raises:
-        ConfigError: for an unknown template (nearest names) or files that are not there.
+        ConfigError: for an unknown template (with the nearest names), and for files that do not exist.
     """
     kind, colon, rest = name.partition(":")
     read: Callable[[], Iterator[Document]]
     if name in BUILT_IN:
         return Source(name, lambda: BUILT_IN[name](data.validation_fraction), True, stamp=name)
     if not colon:
-        files = source_files(name, "data.teachers", BUILT_IN)
-        return Source(name, lambda: _given(files), True, stamp(files))
+        files = find(name, BUILT_IN, "data.teachers")
+        return Source(name, lambda: _judged_lines(files), True, stamp(files))
     if kind == "topic":
         source = text_source(rest, data.split_by, "data.teachers")
-        read = lambda: judged_pairs(_same_text(source), PAIRS["topic"], data.validation_fraction)
+        read = lambda: judged_pairs(_paragraph_pairs(source), PAIRS["topic"], data.validation_fraction)
         return Source(name, read, True, source.stamp)
     if kind == "translation":
-        files = source_files(rest, "data.teachers")
-        read = lambda: judged_pairs(_two_texts(files), PAIRS["translation"], data.validation_fraction)
+        files = find(rest, BUILT_IN_TEXTS, "data.teachers")
+        read = lambda: judged_pairs(_line_pairs(files), PAIRS["translation"], data.validation_fraction)
         return Source(name, read, True, stamp(files))
     if kind not in TEMPLATES:
         raise ConfigError(f"data.teachers: there is no template '{kind}'{nearest(kind, [*TEMPLATES, *PAIRS])}")
-    files = source_files(rest, "data.teachers")
+    files = find(rest, BUILT_IN_TEXTS, "data.teachers")
     return Source(name, lambda: _labelled(files, TEMPLATES[kind]), True, stamp(files))
 
 
-def _given(files: Any) -> Iterator[Document]:
-    for where, row in json_lines(files):
-        proposition, judgement = row.get("proposition"), row.get("judgement")
+def _judged_lines(files: Files) -> Iterator[Document]:
+    for place, record in json_lines(files):
+        proposition, judgement = record.get("proposition"), record.get("judgement")
         if not isinstance(proposition, str) or not isinstance(judgement, bool):
-            raise ConfigError(f'{where}: a teacher\'s line needs "proposition": a text, and "judgement": true or false')
-        yield Document(proposition, row_key(row, where, None), judgement)
+            raise ConfigError(f'{place}: a teacher\'s line needs "proposition": a text, and "judgement": true or false')
+        yield Document(proposition, key_of(record, place, None), judgement)
 
 
-def _labelled(files: Any, template: Template) -> Iterator[Document]:
-    for where, row in json_lines(files):
+def _labelled(files: Files, template: Template) -> Iterator[Document]:
+    for place, record in json_lines(files):
         try:
-            yield from propositions(row, template)
+            yield from propositions(record, template)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{place}: {error}") from None
 
 
-def _two_texts(files: Any) -> Iterator[tuple[str, str, str]]:
-    for where, row in json_lines(files):
-        texts = [value for name, value in row.items() if isinstance(value, str) and name not in ("key", "id")]
+def _line_pairs(files: Files) -> Iterator[tuple[str, str, str]]:
+    for place, record in json_lines(files):
+        texts = [value for name, value in record.items() if isinstance(value, str) and name not in ("key", "id")]
         if len(texts) != 2:
-            raise ConfigError(f"{where}: a pair needs two texts, not {len(texts)}")
-        yield row_key(row, where, "\n".join(texts)) or "", texts[0], texts[1]
+            raise ConfigError(f"{place}: a pair needs two texts, not {len(texts)}")
+        yield key_of(record, place, "\n".join(texts)) or "", texts[0], texts[1]
 
 
-def _same_text(source: Source) -> Iterator[tuple[str, str, str]]:
-    """Two paragraphs of every document that has two."""
-    for document in source.read():
-        text, key = (document, None) if isinstance(document, str) else document[:2]
+def _paragraph_pairs(source: Source) -> Iterator[tuple[str, str, str]]:
+    """(key, first, second): two paragraphs of every document that has two or more."""
+    for text, key, *_ in map(as_document, source.read()):
         paragraphs = [p.strip()[: PARAGRAPH[1]] for p in text.split("\n\n")]
         paragraphs = [p for p in paragraphs if len(p) >= PARAGRAPH[0]]
         if len(paragraphs) >= 2:
@@ -217,7 +232,7 @@ def _same_text(source: Source) -> Iterator[tuple[str, str, str]]:
 
 
 def _flat(example: Mapping[str, Any]) -> dict[str, str]:
-    """Fields as text; those of a field that is a mapping stand beside it, a list's items are joined."""
+    """The fields of an example as text: fields of a nested mapping join the others, items of a list are joined."""
     flat: dict[str, str] = {}
     for name, value in example.items():
         if value is None:

@@ -1,4 +1,4 @@
-"""Chinese sentences with English translations, graded from beginner to advanced, from one optional package."""
+"""Chinese sentences with English translations, graded from beginner to advanced; they come with an optional package."""
 
 import importlib
 import random
@@ -13,9 +13,9 @@ PAIRS_PER_DOCUMENT = 8  # about 8 x (26 + 28) = 430 bytes
 def documents() -> Iterator[Document]:
     """4,354 sentence pairs of PyPI `hsk-sentences-audio`, 0.25 MB; a document has about 8 pairs of one level and topic.
 
-    A pair is two lines, the Chinese and the English; pairs are parted by a blank line. The sentences are short and
-    everyday, good enough to see a bilingual model learn and too few to make a good one. The data are licensed
-    CC-BY-SA-4.0 (contributors of hsk-sentences-audio): keep the attribution when you pass on text or token files.
+    A pair is two lines, the Chinese and the English; a blank line separates pairs. The sentences are short and
+    everyday: enough to see a bilingual model learn, too few for a good model. The data are licensed CC-BY-SA-4.0
+    (contributors of hsk-sentences-audio): keep the attribution when you pass on text or token files.
 
     Raises:
         ConfigError: when the package is not installed.
@@ -25,7 +25,7 @@ def documents() -> Iterator[Document]:
 
 
 def translations() -> Iterator[tuple[str, str, str]]:
-    """(key, Chinese, English); the key is that of the document that has the pair, so that both are on one side.
+    """Triples (key, Chinese, English) with the key of the pair's document, so that both go to the same split.
 
     Raises:
         ConfigError: when the package is not installed.
@@ -36,8 +36,10 @@ def translations() -> Iterator[tuple[str, str, str]]:
 
 
 def levels() -> Iterator[dict[str, str]]:
-    """Examples with "key" (as for translations), "sentence" and "label": Chinese of levels 1 to 3, "beginners", and of
-    5 and 6, "advanced learners"; as many of each, so that the label alone says nothing, in random order.
+    """Labelled examples in random order: "sentence" (Chinese), "label" and "key" (as in `translations`).
+
+    The label is "beginners" for levels 1 to 3 and "advanced learners" for levels 5 and 6. Both labels are equally
+    frequent, so that the label alone says nothing of the judgement.
 
     Raises:
         ConfigError: when the package is not installed.
@@ -49,12 +51,13 @@ def levels() -> Iterator[dict[str, str]]:
             by_label[label] += [{"key": key, "sentence": chinese, "label": label} for chinese, _ in group]
     order = random.Random(0)
     count = min(map(len, by_label.values()))
-    found = [example for examples in by_label.values() for example in order.sample(examples, count)]
-    order.shuffle(found)
-    yield from found
+    balanced = [example for examples in by_label.values() for example in order.sample(examples, count)]
+    order.shuffle(balanced)
+    yield from balanced
 
 
 def _groups() -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
+    """(level, key, pairs) of every document."""
     try:
         package = importlib.import_module("hsk_sentences_audio")
     except ModuleNotFoundError:
@@ -65,7 +68,7 @@ def _groups() -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
         groups.setdefault((sentence["hsk_level"], sentence["topic"]), {})[pair] = None
     for (level, topic), group in groups.items():
         ordered = list(group)
-        parts = max(1, round(len(ordered) / PAIRS_PER_DOCUMENT))
-        for i in range(parts):
-            part = ordered[i * len(ordered) // parts : (i + 1) * len(ordered) // parts]
-            yield level, f"hsk {level} {topic} {i}", part
+        count = max(1, round(len(ordered) / PAIRS_PER_DOCUMENT))
+        for i in range(count):
+            pairs = ordered[i * len(ordered) // count : (i + 1) * len(ordered) // count]
+            yield level, f"hsk {level} {topic} {i}", pairs

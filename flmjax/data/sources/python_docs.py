@@ -1,4 +1,4 @@
-"""English text that every Python interpreter carries: the language reference's topics and the library's docstrings."""
+"""English text of every Python interpreter: topics of the language reference and docstrings of the library."""
 
 import ast
 import os
@@ -10,9 +10,9 @@ from pydoc_data import topics
 
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-    | {"encodings", "pydoc_data"}  # tables, slow to parse
+    | {"encodings", "pydoc_data"}  # data, slow to parse
 )
-MIN_CHARACTERS = 100  # of a document; below it there is little but a name
+MIN_CHARACTERS = 100  # of a document; a shorter one holds little more than a name
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -20,10 +20,10 @@ _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def documents() -> Iterator[str]:
     """About 2 MB of English prose and reference text (PSF licence), no text repeated exactly.
 
-    First the topics of `pydoc_data` (the language reference), then the standard library, file by file in sorted
-    order: one document with a module's docstring and those of its functions, and one per class with those of its
-    methods; each docstring stands under the name and arguments it belongs to. The sources are parsed, never imported.
-    The text is a function of the interpreter's version (3.11.7: 0.5 MB of topics and 1.8 MB of docstrings).
+    The topics of `pydoc_data` (the language reference) come first, then the standard library, file by file in sorted
+    order: one document with the docstrings of a module and its functions, and one for each class with the docstrings of
+    its methods. The name and the arguments of a function stand above its docstring. The files are parsed, never
+    imported. The text depends on the interpreter's version alone (3.11.7: 0.5 MB of topics, 1.8 MB of docstrings).
     """
     seen: set[str] = set()
     for name in sorted(topics.topics):
@@ -52,7 +52,7 @@ def _module_name(path: Path) -> tuple[str, ...]:
 
 def _module_documents(path: Path, name: str, seen: set[str]) -> Iterator[str]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # invalid escapes in the library's own strings
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in strings of the library
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # bad-syntax fixtures; null bytes
         return

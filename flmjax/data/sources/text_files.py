@@ -1,4 +1,4 @@
-"""Text files as documents: plain or JSON lines, also as .gz or .xz; one file, a folder or a glob."""
+"""Text files as documents: plain text, Markdown and JSON lines, also compressed; a file, a folder or a glob."""
 
 import glob
 import gzip
@@ -14,28 +14,35 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from flmjax.config import ConfigError, nearest
 from flmjax.data.sources.documents import Document
 
-SUFFIXES = (".txt", ".md", ".jsonl")  # what a folder is searched for, plain or compressed
+SUFFIXES = (".txt", ".md", ".jsonl")  # of the files that are read from a folder, plain or compressed
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 class Files(NamedTuple):
-    """Files of a source, sorted, and the folder that their paths are relative to."""
+    """The files of a source.
+
+    Attributes:
+        paths: sorted.
+        root: the folder that keys and ids give the paths relative to.
+    """
 
     paths: list[Path]
     root: Path
 
 
 def find(source: str, names: Iterable[str], field: str = "data.sources") -> Files:
-    """The files that `source` means: a file, a folder (searched recursively for SUFFIXES), or a glob.
+    """The files of a file's name, a folder (searched recursively for SUFFIXES) or a glob.
 
-    `names` are the built-in sources, for the message about a word that is neither; `field` is for it too.
+    Args:
+        names: built-in sources; an error message suggests the nearest ones.
+        field: the setting that error messages name.
 
     Raises:
-        ConfigError: when there is no such file, or none in the folder or of the pattern.
+        ConfigError: if the path does not exist, or no file is in the folder or matches the glob.
     """
     try:
         path = Path(source).expanduser()
-    except RuntimeError as error:  # ~name of nobody
+    except RuntimeError as error:  # ~name, where no user has that name
         raise ConfigError(f"{field}: '{source}': {error}") from None
     if path.is_file():
         return Files([path], path.parent)
@@ -55,7 +62,7 @@ def find(source: str, names: Iterable[str], field: str = "data.sources") -> File
 
 
 def stamp(files: Files) -> str:
-    """sha256 (hex) of the files' paths, sizes and times of change."""
+    """sha256 (hexadecimal) of the paths, sizes and modification times of the files."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files.paths]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
@@ -63,25 +70,28 @@ def stamp(files: Files) -> str:
 def documents(files: Files, path_is_key: bool = False) -> Iterator[Document]:
     """The documents of `files`, one after another.
 
-    What ends a document depends on the (uncompressed) name of its file:
-        *.docs.txt: a blank line;
-        *.md: nothing, the file is one document;
-        *.jsonl: the line; it is an object with "text", or with "instruction", perhaps "input", and "output", which
-            become three paragraphs; a "key" decides the side of the split;
-        all others: two or more blank lines (a paragraph break is none).
-    Blank lines around a document are no part of it; the rest is kept as it is. A file is read line by line.
+    The name of a file, without .gz or .xz, says where its documents end:
+        *.docs.txt: at a blank line;
+        *.md: at the end of the file, which is one document;
+        *.jsonl: at the end of the line. A line is an object with "text", or with "instruction", "output" and
+            optionally "input", which become paragraphs; "key" (optional) is the document's key;
+        all others: at two or more blank lines, so that a document may have paragraphs.
+    Blank lines before and after a document are removed; its text is not changed otherwise. Files are read line by line.
+
+    Args:
+        path_is_key: True: a document without a key has the file's path below files.root as its key.
 
     Raises:
-        ConfigError: naming the file, and the byte where it is not UTF-8 (counted after decompression) or the line
+        ConfigError: naming the file, and the byte where it is not UTF-8 (counted after decompression), or the line
             that is no such object.
     """
     for path in files.paths:
         name = _plain_name(path)
         key = str(path.relative_to(files.root)) if path_is_key else None
         if name.endswith(".jsonl"):
-            for where, row in json_lines(Files([path], files.root)):
-                default = key and where.replace(str(path), key)  # a line is a page of its own
-                yield Document(_row_text(row, where), row_key(row, where, default))
+            for place, record in json_lines(Files([path], files.root)):
+                default = key and place.replace(str(path), key)  # every line has a key of its file and number
+                yield Document(_text_of(record, place), key_of(record, place, default))
             continue
         blank_lines = 1 if name.endswith(".docs.txt") else None if name.endswith(".md") else 2
         for text in _split(_lines(path), blank_lines):
@@ -89,46 +99,46 @@ def documents(files: Files, path_is_key: bool = False) -> Iterator[Document]:
 
 
 def json_lines(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) of every line of `files` that is not blank.
+    """Pairs (place, record) of the lines that are not blank: "FILE: line NUMBER", and the JSON object of the line.
 
     Raises:
-        ConfigError: naming file and line that is no JSON object, or the byte that is no UTF-8.
+        ConfigError: naming the file and the line that is no JSON object, or the byte that is no UTF-8.
     """
     for path in files.paths:
         for number, line in enumerate(_lines(path), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()
+                record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 raise ConfigError(f"{path}: line {number} holds half of a surrogate pair, no text: {error}") from None
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
+            if not isinstance(record, dict):
                 raise ConfigError(f"{path}: line {number} is no JSON object but {line.strip()[:40]!r}")
-            yield f"{path}: line {number}", row
+            yield f"{path}: line {number}", record
 
 
-def row_key(row: dict[str, Any], where: str, default: str | None) -> str | None:
-    """The text of a line's "key"; `default` where it has none.
+def key_of(record: dict[str, Any], place: str, default: str | None) -> str | None:
+    """The "key" of a JSON line; `default` if the line has no key.
 
     Raises:
         ConfigError: naming the line whose key is no text.
     """
-    key = row.get("key")
+    key = record.get("key")
     if key is not None and not isinstance(key, str):
-        raise ConfigError(f'{where}: its "key" is {key!r}, but must be a text')
+        raise ConfigError(f'{place}: its "key" is {key!r}, but must be a text')
     return default if key is None else key
 
 
-def _row_text(row: dict[str, Any], where: str) -> str:
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    parts = row.get("instruction"), row.get("input") or "", row.get("output")
-    if all(isinstance(part, str) for part in parts):
-        return "\n\n".join(part for part in parts if part)
-    raise ConfigError(f'{where} has neither "text" nor "instruction" and "output"; it has: {", ".join(row)}')
+def _text_of(record: dict[str, Any], place: str) -> str:
+    if isinstance(record.get("text"), str):
+        return record["text"]
+    paragraphs = record.get("instruction"), record.get("input") or "", record.get("output")
+    if all(isinstance(paragraph, str) for paragraph in paragraphs):
+        return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+    raise ConfigError(f'{place} has neither "text" nor "instruction" and "output"; it has: {", ".join(record)}')
 
 
 def _plain_name(path: Path) -> str:
@@ -142,11 +152,11 @@ def _lines(path: Path) -> Iterator[str]:
         with cast(BinaryIO, opener(path, "rb")) as file:
             yield from _decoded(file, path)
     except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: not a whole {path.suffix} file: {error}") from error
+        raise ConfigError(f"{path}: not a complete {path.suffix} file: {error}") from error
 
 
 def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")  # other ends of a line are text like any other
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")  # carriage returns stay in the text
     try:
         yield from lines
     except UnicodeDecodeError:
@@ -156,13 +166,13 @@ def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
 
 def _first_bad_byte(file: BinaryIO) -> str:
     offset = 0
-    for raw in file:  # the byte 0x0A is never a part of another character in UTF-8
+    for raw in file:  # in UTF-8 the byte 0x0A occurs in no character but the line break
         try:
             raw.decode("utf-8")
         except UnicodeDecodeError as error:
             return f"byte {offset + error.start} (0x{raw[error.start]:02X})"
         offset += len(raw)
-    raise AssertionError("all of the file is UTF-8")
+    raise AssertionError("every line of the file is UTF-8")
 
 
 def _split(lines: Iterable[str], blank_lines: int | None) -> Iterator[str]:

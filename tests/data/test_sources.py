@@ -104,7 +104,7 @@ def test_bytes_that_are_not_utf8_are_named_with_file_and_offset(tmp_path):
 def test_a_broken_archive_is_named(tmp_path, name):
     compress = lzma.compress if name.endswith("xz") else gzip.compress
     (tmp_path / name).write_bytes(compress(b"text " * 1000)[:-20] if "cut" in name else b"no archive at all")
-    with pytest.raises(ConfigError, match=f"{name}: not a whole"):
+    with pytest.raises(ConfigError, match=f"{name}: not a complete"):
         list(read_source(str(tmp_path)))
 
 

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.prepare import prepare
-from flmjax.data.sources import tasks
+from flmjax.data.sources import seqio_mixture, seqio_tasks
 from flmjax.data.sources.documents import Document
 from flmjax.data.sources.freelm import TEMPLATES, Template
 from flmjax.data.tokenizers import ByteTokenizer, Cl100kTokenizer, SentencePieceTokenizer
@@ -51,7 +51,7 @@ def add(name, *steps, source=None, feature=BYTES):
 
 
 def read(mixture, **settings):
-    return tasks.read_mixture(DataConfig(mixture=mixture, **settings))
+    return seqio_mixture.read_mixture(DataConfig(mixture=mixture, **settings))
 
 
 def documents(mixture):
@@ -73,14 +73,14 @@ def test_a_module_in_the_current_directory_registers_a_task_whose_text_comes_out
     (tmp_path / "b.md").write_text("# Third\n\n\nstill", encoding="utf-8")
     (tmp_path / "held.txt").write_text("Held out", encoding="utf-8")
     (tmp_path / "own_tasks_of_a_test.py").write_text(
-        "from flmjax.data.sources.tasks import add_text_task, local_files_source\n"
+        "from flmjax.data.sources.seqio_tasks import add_text_task, local_files_source\n"
         "add_text_task('own', local_files_source({'train': ['a.txt', 'b.md'], 'validation': 'held.txt'}))\n"
     )
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     mixture = read("own", task_module="own_tasks_of_a_test")
     assert sys.path == path
-    assert mixture.weights == (1.0,)
+    assert mixture.rates == (1.0,)
     assert mixture.vocabulary is None
     assert mixture.provenance["seqio"] == seqio.__version__
     assert mixture.provenance["mixture"] == "own"
@@ -116,12 +116,12 @@ def test_an_unknown_mixture_is_refused_with_the_nearest_names():
 
 def test_a_mixture_in_a_mixture_is_flattened_and_its_tasks_stand_by_name():
     for name in ("b", "a", "c"):
-        add(name, targets, feature=tasks.TEXT)
+        add(name, targets, feature=seqio_tasks.TEXT)
     seqio.MixtureRegistry.add("inner", [("c", 3), ("a", 1)])
     seqio.MixtureRegistry.add("outer", [("b", 0.5), ("inner", 2)])
     mixture = read("outer")
     assert [source.name for source in mixture.sources] == ["a", "b", "c"]
-    assert mixture.weights == (0.5, 0.5, 1.5)  # a: 2 x 1/4, c: 2 x 3/4
+    assert mixture.rates == (0.5, 0.5, 1.5)  # a: 2 x 1/4, c: 2 x 3/4
 
 
 @pytest.mark.parametrize("rate", [0, -1.0, math.nan, math.inf])
@@ -169,7 +169,7 @@ def test_inputs_stand_before_targets_and_empty_ones_do_not():
 def test_an_element_with_a_judgement_is_a_proposition():
     for name, values in {"flags": [True, False], "numbers": [1, 0], "wrong": [1, 2]}.items():
         columns = {"targets": ["2 is even", "3 is even"], "judgement": values}
-        add(name, source=given(train=columns), feature=tasks.TEXT)
+        add(name, source=given(train=columns), feature=seqio_tasks.TEXT)
     for name in ("flags", "numbers"):
         (source,) = read(name).sources
         assert source.is_teacher
@@ -180,10 +180,10 @@ def test_an_element_with_a_judgement_is_a_proposition():
 
 def test_a_task_with_train_alone_leaves_the_split_to_the_hash_of_its_key():
     columns = {"text": TEXTS, "id": ["p", "q", "p", ""]}
-    tasks.add_text_task("keyed", given(train=columns))
+    seqio_tasks.add_text_task("keyed", given(train=columns))
     (found,) = documents("keyed")
     assert found == [Document(text, key) for text, key in zip(TEXTS, ("p", "q", "p", None), strict=True)]
-    tasks.add_text_task("numbered", given(train={"text": TEXTS, "id": [1, 2, 3, 4]}))
+    seqio_tasks.add_text_task("numbered", given(train={"text": TEXTS, "id": [1, 2, 3, 4]}))
     assert documents("numbered") == [[Document(text) for text in TEXTS]]
 
 
@@ -215,14 +215,14 @@ def test_steps_that_draw_and_shuffle_give_the_same_documents_every_time():
 
 
 def test_an_error_in_a_task_is_told_in_one_line_that_names_it(tmp_path):
-    tasks.add_text_task("lacking", given(train={"body": TEXTS}))
+    seqio_tasks.add_text_task("lacking", given(train={"body": TEXTS}))
     assert refusal("lacking") == "data.mixture: task 'lacking': KeyError: 'text'"
     (tmp_path / "a.txt").write_bytes(b"good\n\n\n" * 10_000 + b"bad \xff")
-    tasks.add_text_task("broken", tasks.local_files_source({"train": str(tmp_path)}))
+    seqio_tasks.add_text_task("broken", seqio_tasks.local_files_source({"train": str(tmp_path)}))
     with pytest.raises(ConfigError, match=r"^task 'broken': .*a\.txt.*UTF-8") as error:
         documents("broken")
     assert "\n" not in str(error.value)
-    tasks.add_text_task("absent", tasks.local_files_source({"train": "nowhere/*.txt"}))
+    seqio_tasks.add_text_task("absent", seqio_tasks.local_files_source({"train": "nowhere/*.txt"}))
     assert refusal("absent") == "data.mixture: task 'absent': split 'train': no file matches 'nowhere/*.txt'"
 
 
@@ -242,10 +242,10 @@ def test_a_task_that_tokenises_gives_its_vocabulary(model):
     vocabularies = {
         "pieces": (seqio.SentencePieceVocabulary(str(model)), SentencePieceTokenizer(model.read_bytes())),
         "bytes": (seqio.ByteVocabulary(extra_ids=7), ByteTokenizer(3, 1, 266)),
-        "openai": (tasks.Cl100kVocabulary(1432), Cl100kTokenizer(1432)),
+        "openai": (seqio_tasks.Cl100kVocabulary(1432), Cl100kTokenizer(1432)),
     }
     for name, (vocabulary, expected) in vocabularies.items():
-        tasks.add_text_task(name, given(train=TEXTS), vocabulary=vocabulary)
+        seqio_tasks.add_text_task(name, given(train=TEXTS), vocabulary=vocabulary)
         found = read(name).vocabulary
         assert (type(found), found.fingerprint) == (type(expected), expected.fingerprint)
         assert (found.end_id, found.vocab_size) == (vocabulary.eos_id, vocabulary.vocab_size)
@@ -255,13 +255,13 @@ def test_a_task_that_tokenises_gives_its_vocabulary(model):
 
 def test_sentinels_of_a_sentencepiece_vocabulary_are_in_it(model):
     vocabulary = seqio.SentencePieceVocabulary(str(model), extra_ids=3)
-    tasks.add_text_task("pieces", given(train=TEXTS), vocabulary=vocabulary)
+    seqio_tasks.add_text_task("pieces", given(train=TEXTS), vocabulary=vocabulary)
     assert read("pieces").vocabulary.vocab_size == 283
 
 
 def test_different_vocabularies_in_one_mixture_are_refused_with_two_tasks(model):
     feature = seqio.Feature(seqio.SentencePieceVocabulary(str(model)))
-    add("a_text", targets, feature=tasks.TEXT)
+    add("a_text", targets, feature=seqio_tasks.TEXT)
     add("b_bytes", targets, TOKENIZE)
     add("c_pieces", targets, TOKENIZE, feature=feature)
     seqio.MixtureRegistry.add("mixed", ["a_text", "b_bytes", "c_pieces"], default_rate=1)
@@ -281,12 +281,12 @@ def test_a_vocabulary_of_another_kind_is_refused_by_name():
 
 def test_cl100k_through_seqio_alone_gives_the_ids_of_the_tokenizer():
     pytest.importorskip("bpe_openai")
-    vocabulary, tokenizer = tasks.Cl100kVocabulary(), Cl100kTokenizer()
-    assert vocabulary == tasks.Cl100kVocabulary()
-    assert vocabulary != tasks.Cl100kVocabulary(1432)
+    vocabulary, tokenizer = seqio_tasks.Cl100kVocabulary(), Cl100kTokenizer()
+    assert vocabulary == seqio_tasks.Cl100kVocabulary()
+    assert vocabulary != seqio_tasks.Cl100kVocabulary(1432)
     assert vocabulary.vocab_size == tokenizer.vocab_size
     texts = [text.replace("!", "?") for text in TEXTS]  # "!" is 0, which seqio pads with
-    tasks.add_text_task("openai", given(train={"text": texts, "key": texts}), vocabulary=vocabulary)
+    seqio_tasks.add_text_task("openai", given(train={"text": texts, "key": texts}), vocabulary=vocabulary)
     expected = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.end_id)]
     for pack in (False, True):
         converter = seqio.LMFeatureConverter(pack=pack)
@@ -305,7 +305,7 @@ def test_cl100k_through_seqio_alone_gives_the_ids_of_the_tokenizer():
 
 def test_every_labelled_example_becomes_a_true_and_a_false_proposition_of_one_key():
     columns = {"question": ["is it"] * 9, "passage": [f"p{i}" for i in range(9)], "label": [0, 1, -1] * 3}
-    tasks.add_teacher_task("judged", given(train=columns, validation=columns), "boolq")
+    seqio_tasks.add_teacher_task("judged", given(train=columns, validation=columns), "boolq")
     (source,) = read("judged").sources
     assert source.is_teacher
     found = list(source.read())
@@ -325,14 +325,14 @@ def test_every_labelled_example_becomes_a_true_and_a_false_proposition_of_one_ke
 def test_a_template_of_ones_own_sees_lists_and_nested_fields():
     template = Template("{words} {deep} {label}", {"0": "odd", "1": "even"})
     columns = {"words": [["a", "中"]], "in": {"deep": [2]}, "label": [1]}
-    tasks.add_teacher_task("own", given(train=columns), template)
+    seqio_tasks.add_teacher_task("own", given(train=columns), template)
     assert [document.text for document in documents("own")[0]] == ["a、中 2 even", "a、中 2 odd"]
 
 
 def test_an_unknown_template_and_an_example_without_its_fields_are_refused():
     with pytest.raises(ConfigError, match="task 'x': there is no template 'boolk'; did you mean boolq"):
-        tasks.add_teacher_task("x", given(train=TEXTS), "boolk")
-    tasks.add_teacher_task("lacking", given(train={"passage": TEXTS, "label": [0, 1, 0, 1]}), "boolq")
+        seqio_tasks.add_teacher_task("x", given(train=TEXTS), "boolk")
+    seqio_tasks.add_teacher_task("lacking", given(train={"passage": TEXTS, "label": [0, 1, 0, 1]}), "boolq")
     assert refusal("lacking").startswith("data.mixture: task 'lacking': an example has no field 'question'")
 
 
@@ -344,8 +344,8 @@ def test_the_paper_mixtures_of_c4_and_wikipedia_have_its_shares():
         c4, wikipedia = read("flm_c4"), read("flm_wikipedia")
         c4_documents = [list(source.read()) for source in c4.sources]
         wikipedia_documents = [list(source.read()) for source in wikipedia.sources]
-    assert dict(zip((s.name for s in c4.sources), c4.weights, strict=True)) == {"c4_en": 0.535, "c4_zh": 0.465}
-    assert dict(zip((s.name for s in wikipedia.sources), wikipedia.weights, strict=True)) == {
+    assert dict(zip((s.name for s in c4.sources), c4.rates, strict=True)) == {"c4_en": 0.535, "c4_zh": 0.465}
+    assert dict(zip((s.name for s in wikipedia.sources), wikipedia.rates, strict=True)) == {
         "wikipedia_en": 0.535,
         "wikipedia_zh": 0.465,
     }
@@ -360,7 +360,7 @@ def test_nine_tenths_of_eflm_are_text_and_the_judgements_are_seen_equally_often(
     with tfds.testing.mock_data(num_examples=5):
         mixture = read("eflm_c4")
         found = {source.name: list(source.read()) for source in mixture.sources}
-    weights = dict(zip(found, mixture.weights, strict=True))
+    weights = dict(zip(found, mixture.rates, strict=True))
     assert sum(weights.values()) == pytest.approx(1)
     assert weights["c4_en"] == pytest.approx(0.9 * 0.535)
     assert weights["c4_zh"] == pytest.approx(0.9 * 0.465)
@@ -373,7 +373,7 @@ def test_nine_tenths_of_eflm_are_text_and_the_judgements_are_seen_equally_often(
         }
 
 
-@pytest.mark.parametrize(("template", "config"), [(t, c) for t, (c, _) in tasks._SUPER_GLUE.items()])
+@pytest.mark.parametrize(("template", "config"), [(t, c) for t, (c, _) in seqio_tasks.SUPER_GLUE.items()])
 def test_the_templates_of_super_glue_spell_the_labels_that_tfds_numbers(template, config):
     features = tfds.builder(f"super_glue/{config}").info.features
     labels = TEMPLATES[template].labels
@@ -389,10 +389,10 @@ def test_the_templates_of_super_glue_spell_the_labels_that_tfds_numbers(template
 
 def test_a_mixture_of_text_and_teachers_is_prepared_in_its_own_vocabulary_and_splits(tmp_path):
     text = {"train": {"text": TEXTS}, "validation": {"text": ["Held out"]}}
-    tasks.add_text_task("text", given(**text))
-    tasks.add_text_task("more", given(**text), vocabulary=seqio.ByteVocabulary())
+    seqio_tasks.add_text_task("text", given(**text))
+    seqio_tasks.add_text_task("more", given(**text), vocabulary=seqio.ByteVocabulary())
     columns = {"question": ["q"] * 4, "passage": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
-    tasks.add_teacher_task("judged", given(train=columns, validation=columns), "boolq")
+    seqio_tasks.add_teacher_task("judged", given(train=columns, validation=columns), "boolq")
     seqio.MixtureRegistry.add("all", [("text", 0.5), ("more", 0.25), ("judged", 0.25)])
     prepared = prepare(DataConfig(mixture="all"), tmp_path / "data")
     assert prepared.sources == ("judged", "more", "text")
@@ -408,16 +408,18 @@ def test_a_mixture_of_text_and_teachers_is_prepared_in_its_own_vocabulary_and_sp
 
 def test_weights_that_are_not_one_for_each_task_are_refused_before_anything_is_read(tmp_path, monkeypatch):
     for name in ("one", "two"):
-        tasks.add_text_task(name, given(train=TEXTS))
+        seqio_tasks.add_text_task(name, given(train=TEXTS))
     seqio.MixtureRegistry.add("both", [("one", 0.5), ("two", 0.5)])
     monkeypatch.setattr("flmjax.data.spool.Spool.fill", None)  # would be called to read
-    with pytest.raises(ConfigError, match=r"data\.weights has 3 entries for the 2 tasks of .*'both': one, two; None "):
+    with pytest.raises(
+        ConfigError, match=r"data\.mixture_weights has 3 entries for the 2 tasks of .*'both': one, two; None "
+    ):
         prepare(DataConfig(mixture="both", mixture_weights=(0.5, 0.25, 0.25)), tmp_path / "data")
 
 
 def test_tensorflow_takes_no_gpu_and_writes_nothing_to_standard_error():
     code = (
-        "from flmjax.data.sources.tasks import tf; "
+        "from flmjax.data.sources.seqio_tasks import tf; "
         "print(tf.config.get_visible_devices('GPU'), 'GPU' in tf.zeros(1).device)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)

@@ -1,8 +1,8 @@
-"""A folder of text files as a TFDS dataset: `build(FOLDER, DIRECTORY)` for seqio and Grain, or for Grain alone
+"""A folder of text files as a TFDS data set: `build(FOLDER, DIRECTORY)` for seqio and Grain. For Grain alone:
 
-    tfds build flmjax/data/corpus/text_folder.py --manual_dir=FOLDER --data_dir=DIRECTORY --file_format=array_record
+    tfds build flmjax/data/sources/tfds_folder.py --manual_dir=FOLDER --data_dir=DIRECTORY --file_format=array_record
 
-which, in TFDS 4.9.10, needs the packages apache-beam, mlcroissant and importlib_resources.
+This command needs, in TFDS 4.9.10, the packages apache-beam, mlcroissant and importlib_resources.
 """
 
 import os
@@ -21,15 +21,15 @@ SPLITS = ("train", "validation")
 
 
 class TextFolder(tfds.core.GeneratorBasedBuilder):
-    """Documents of the text files in manual_dir, found and parted as those of `data.sources` (corpus/text_files.py).
+    """Documents of the text files in manual_dir, divided into documents as `data.sources` divides them (text_files.py).
 
-    Features: `text`; `id`, the file's path within the folder, "#" and the document's number in the file; `key`, empty
-    but for JSON lines that have one. The order is that of the files. Folders `train` and, perhaps, `validation` are
-    splits; without them all is `train`.
+    The features are `text`; `id`, which is the file's path within the folder, "#" and the document's number in the
+    file; and `key`, empty but for JSON lines that have a key. The order is that of the files. The folders `train` and
+    `validation` (optional) become splits; without such folders all documents are in `train`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # nothing to find beside the code; TFDS 4.9.10 looks with a package that it does not require
+    code_path = None  # TFDS 4.9.10 would look for files beside the code with a package that it does not require
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the folder of text files, or holds folders `train` and `validation`."
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -44,15 +44,15 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
         splits = [split for split in SPLITS if (folder / split).is_dir()]
         if not splits:
             return {"train": self._generate_examples(files)}
-        parted: dict[str, list[Path]] = {split: [] for split in splits}
+        paths: dict[str, list[Path]] = {split: [] for split in splits}
         for path in files.paths:
             split = path.relative_to(folder).parts[0]
             if split not in splits:
                 raise ConfigError(f"manual_dir: {path} is of no split; move it into {folder / splits[0]}")
-            parted[split].append(path)
-        if not parted.get("train"):
+            paths[split].append(path)
+        if not paths.get("train"):
             raise ConfigError(f"manual_dir: {folder} has a folder 'validation', but no text in 'train'")
-        return {split: self._generate_examples(text_files.Files(p, folder)) for split, p in parted.items()}
+        return {split: self._generate_examples(text_files.Files(paths[split], folder)) for split in splits}
 
     def _generate_examples(self, files: text_files.Files) -> Iterator[tuple[str, dict[str, str]]]:
         for path in files.paths:
@@ -63,14 +63,14 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
 
 
 def build(folder: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> TextFolder:
-    """Prepare `folder` in `data_dir`, anew if something was there, and return the builder.
+    """Prepare `folder` in `data_dir`, replacing an earlier preparation, and return the builder.
 
-    It is written twice: as ArrayRecord, which `as_data_source` gives to Grain, and as TFRecord for seqio, whose
-    TfdsDataSource("text_folder:1.0.0", tfds_data_dir=data_dir) cannot read ArrayRecord. Later
-    tfds.builder_from_directory(f"{data_dir}/text_folder/1.0.0") gives both.
+    The data set is written in two formats: ArrayRecord, which Grain reads by `as_data_source`, and TFRecord for seqio's
+    TfdsDataSource("text_folder:1.0.0", tfds_data_dir=data_dir), which cannot read ArrayRecord. Later,
+    tfds.builder_from_directory(f"{data_dir}/text_folder/1.0.0") returns a builder of both formats.
 
     Raises:
-        ConfigError: for a folder without text files, or with files beside its splits.
+        ConfigError: for a folder without text files, or with files beside the folders of its splits.
     """
     text_files.find(os.fspath(folder), (), "folder")
     root = Path(data_dir)
@@ -78,8 +78,8 @@ def build(folder: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> T
     shutil.rmtree(root / TextFolder.name / str(TextFolder.VERSION), ignore_errors=True)
     builder = TextFolder(data_dir=root)
     builder.download_and_prepare(download_config=config)
-    with tempfile.TemporaryDirectory(dir=root) as other:
-        random_access = TextFolder(data_dir=other, file_format="array_record")
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        random_access = TextFolder(data_dir=temporary, file_format="array_record")
         random_access.download_and_prepare(download_config=config)
         for path in Path(random_access.data_dir).glob("*.array_record*"):  # as many shards: the bytes are the same
             path.rename(Path(builder.data_dir) / path.name)

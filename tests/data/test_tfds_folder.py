@@ -11,7 +11,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data.sources import tasks, text_files, text_folder
+from flmjax.data.sources import seqio_mixture, seqio_tasks, text_files, tfds_folder
 
 FILES = {
     "b.txt": "First\ntext\n\n\n第二篇\n",
@@ -42,7 +42,7 @@ def decoded(elements):
 
 def test_a_folder_comes_back_from_seqio_and_grain_as_text_files_reads_it(tmp_path):
     folder = write(tmp_path / "text")
-    builder = text_folder.build(folder, tmp_path / "data")
+    builder = tfds_folder.build(folder, tmp_path / "data")
     expected = list(text_files.documents(text_files.find(str(folder), ())))
     assert list(builder.info.splits) == ["train"]
     by_grain = decoded(grain.MapDataset.source(builder.as_data_source("train")))
@@ -59,10 +59,10 @@ def test_a_folder_comes_back_from_seqio_and_grain_as_text_files_reads_it(tmp_pat
 def test_folders_train_and_validation_are_splits_of_a_task(tmp_path, monkeypatch):
     for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
         monkeypatch.setattr(registry, "_REGISTRY", {})
-    text_folder.build(split(tmp_path / "text"), tmp_path / "data")
+    tfds_folder.build(split(tmp_path / "text"), tmp_path / "data")
     source = seqio.TfdsDataSource("text_folder:1.0.0", tfds_data_dir=str(tmp_path / "data"))
-    tasks.add_text_task("folder", source)
-    (read,) = tasks.read_mixture(DataConfig(mixture="folder")).sources
+    seqio_tasks.add_text_task("folder", source)
+    (read,) = seqio_mixture.read_mixture(DataConfig(mixture="folder")).sources
     expected = text_files.documents(text_files.find(str(tmp_path / "text/train"), ()))
     assert [d for d in read.read() if d.split == "train"] == [d._replace(split="train") for d in expected]
     assert [d.text for d in read.read() if d.split == "validation"] == ["held out"]
@@ -70,17 +70,17 @@ def test_folders_train_and_validation_are_splits_of_a_task(tmp_path, monkeypatch
 
 def test_building_again_reads_the_files_again(tmp_path):
     folder = write(tmp_path / "text", {"a.txt": "old"})
-    text_folder.build(folder, tmp_path / "data")
-    builder = text_folder.build(write(folder, {"a.txt": "new"}), tmp_path / "data")
+    tfds_folder.build(folder, tmp_path / "data")
+    builder = tfds_folder.build(write(folder, {"a.txt": "new"}), tmp_path / "data")
     assert [row["text"] for row in decoded(builder.as_data_source("train"))] == ["new"]
 
 
 def test_a_folder_without_text_and_files_beside_the_splits_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no file or folder"):
-        text_folder.build(tmp_path / "nowhere", tmp_path / "data")
+        tfds_folder.build(tmp_path / "nowhere", tmp_path / "data")
     folder = write(split(tmp_path / "text"), {"loose.txt": "of no split"})
     with pytest.raises(ConfigError, match=r"loose\.txt is of no split"):
-        text_folder.build(folder, tmp_path / "data")
+        tfds_folder.build(folder, tmp_path / "data")
     held = write(tmp_path / "held", {"validation/a.txt": "held out"})
     with pytest.raises(ConfigError, match="no text in 'train'"):
-        text_folder.build(held, tmp_path / "data")
+        tfds_folder.build(held, tmp_path / "data")

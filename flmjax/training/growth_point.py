@@ -1,0 +1,113 @@
+"""The growth between two stages of a run: the larger state, and the certificate that it is the same function."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flmjax.config import RunConfig, Stage
+from flmjax.data.batch import global_batch
+from flmjax.data.loader import TrainingStream
+from flmjax.evaluation.validation_loss import padded_batches
+from flmjax.growth.certificate import Certificate, GrowthPoint, certify
+from flmjax.growth.growth import Growth
+from flmjax.growth.learned import tune
+from flmjax.model.loss import divisor
+from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
+from flmjax.training.state import StateSpec, TrainState
+from flmjax.training.step import gradients, jit_growth
+
+Log = Callable[[str], None]
+
+
+def grow_into(
+    stage: Stage,
+    state: TrainState,
+    specs: tuple[StateSpec, StateSpec],
+    key: jax.Array,
+    stream: TrainingStream,
+    log: Log,
+) -> TrainState:
+    """The state at the start of `stage`, from that at the end of the stage before; not proven yet.
+
+    Args:
+        specs: of the old and of the new state.
+        key: of the growth.
+        stream: where a growth that learns takes its batches from.
+    """
+    old, new = specs
+    grown = jit_growth(old, new, stage.config.growth)(state, key)
+    if not stage.tuning_steps:
+        return grown
+    assert stage.previous is not None
+    first = samples_before(stage.previous, stage.start)
+    host_batches = stream.batches(start=first, batch_size=stage.config.batch_size, **this_host())
+    token_bytes, sharding = stream.prepared.tokenizer.token_bytes, batch_sharding(new.mesh)
+    batches = (
+        global_batch(batch, token_bytes, sharding) for batch in itertools.islice(host_batches, stage.tuning_steps)
+    )
+    model = dataclasses.replace(new.config, dropout=0.0)
+
+    def value_and_grad(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        sums, grads = gradients(params, batch, key, model, Placement(new.mesh), stage.layout.microbatches)
+        return sums["loss"] / divisor(sums["weight"]), grads
+
+    params, losses = tune(state.params, Growth.into(stage, key), value_and_grad, batches, new.shardings.params)
+    log(
+        f"growth learned in {stage.tuning_steps} updates on {stage.tuning_steps * stage.config.batch_size:,} samples: "
+        f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    )
+    return dataclasses.replace(grown, params=params)
+
+
+def prove_growth(
+    config: RunConfig,
+    workdir: Path,
+    stream: TrainingStream,
+    mesh: jax.sharding.Mesh,
+    params: tuple[Any, Any],
+    growth: Growth,
+    point: GrowthPoint,
+    log: Log,
+) -> Certificate:
+    """Certify growth from the first of `params` to the second, on validation rows of the old model's length.
+
+    The certificate is stored, also one that fails: GrowthError is raised after that.
+    """
+    size = whole_rows(config.certificate_rows, mesh)
+    stream = dataclasses.replace(stream, length=growth.old.max_length)
+    batch = next(padded_batches(stream.validation_rows(size), size))
+    certificate = certify(
+        params,
+        growth,
+        global_batch(batch, stream.prepared.tokenizer.token_bytes, batch_sharding(mesh)),
+        point,
+        placement=Placement(mesh),
+        float64_below=config.certificate_float64_below,
+        tolerance=config.certificate_tolerance,
+    )
+    log(str(certificate))
+    if jax.process_index() == 0:
+        certificate.save(workdir / "certificates")
+    certificate.check()
+    return certificate
+
+
+def growth_key(config: RunConfig, index: int) -> jax.Array:
+    """The key of the growth into the stage after `index` others; of a growth between runs, `index` is 0."""
+    return jax.random.fold_in(jax.random.key(config.seed), index + 1)
+
+
+def samples_before(stage: Stage, step: int) -> int:
+    """Samples consumed in the first `step` updates of a run, by growth that learns too."""
+    before = samples_before(stage.previous, stage.start) if stage.previous else 0
+    updates = min(max(step, stage.start), stage.end) - stage.start + stage.tuning_steps
+    return before + updates * stage.config.batch_size
+
+
+def this_host() -> dict[str, int]:
+    """Which rows of every batch this process reads."""
+    return {"host": jax.process_index(), "hosts": jax.process_count()}
