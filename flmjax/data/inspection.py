@@ -8,6 +8,7 @@ import numpy as np
 from flmjax.data.prepared import Prepared
 from flmjax.data.spool import SPLITS
 from flmjax.data.tokenizers import Tokenizer
+from flmjax.text_table import text_table
 
 NO_LOSS = ("⟦", "⟧")  # around text that is no target of the loss
 FAINT = ("\x1b[2m", "\x1b[0m")
@@ -15,14 +16,13 @@ FAINT = ("\x1b[2m", "\x1b[0m")
 
 def summary(prepared: Prepared, weights: Sequence[float]) -> str:
     """A table of the sources: documents, tokens, bytes a token, share of the samples, equal documents."""
-    head = ("source", "split", "documents", "tokens", "bytes", "bytes/token", "of samples", "duplicates")
-    lines = [head]
+    rows = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "of samples", "duplicates")]
     for source, weight in zip(prepared.sources, weights, strict=True):
         counts = prepared.meta["sources"][source]
         for split in SPLITS:
             c = counts[split]
             first = split == SPLITS[0]
-            lines.append(
+            rows.append(
                 (
                     (source + " (teacher)" * prepared.is_teacher(source)) if first else "",
                     split,
@@ -34,11 +34,6 @@ def summary(prepared: Prepared, weights: Sequence[float]) -> str:
                     f"{counts.get('duplicates', 0):,}" if first else "",
                 )
             )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    table = [
-        "  ".join(line[i].ljust(width) if i < 2 else line[i].rjust(width) for i, width in enumerate(widths))
-        for line in lines
-    ]
     tokenizer = prepared.tokenizer
     notes = [
         f"{prepared.directory}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.end_id}, "
@@ -48,7 +43,7 @@ def summary(prepared: Prepared, weights: Sequence[float]) -> str:
     if prepared.marks is not None:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
         notes.append(f"marks: true {spelled[0]}, false {spelled[1]}; token {prepared.marks.differs + 1} decides")
-    return "\n".join([*notes, *(line.rstrip() for line in table)])
+    return "\n".join([*notes, text_table(rows, left=2)])
 
 
 def show_row(row: dict[str, np.ndarray], tokenizer: Tokenizer, terminal: bool = False) -> str:

@@ -11,6 +11,7 @@ from flmjax.planning.plan import Plan, StagePlan, machine_of, tflops, tuning_wor
 from flmjax.planning.roofline import Assumptions
 from flmjax.planning.topology import PACKAGES
 from flmjax.report.page import short
+from flmjax.text_table import text_table
 
 if TYPE_CHECKING:
     from flmjax.planning.compile import Program
@@ -184,13 +185,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _aligned(rows: Sequence[Row]) -> str:
-    """Columns: labels to the left, cells to the right."""
-    first = max(len(label) for label, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
-    return "\n".join(
-        f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for label, cells in rows
-    )
+    return text_table([[label, *cells] for label, cells in rows])
 
 
 # ---- cost alone ------------------------------------------------------------------------------------------------------

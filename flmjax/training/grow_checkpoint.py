@@ -17,6 +17,7 @@ from flmjax.data.prepared import load, with_vocabulary
 from flmjax.data.tokenizers import Tokenizer
 from flmjax.growth.grow import check_growth, plan_growth
 from flmjax.sharding.mesh import make_mesh
+from flmjax.text_table import text_table
 from flmjax.training.loop import prove_growth, stage_ramp
 from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
 from flmjax.training.step import compile_growth
@@ -50,14 +51,17 @@ def plan_checkpoint(config: RunConfig, source: Path) -> str:
     """
     found, operator = _newest(source), config.stages[0].growth
     plan = plan_growth(found.model, _target(config, found.model), operator)
-    rows = [(leaf.path, str(leaf.old_shape), str(leaf.new_shape), "; ".join(leaf.rules) or "as it is") for leaf in plan]
-    path, old, new = (max(len(row[i]) for row in rows) for i in range(3))
-    lines = [f"{row[0]:{path}}  {row[1]:{old}} -> {row[2]:{new}}  {row[3]}" for row in rows]
+    rows = [
+        (leaf.path, str(leaf.old_shape), f"-> {leaf.new_shape}", "; ".join(leaf.rules) or "as it is") for leaf in plan
+    ]
     before, after = (
         sum(math.prod(shape) for shape in shapes) for shapes in zip(*[leaf[1:3] for leaf in plan], strict=True)
     )
     return "\n".join(
-        [*lines, f"'{operator.family}' from {source} step {found.step}: parameters {before:,} -> {after:,}; dry run"]
+        [
+            text_table(rows, left=4),
+            f"'{operator.family}' from {source} step {found.step}: parameters {before:,} -> {after:,}; dry run",
+        ]
     )
 
 
