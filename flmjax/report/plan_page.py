@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from flmjax.hardware import GiB
 from flmjax.planning.plan import Plan
-from flmjax.report.page import escaped, page, picture, png, short, table, tiles
-from flmjax.report.plan_table import Row, closing, growth_rows, stage_rows
+from flmjax.report.page import base64_text, png, render, short
+from flmjax.report.plan_table import closing, growth_rows, stage_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,27 +42,23 @@ def _page(plan: Plan) -> str:
     if len(plan.stages) > 1:
         boxes.append(("Saved at equal tokens", f"{plan.saved:.0%}", "of FLOPs, against the last model from scratch"))
     names = [own.name for own in costs]
-    words = "Memory of every program against a device's, and parameters over the tokens of the run"
-    parts = [
-        f"<h1>Plan for {escaped(plan.topology)}</h1>",
-        *(f"<p><b>{escaped(line)}</b></p>" for line in plan.refusals),
-        tiles(boxes),
-        picture(png(_figure(plan, columns=2)), png(_figure(plan, columns=1)), words),
-        "<h2>Stages</h2>",
-        _transposed(["", *names], stage_rows(plan)),
-    ]
-    if plan.growths:
-        growths = [f"{growth.from_stage} → {growth.to_stage}" for growth in plan.growths]
-        parts += ["<h2>Growth</h2>", _transposed(["", *growths], growth_rows(plan))]
-    parts += [f'<p class="small">{escaped(line)}</p>' for line in closing(plan)]
-    return page(f"{plan.topology} - flmjax plan", "\n".join(parts))
+    growths = [f"{growth.from_stage} → {growth.to_stage}" for growth in plan.growths]
+    return render(
+        "plan.html.jinja",
+        title=f"{plan.topology} - flmjax plan",
+        topology=plan.topology,
+        refusals=plan.refusals,
+        boxes=boxes,
+        wide=base64_text(png(plan_figure(plan, columns=2))),
+        narrow=base64_text(png(plan_figure(plan, columns=1))),
+        stages=[["", *names], *([label, *cells] for label, cells in stage_rows(plan))],
+        growths=[["", *growths], *([label, *cells] for label, cells in growth_rows(plan))] if growths else [],
+        closing=closing(plan),
+    )
 
 
-def _transposed(head: list[str], rows: list[Row]) -> str:
-    return table(head, [[label, *cells] for label, cells in rows])
-
-
-def _figure(plan: Plan, columns: int) -> "Figure":
+def plan_figure(plan: Plan, columns: int) -> "Figure":
+    """Two panels in `columns` columns, two for a desk, one for a phone: memory of the programs, and the timeline."""
     from matplotlib.figure import Figure  # without pyplot: no global state
 
     width, height = (6.3, 3.4) if columns == 2 else (4.4, 3.0)
