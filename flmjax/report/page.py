@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
+from flmjax.hardware import GiB
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -82,3 +84,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def gib(size: float) -> str:
+    """A number of bytes in GiB."""
+    return f"{size / GiB:.1f} GiB"

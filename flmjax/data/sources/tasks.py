@@ -79,14 +79,7 @@ def read_mixture(data: DataConfig) -> Mixture:
             not text, which does more after tokenising than to end the text, or whose vocabulary is unknown or another
             one than that of the Tasks before.
     """
-    if data.task_module is not None:
-        _import(data.task_module)
-    names = {*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()}
-    if data.mixture is None or data.mixture not in names:
-        raise ConfigError(
-            f"data.mixture: there is no Task or Mixture '{data.mixture}'{nearest(str(data.mixture), names)}"
-        )
-    mixture = seqio.get_mixture_or_task(data.mixture)
+    mixture = _registered(data)
     tasks = seqio.get_subtasks(mixture)
     try:
         weights = tuple(_rate(mixture, task) for task in tasks)
@@ -99,6 +92,42 @@ def read_mixture(data: DataConfig) -> Mixture:
     ]
     provenance = {"seqio": seqio.__version__, "mixture": data.mixture, "tasks": described}
     return Mixture(sources, weights, vocabulary, provenance)
+
+
+def has_judgements(data: DataConfig) -> bool | None:
+    """Whether a Task of the mixture `data.mixture` has judgements; None where its data set alone could tell.
+
+    No data set is read or downloaded.
+
+    Raises:
+        ConfigError: naming data.task_module when it cannot be imported, data.mixture when it is unknown.
+    """
+    judged = [_has_judgements(task) for task in seqio.get_subtasks(_registered(data))]
+    return True if True in judged else None if None in judged else False
+
+
+def _has_judgements(task: seqio.Task) -> bool | None:
+    for step in task.preprocessors:
+        if step in HAS_JUDGEMENTS:
+            return HAS_JUDGEMENTS[step]
+    if isinstance(task.source, seqio.TfdsDataSource):  # would be downloaded
+        return None
+    try:
+        return "judgement" in _dataset(task, "train").element_spec
+    except Exception:  # whatever the Task's code raises where its files are missing
+        return None
+
+
+def _registered(data: DataConfig) -> Any:
+    """The seqio Task or Mixture `data.mixture`."""
+    if data.task_module is not None:
+        _import(data.task_module)
+    names = {*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()}
+    if data.mixture is None or data.mixture not in names:
+        raise ConfigError(
+            f"data.mixture: there is no Task or Mixture '{data.mixture}'{nearest(str(data.mixture), names)}"
+        )
+    return seqio.get_mixture_or_task(data.mixture)
 
 
 def _import(module: str) -> None:
@@ -309,6 +338,8 @@ def _tokenizer(task: seqio.Task) -> Tokenizer | None:
 
 # ---- to register Tasks ----------------------------------------------------------------------------------------------
 
+# Whether elements have judgements, by the preprocessor that makes them: known without the data set.
+HAS_JUDGEMENTS: dict[Callable, bool] = {}
 TEXT = seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
 
 
@@ -346,6 +377,7 @@ def add_text_task(
         keys = [key for key in ("key", "id") if key in dataset.element_spec]
         return dataset.map(lambda x: {"targets": x[text_field], **{key: x[key] for key in keys}})
 
+    HAS_JUDGEMENTS[to_targets] = False
     steps = [to_targets]
     if vocabulary is not None:
         steps += [functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False), APPEND_EOS[0]]
@@ -376,6 +408,7 @@ def add_teacher_task(name: str, source: seqio.DataSource, template: str | Templa
         signature = {feature: tf.TensorSpec((), dtype) for feature, dtype in types.items()}
         return tf.data.Dataset.from_generator(elements, output_signature=signature)
 
+    HAS_JUDGEMENTS[to_propositions] = True
     return seqio.TaskRegistry.add(name, source, preprocessors=[to_propositions], output_features={"targets": TEXT})
 
 
