@@ -61,9 +61,9 @@ def plan(
     output: str | None,
 ) -> None:
     """Compile a run for a machine that is not here: memory, time, price."""
-    from flmjax.planning.plan import make_plan
     from flmjax.planning.topology import TooLargeError
-    from flmjax.report.plan_table import cost_table, table
+    from flmjax.report.plan_table import cost_table, plan_table
+    from flmjax.stderr import captured_stderr
 
     given = {"--cost-only": cost_only, "--search-layout": search_layout, "--output": output is not None}
     asked = [flag for flag, is_given in given.items() if is_given]
@@ -80,13 +80,14 @@ def plan(
         print(cost_table(config, tflops, price), flush=True)
         return
     log = lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True)
+    with captured_stderr():  # the CUDA plugin reports that this machine has no GPU
+        from flmjax.planning.layout_search import layout_table, search_layouts
+        from flmjax.planning.planner import make_plan
     if search_layout:
-        from flmjax.planning import layout_search as search
-
-        print(search.table(search.tune(config, log)), flush=True)
+        print(layout_table(search_layouts(config, log)), flush=True)
         return
     made = make_plan(config, price, log)
-    print(table(made), flush=True)
+    print(plan_table(made), flush=True)
     if output is not None:
         from flmjax.report.plan_page import write_plan
 

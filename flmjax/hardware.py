@@ -1,4 +1,7 @@
-"""What accelerators can do, from their vendors' data sheets or measured. Importing this file does not import JAX."""
+"""Figures of accelerators, from their vendors' data sheets or measured. Importing this file does not import JAX.
+
+FLOP/s is a rate of floating-point operations; bandwidths are in bytes/s, those of links in each direction.
+"""
 
 import dataclasses
 import math
@@ -13,56 +16,74 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device.
+    """Peak rates of one device; memory and links may be unknown.
 
     Attributes:
-        kind: what the name that JAX gives the device holds.
+        kind: part of the name that JAX has for the device.
         bfloat16, float32: dense peaks of matrix multiplications in FLOP/s. JAX multiplies float32 matrices in TF32 on
             these GPUs and in one bfloat16 pass on TPUs unless told otherwise.
-        memory: bytes. bandwidth: of it, bytes/s.
-        near: bytes/s each way to the devices of its node (GPU: NVLink) or along an axis of the torus (TPU).
-        far: bytes/s each way to other nodes; a TPU's slice has none.
-        watts: thermal design power; of a TPU the largest measured (arXiv 2304.01433), where it is published.
+        memory: bytes of HBM; None: unknown.
+        bandwidth: bytes/s of HBM; None: unknown.
+        intra_node: bytes/s to the devices of the same node (GPU: NVLink) or along one axis of the torus (TPU: ICI);
+            None: unknown.
+        inter_node: bytes/s to other nodes; None: unknown, and for a TPU, whose slice is one torus.
+        watts: thermal design power, of a TPU the largest measured power (arXiv 2304.01433); None: not published.
     """
 
     kind: str
     bfloat16: float
     float32: float
-    memory: int = 0
-    bandwidth: float = 0.0
-    near: float = 0.0
-    far: float = 0.0
+    memory: int | None = None
+    bandwidth: float | None = None
+    intra_node: float | None = None
+    inter_node: float | None = None
     watts: float | None = None
 
 
-A800 = Chip("A800", 312e12, 156e12, 80 * GiB, 2039e9, 200e9, 25e9, 400.0)
-# The first whose kind is in the device's name counts. An A800 is an A100 with 8 of 12 NVLinks.
+@dataclasses.dataclass(frozen=True)
+class PlannableChip(Chip):
+    """A chip whose memory and intra-node links are known, so that runs can be planned for it."""
+
+    memory: int
+    bandwidth: float
+    intra_node: float
+
+
+A800 = PlannableChip("A800", 312e12, 156e12, 80 * GiB, 2039e9, 200e9, 25e9, 400.0)
+# The first chip whose kind is part of a device's name is that device's. An A800 is an A100 with 8 of 12 NVLinks.
 CHIPS = (
-    Chip("A100", 312e12, 156e12, 80 * GiB, 2039e9, 300e9, 25e9, 400.0),
+    PlannableChip("A100", 312e12, 156e12, 80 * GiB, 2039e9, 300e9, 25e9, 400.0),
     A800,
     Chip("H100 PCIe", 756e12, 378e12),
     Chip("H100 NVL", 835e12, 418e12),
     Chip("H100", 989e12, 495e12),
     Chip("H200", 989e12, 495e12),
     Chip("TPU v4 lite", 138e12, 138e12),
-    Chip("TPU v4", 275e12, 275e12, 32 * GiB, 1228e9, 90e9, watts=192.0),
-    Chip("TPU v5 lite", 197e12, 197e12, 16 * GiB, 819e9, 90e9),
-    Chip("TPU v5e", 197e12, 197e12, 16 * GiB, 819e9, 90e9),
-    Chip("TPU v5", 459e12, 459e12, 95 * GiB, 2765e9, 180e9),
-    Chip("TPU v6", 918e12, 918e12, 32 * GiB, 1640e9, 180e9),
+    PlannableChip("TPU v4", 275e12, 275e12, 32 * GiB, 1228e9, 90e9, watts=192.0),
+    PlannableChip("TPU v5 lite", 197e12, 197e12, 16 * GiB, 819e9, 90e9),
+    PlannableChip("TPU v5e", 197e12, 197e12, 16 * GiB, 819e9, 90e9),
+    PlannableChip("TPU v5", 459e12, 459e12, 95 * GiB, 2765e9, 180e9),
+    PlannableChip("TPU v6", 918e12, 918e12, 32 * GiB, 1640e9, 180e9),
 )
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The data sheet of a device that JAX calls `device_kind`, if there is one."""
+    """The data sheet of a device that JAX calls `device_kind`; None for a device without one."""
     return next((chip for chip in CHIPS if chip.kind in device_kind), None)
 
 
 def peak_flops(device: "jax.Device", dtype: str) -> tuple[float, str]:
-    """(FLOP/s that one device can reach in matrix multiplications of `dtype`, where the number comes from).
+    """The peak rate of one device in matrix multiplications, and its source.
 
-    Devices and types without a data sheet are measured, in float32. Fake host devices share one machine: measured
-    alone, each gets all of it.
+    Devices and types without a data sheet are measured, in float32. Fake host devices share one machine: the measured
+    rate of one device is that of the machine.
+
+    Args:
+        device: local; a device that is only compiled for cannot be measured.
+        dtype: of the matrices.
+
+    Returns:
+        (FLOP/s, a text that names the data sheet or the measurement).
     """
     import jax.numpy as jnp
 
@@ -73,6 +94,7 @@ def peak_flops(device: "jax.Device", dtype: str) -> tuple[float, str]:
 
 
 def _measured_flops(device: "jax.Device", size: int = 1024, budget_seconds: float = 0.3) -> float:
+    """FLOP/s of the fastest of several multiplications, each of 2 size^3 FLOPs."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,4 +1,4 @@
-"""Growth at full size, compiled for the devices it is meant for, without one."""
+"""Growth at full size, compiled for its devices on a machine without them."""
 
 import json
 import subprocess
@@ -26,9 +26,10 @@ else:
 config = RunConfig(model=model, stages=stages, mesh=MeshConfig(*mesh))
 compiler = Compiler(config, parse_topology(topology))
 assert compiler.is_exact
-shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(compiler.spec(1).abstract.params)]
+stage = config.schedule[-1]
+shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(compiler.spec(stage).abstract.params)]
 largest = 3 * 4 * max(int(np.prod(shard)) for shard in shards)
-program = compiler.step(1) if family == "step" else compiler.growth(1)
+program = compiler.step(stage) if family == "step" else compiler.growth(stage)
 print("RESULT", json.dumps({**dataclasses.asdict(program), "largest_leaf": largest}))
 """
 # As in configs/flm_101b.py; the paper states the last one alone.
@@ -43,20 +44,20 @@ def compiled(compilers, topology, family, start, end):
     arguments = json.dumps([topology, MESHES[topology], family, SIZES[start], SIZES[end]])
     command = [sys.executable, "-c", PROGRAM, arguments]
     result = subprocess.run(command, env=compilers, capture_output=True, text=True, timeout=550)
-    found = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert found, result.stderr[-2000:]
-    program = json.loads(found[0].removeprefix("RESULT "))
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, result.stderr[-2000:]
+    program = json.loads(lines[0].removeprefix("RESULT "))
     assert program["rematerialisations"] == 0
     return program
 
 
 @pytest.mark.parametrize("topology", MESHES)
 def test_growth_from_51b_to_101b_fits_and_moves_nothing(topology, compilers):
-    """Depth alone: layers are whole on every device."""
-    found = compiled(compilers, topology, "zero", "51B", "101B")
-    assert found["arguments"] + found["outputs"] + found["temporaries"] < DEVICE_BYTES[topology]
-    assert found["temporaries"] <= 2 * found["largest_leaf"]
-    assert found["collectives"] == []
+    """Depth alone: layers are not sharded."""
+    program = compiled(compilers, topology, "zero", "51B", "101B")
+    assert program["arguments"] + program["outputs"] + program["temporaries"] < DEVICE_BYTES[topology]
+    assert program["temporaries"] <= 2 * program["largest_leaf"]
+    assert program["collectives"] == []
 
 
 # Temporaries over twice the largest leaf's shards. Masks and copies have more arrays of a leaf alive at once.
@@ -66,22 +67,22 @@ MEMORY = {"zero": 1.01, "stack": 1.01, "mask": 1.2, "duplicate": 1.5}
 @pytest.mark.parametrize("family", MEMORY)
 def test_growth_from_16b_to_51b_fits_192_a800s(family, compilers):
     """Width, heads and MLP: blocks move between neighbours, nothing is gathered."""
-    found = compiled(compilers, "a800:24x8", family, "16B", "51B")
-    assert found["arguments"] + found["outputs"] + found["temporaries"] < DEVICE_BYTES["a800:24x8"]
-    assert found["temporaries"] <= MEMORY[family] * 2 * found["largest_leaf"]
-    kinds = {exchange["kind"] for exchange in found["collectives"]}
+    program = compiled(compilers, "a800:24x8", family, "16B", "51B")
+    assert program["arguments"] + program["outputs"] + program["temporaries"] < DEVICE_BYTES["a800:24x8"]
+    assert program["temporaries"] <= MEMORY[family] * 2 * program["largest_leaf"]
+    kinds = {exchange["kind"] for exchange in program["collectives"]}
     assert "all-gather" not in kinds
-    moved = sum(exchange["bytes"] for exchange in found["collectives"] if exchange["kind"] == "collective-permute")
-    assert 0 < moved <= 3 * found["outputs"]
+    moved = sum(exchange["bytes"] for exchange in program["collectives"] if exchange["kind"] == "collective-permute")
+    assert 0 < moved <= 3 * program["outputs"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_step_of_101b_fits_a_v5p_pod(compilers):
     """With splash attention, which only this compiler compiles."""
-    found = compiled(compilers, "v5p:4x8x8", "step", "51B", "101B")
-    assert 10 * 2**30 < found["peak"] < 40 * 2**30  # of 95
-    assert not [x for x in found["collectives"] if "all-to-all" in x["kind"]]
+    program = compiled(compilers, "v5p:4x8x8", "step", "51B", "101B")
+    assert 10 * 2**30 < program["peak"] < 40 * 2**30  # of 95
+    assert not [x for x in program["collectives"] if "all-to-all" in x["kind"]]
     # A layer's 12 width^2 are multiplied with four times, but for the MLP's second product, which nothing needs again.
     by_hand = 2304 * 2048 * (80 * (2 * 4 * 12 - 2 * 4) * 10240**2 + 3 * 2 * 100_256 * 10240)
-    assert found["matmul_flops"] * 256 == pytest.approx(by_hand, rel=0.01)
+    assert program["matmul_flops"] * 256 == pytest.approx(by_hand, rel=0.01)

@@ -1,4 +1,4 @@
-"""Arithmetic of costs: the paper's own figures, sums by hand, and no JAX."""
+"""Arithmetic of costs: the paper's figures, sums by hand, and no JAX."""
 
 import dataclasses
 import importlib.util
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flmjax.config import ConfigError, GrowthConfig, ModelConfig, RunConfig, StageConfig, from_config_dict
+from flmjax.hardware import A800
 from flmjax.model.flops import num_parameters
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.planning import cost
@@ -27,7 +28,7 @@ def flm(machine: str = "a800") -> RunConfig:
 
 
 @pytest.mark.parametrize("peer", cost.PEERS, ids=lambda peer: peer.name)
-def test_the_formula_gives_the_published_costs_of_the_papers_table(peer):
+def test_the_formula_gives_the_costs_of_the_papers_table(peer):
     amount, spread = peer.computed
     assert amount == pytest.approx(peer.zettaflops, abs=0.015)
     assert (spread is None) == (peer.spread is None)
@@ -38,28 +39,29 @@ def test_the_formula_gives_the_published_costs_of_the_papers_table(peer):
 def test_flm_101b_costs_what_the_paper_says():
     config = flm()
     costs = cost.stage_costs(config)
-    assert sum(own.flops for own in costs) / 1e21 == pytest.approx(53.6, rel=0.01)
-    assert sum(own.tokens for own in costs) == pytest.approx(311.55e9, rel=1e-4)
+    assert sum(stage.flops for stage in costs) / 1e21 == pytest.approx(53.6, rel=0.01)
+    assert sum(stage.tokens for stage in costs) == pytest.approx(311.55e9, rel=1e-4)
     machine = Machine(cost.DEVICES, cost.DOLLARS_PER_HOUR, watts=400.0)
     published = cost.published(costs)
     days = [
-        cost.days(own.flops, machine, paper.tflops * 1e12, cost.AVAILABILITY)
-        for own, paper in zip(costs, published, strict=True)
+        cost.days(stage.flops, machine, paper.tflops * 1e12, cost.AVAILABILITY)
+        for stage, paper in zip(costs, published, strict=True)
     ]
-    for found, paper in zip(days, published, strict=True):
-        assert found == pytest.approx(paper.days, rel=0.05)  # one availability for all three
-    assert sum(days) == pytest.approx(21.54, abs=0.05)  # what AVAILABILITY was derived from: no proof, a consistency
+    for stage_days, paper in zip(days, published, strict=True):
+        assert stage_days == pytest.approx(paper.days, rel=0.05)  # one availability for all three
+    assert sum(days) == pytest.approx(21.54, abs=0.05)  # AVAILABILITY was derived from it: no proof, a consistency
     scratch = cost.days(cost.cost_from_scratch(config), machine, 165e12, cost.AVAILABILITY)
     assert scratch == pytest.approx(cost.DAYS_FROM_SCRATCH, rel=0.015)
     assert saved_at_equal_tokens(days, scratch) == pytest.approx(0.72, abs=0.005)
-    whole = bill(machine, cost.DAYS)
-    assert whole.device_hours == 21.54 * 24 * 192
-    assert whole.megawatt_hours == pytest.approx(cost.MEGAWATT_HOURS, rel=0.01)
-    assert whole.tonnes_co2e == pytest.approx(cost.TONNES_CO2E, rel=0.03)
-    assert whole.dollars == pytest.approx(100_000, rel=0.01)
+    total = bill(machine, cost.DAYS)
+    assert total.device_hours == 21.54 * 24 * 192
+    assert total.megawatt_hours == pytest.approx(cost.MEGAWATT_HOURS, rel=0.01)
+    assert total.tonnes_co2e == pytest.approx(cost.TONNES_CO2E, rel=0.03)
+    assert total.dollars == pytest.approx(100_000, rel=0.01)
 
 
-def test_the_formula_is_narayanans_for_gpt_and_counts_the_matrices_of_others():
+def test_the_formula_is_narayanans_for_gpt():
+    """With the matrices of a layer in place of 12 h^2 it counts those of other models too (arXiv 2104.04473)."""
     L, h, s, V, tokens = 3, 64, 128, 1000, 1e6
     gpt = ModelConfig(num_layers=L, embed_dim=h, num_heads=4, head_dim=16, mlp_dim=4 * h, vocab_size=V, max_length=s)
     for factor in (72, 96):
@@ -84,12 +86,12 @@ def test_the_formula_is_narayanans_for_gpt_and_counts_the_matrices_of_others():
         {"bias": False},
     ],
 )
-def test_parameters_counted_from_the_configuration_are_those_of_the_tree(settings):
+def test_parameters_from_the_configuration_are_those_of_the_tree(settings):
     config = ModelConfig(**{"num_layers": 3, "vocab_size": 501, "mlp_dim": 200, "max_length": 24, **settings})
     assert num_parameters(config) == count_parameters(abstract_params(config)[0])
 
 
-def test_stages_and_scratch_by_hand():
+def test_stages_and_scratch_cost_the_sums_by_hand():
     model = ModelConfig(num_layers=2, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=128, vocab_size=96, max_length=8)
     stages = (
         StageConfig("small", steps=10, batch_size=4),
@@ -120,15 +122,17 @@ def test_a_saving_at_equal_loss_needs_measurements():
     assert saved_at_equal_loss([(3.0, 2.5)], [(2.0, 2.5)]) == pytest.approx(-0.5)  # it can be a loss
 
 
-def test_a_bill_without_a_price_or_a_published_power_leaves_them_out():
-    found = bill(Machine(4), 0.5)
-    assert (found.device_hours, found.dollars, found.megawatt_hours, found.tonnes_co2e) == (48.0, None, None, None)
-    found = bill(Machine(4, 2.0, 500.0, carbon=0.1), 0.5)
-    assert (found.dollars, found.megawatt_hours) == (96.0, 0.024)
-    assert math.isclose(found.tonnes_co2e, 0.0024)
+def test_an_unknown_price_or_power_is_not_billed():
+    hours = bill(Machine(4), 0.5)
+    assert (hours.device_hours, hours.dollars, hours.megawatt_hours, hours.tonnes_co2e) == (48.0, None, None, None)
+    billed = bill(Machine(4, 2.0, 500.0, carbon=0.1), 0.5)
+    assert (billed.dollars, billed.megawatt_hours) == (96.0, 0.024)
+    assert math.isclose(billed.tonnes_co2e, 0.0024)
+    assert cost.machine_of(A800, 4, None) == Machine(4, cost.DOLLARS_PER_HOUR, 400.0)
+    assert cost.machine_of(A800, 4, 2.0).dollars_per_hour == 2.0
 
 
-def test_the_papers_figures_stand_beside_its_own_stages_alone():
+def test_only_the_papers_stages_have_its_figures():
     costs = cost.stage_costs(flm())
     assert [p.tflops for p in cost.published(costs)] == [162, 160, 165]
     tuned = dataclasses.replace(flm().stages[1], growth=GrowthConfig("learned"))  # 100 updates, 1.2 % more tokens
@@ -139,20 +143,20 @@ def test_the_papers_figures_stand_beside_its_own_stages_alone():
     assert cost.published([other, dataclasses.replace(costs[1], name="small")]) == [None, None]
 
 
-def test_the_table_has_the_papers_numbers_or_ones_own():
+def test_the_table_has_the_papers_speeds_or_a_stated_one():
     text = cost_table(flm(), None, None)
     for words in ("53.64 zettaFLOPs", "52.76 zettaFLOPs", "21.5 days", "72.2% of days", "equal loss: not measured"):
         assert words in text
     first = dataclasses.replace(flm(), stages=flm().stages[:1])
     assert "52.76" not in cost_table(first, None, None)  # that is of three stages
-    own = cost_table(flm(), 330.0, 2.0)
-    assert "the paper: days" in own
-    assert "330" in own
+    stated = cost_table(flm(), 330.0, 2.0)
+    assert "the paper: days" in stated
+    assert "330" in stated
     with pytest.raises(ConfigError, match=r"stage stage; --tflops=N"):
         cost_table(RunConfig(model=ModelConfig(vocab_size=300)), None, None)
 
 
-def test_the_cost_alone_needs_no_jax_and_takes_no_time():
+def test_a_cost_alone_needs_no_jax_and_less_than_two_seconds():
     code = (
         "import sys, time; start = time.perf_counter(); from flmjax import cli; "
         "status = cli.main(['plan', '--cost-only', '--config=configs/flm_101b.py']); "

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
 from flmjax.data.batch import BatchKind, abstract_batch
-from flmjax.planning.hlo import _groups, collectives, matmul_flops
+from flmjax.planning.hlo import collectives, matmul_flops
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
 from flmjax.training.state import state_spec
@@ -17,21 +17,22 @@ from flmjax.training.step import jit_train_step
 
 
 @pytest.mark.parametrize(
-    ("words", "group"),
+    ("groups", "size", "stride"),
     [
-        ("replica_groups={{0,4,8},{1,5,9}}, x", [0, 4, 8]),
-        ("replica_groups=[2,4]<=[8], x", [0, 1, 2, 3]),
-        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [0, 4]),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", [0, 1, 2, 3]),
-        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [0, 4]),
-        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x", [0, 4]),
-        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", [0, 1, 4, 5]),
-        ("source_target_pairs={{3,7},{7,3}}, x", [3, 7]),
-        ("no groups", []),
+        ("replica_groups={{0,4,8},{1,5,9}}, x", 3, 4),
+        ("replica_groups=[2,4]<=[8], x", 4, 1),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", 2, 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", 4, 1),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", 2, 4),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x", 2, 4),
+        ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'a','c'}, x", 4, 1),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','b'}, x", 4, 2),
+        ("source_target_pairs={{3,7},{7,3}}, x", 2, 4),
     ],
 )
-def test_groups_in_every_spelling(words, group):
-    assert next(iter(_groups(words)), []) == group
+def test_groups_are_read_in_every_spelling(groups, size, stride):
+    text = f"ENTRY %m (x: f32[8]) -> f32[8] {{\n  %g = f32[16] all-gather(%x), {groups}\n}}\n"
+    assert [(c.group, c.stride) for c in collectives(text, node_size=4)] == [(size, stride)]
 
 
 PROGRAM = """HloModule m
@@ -59,13 +60,13 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 """
 
 
-def test_collectives_of_a_text_by_hand():
-    found = {
+def test_collectives_of_a_text_have_the_bytes_counted_by_hand():
+    totals = {
         (c.kind, c.dtype, c.group, c.stride, c.in_node): (c.count, c.bytes, c.largest)
-        for c in collectives(PROGRAM, node=4)
+        for c in collectives(PROGRAM, node_size=4)
     }
     gathered = 8 * 32 * 4 * 4 * 3 / 4  # three and five rounds (the second loop says so in its condition)
-    assert found == {
+    assert totals == {
         ("all-gather", "f32", 4, 1, 4): (9, gathered + 8 * 4 * 4 * 3 / 4, 512),
         ("all-reduce", "bf16", 2, 4, 1): (8, 8 * 2 * (8 * 4 * 2) / 2, 64),
         ("reduce-scatter", "f32", 4, 1, 4): (1, 2 * 4 * 4 * 3, 32),
@@ -74,21 +75,22 @@ def test_collectives_of_a_text_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("header", "groups", "found"),
+    ("header", "groups", "group"),
     [
         ("HloModule m, num_partitions=8\n", "replica_groups={}", (8, 1, 4)),
         ("", "replica_groups={}", (1, 0, 1)),
         ("", "source_target_pairs={{0,0},{1,3}}", (2, 2, 2)),
     ],
 )
-def test_no_groups_are_all_devices_and_who_sends_to_itself_has_no_neighbour(header, groups, found):
+def test_without_groups_all_devices_exchange(header, groups, group):
+    """A device that sends to itself has no neighbour."""
     text = f"{header}ENTRY %m (x: f32[8]) -> f32[8] {{\n  %g = f32[16] all-gather(%x), {groups}\n}}\n"
-    assert [(c.group, c.stride, c.in_node) for c in collectives(text, node=4)] == [found]
+    assert [(c.group, c.stride, c.in_node) for c in collectives(text, node_size=4)] == [group]
 
 
 def test_a_group_in_the_second_node_is_within_it():
     text = "ENTRY %m (x: f32[8]) -> f32[8] {\n  %g = f32[16] all-gather(%x), replica_groups={{6,7},{4,5}}\n}\n"
-    assert [(c.group, c.in_node) for c in collectives(text, node=4)] == [(2, 2)]
+    assert [(c.group, c.in_node) for c in collectives(text, node_size=4)] == [(2, 2)]
 
 
 @pytest.mark.parametrize(
@@ -102,10 +104,10 @@ def test_a_group_in_the_second_node_is_within_it():
 )
 def test_the_group_that_is_spread_the_widest_counts(groups, in_node):
     text = f"ENTRY %m (x: f32[8]) -> f32[8] {{\n  %g = f32[16] all-gather(%x), {groups}\n}}\n"
-    assert [c.in_node for c in collectives(text, node=8)] == [in_node]
+    assert [c.in_node for c in collectives(text, node_size=8)] == [in_node]
 
 
-def test_matrix_products_in_loops_are_counted_as_often_as_they_run():
+def test_a_product_in_a_loop_counts_once_for_each_iteration():
     def program(x, w):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
@@ -123,7 +125,7 @@ def test_matrix_products_in_loops_are_counted_as_often_as_they_run():
         ("1,6,10", "5,10,7", "5,6,7", "0bf_0io->0bf", 5 * 6 * 7 * 10),  # two axes of the right factor
     ],
 )
-def test_products_that_tpus_write_as_convolutions(left, right, result, labels, products):
+def test_convolutions_of_tpus_count_as_products(left, right, result, labels, products):
     lines = [f"%a = bf16[{left}] parameter(0)", f"%b = bf16[{right}] parameter(1)"]
     lines.append(f"%d = f32[{result}] convolution(%a, %b), dim_labels={labels}")
     text = "\n".join(["ENTRY %main (x: f32[8,4]) -> f32[8,4] {", *(f"  {line}" for line in lines), "}", ""])
@@ -138,17 +140,17 @@ def test_a_product_whose_sizes_cannot_be_read_is_an_error():
 
 def test_gathers_of_a_real_program_are_those_of_its_shardings():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
-    split, whole = NamedSharding(mesh, P("b")), NamedSharding(mesh, P())
+    split, replicated = NamedSharding(mesh, P("b")), NamedSharding(mesh, P())
     x = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=split)
-    text = jax.jit(lambda x: x * 2, out_shardings=whole).lower(x).compile().as_text()
-    (found,) = collectives(text, node=4)
-    assert (found.kind, found.group, found.in_node, found.count) == ("all-gather", 4, 4, 1)
-    assert found.bytes == 16 * 3 * 4 * 3 / 4
+    text = jax.jit(lambda x: x * 2, out_shardings=replicated).lower(x).compile().as_text()
+    (gather,) = collectives(text, node_size=4)
+    assert (gather.kind, gather.group, gather.in_node, gather.count) == ("all-gather", 4, 4, 1)
+    assert gather.bytes == 16 * 3 * 4 * 3 / 4
 
 
 @pytest.mark.parametrize(("remat", "passes"), [("none", 3), ("full", 4)])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_flops_of_a_two_layer_step_by_hand(remat, passes, microbatches):
+def test_flops_of_a_step_are_those_counted_by_hand(remat, passes, microbatches):
     sizes = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "head_dim": 12, "mlp_dim": 40, "vocab_size": 64}
     model = ModelConfig(**sizes, max_length=16, remat=remat)
     mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
@@ -156,7 +158,7 @@ def test_flops_of_a_two_layer_step_by_hand(remat, passes, microbatches):
     batch = abstract_batch(BatchKind(False, False), 8, 16, batch_sharding(mesh))
     text = jit_train_step(spec, microbatches).lower(spec.abstract, batch, np.float32(0)).compile().as_text()
     tokens = 8 * 16
-    layer = 2 * tokens * (4 * 24 * 24 + 2 * 24 * 40) + 2 * 2 * tokens * 16 * 24  # matrices; QK^T and AV, whole square
+    layer = 2 * tokens * (4 * 24 * 24 + 2 * 24 * 40) + 2 * 2 * tokens * 16 * 24  # matrices; QK^T and AV, full square
     spared = 2 * tokens * 24 * 40 if remat == "full" else 0  # nothing needs the MLP's second product once more
     head = 3 * 2 * tokens * 24 * 64  # never computed twice
     assert matmul_flops(text) == (2 * (passes * layer - spared) + head) / 4

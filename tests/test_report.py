@@ -28,7 +28,7 @@ from flmjax.config import (
 from flmjax.data.prepare import prepare
 from flmjax.model.flops import flops_per_token
 from flmjax.report.page import short
-from flmjax.report.run_page import _figure, _page, _smooth, write_report
+from flmjax.report.run_page import run_figure, run_page, smoothed, write_report
 from flmjax.report.run_record import read_run
 from flmjax.workdir.paths import read_config
 
@@ -160,7 +160,7 @@ def report(workdir: Path, draw: bool = False) -> Page:
     if draw:
         return Page(write_report(workdir))
     page = workdir / "report.html"
-    page.write_text(_page(read_run(workdir), workdir.name, b"", b""), encoding="utf-8")
+    page.write_text(run_page(read_run(workdir), workdir.name, b"", b""), encoding="utf-8")
     return Page(page)
 
 
@@ -318,7 +318,7 @@ def test_teachers_have_their_columns_and_their_tile(tmp_path):
 def test_the_picture_shows_judgements_against_chance(tmp_path, alternating):
     make_teacher_workdir(tmp_path, alternating)
     for columns in (1, 2):
-        panels = {panel.get_title(loc="left"): panel for panel in _figure(read_run(tmp_path), columns).axes}
+        panels = {panel.get_title(loc="left"): panel for panel in run_figure(read_run(tmp_path), columns).axes}
         assert len(panels) == 8
         judgements = panels["Judgement accuracy"]
         assert judgements.get_ylim() == (0, 1)
@@ -347,7 +347,7 @@ def test_updates_that_were_not_finite_are_gaps_among_teachers_too(tmp_path):
     make_teacher_workdir(tmp_path)
     bad = {"loss": None, "language_loss": None, "bits_per_byte": None, "teacher_loss": None}
     write_lines(tmp_path, [{**x, **bad} if x["step"] == 3 else x for x in read_lines(tmp_path)])
-    panels = _figure(read_run(tmp_path), columns=2).axes
+    panels = run_figure(read_run(tmp_path), columns=2).axes
     train = next(line for line in panels[0].get_lines() if line.get_label() == "train")
     assert [math.isnan(y) for y in train.get_ydata()] == [False, False, True, False, False, False]
 
@@ -357,7 +357,7 @@ def test_without_teachers_there_is_no_word_of_them(tmp_path):
     report(tmp_path / "run")
     source = (tmp_path / "run" / "report.html").read_text().split("<summary>config.json")[0]
     assert not re.search("(?i)judg|teacher|chance", source)
-    panels = _figure(read_run(tmp_path / "run"), columns=2).axes
+    panels = run_figure(read_run(tmp_path / "run"), columns=2).axes
     titles = ["Loss (nats per token)", "Loss against compute", "Bits per byte", "Parameters", "Learning rate"]
     assert [panel.get_title(loc="left") for panel in panels] == [*titles, "Throughput (tokens per second)"]
 
@@ -440,7 +440,7 @@ def test_the_config_is_on_the_page(tmp_path):
 
 def test_the_picture_shows_the_logged_numbers_and_marks_growth(tmp_path):
     make_workdir(tmp_path)
-    panels = _figure(read_run(tmp_path), columns=2).axes
+    panels = run_figure(read_run(tmp_path), columns=2).axes
     lines = read_lines(tmp_path)
     logged = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "validation")}
     axes = (("tokens", "loss"), ("flops", "loss"), ("tokens", "bits_per_byte"))
@@ -456,7 +456,7 @@ def test_the_picture_shows_the_logged_numbers_and_marks_growth(tmp_path):
 
 def test_the_smoothed_curve_is_a_mean_that_skips_gaps():
     values = [1.0, 2.0, 6.0, math.nan, 4.0, 0.0]
-    assert _smooth(values, half=1) == pytest.approx([1.0, 3.0, 4.0, math.nan, 2.0, 0.0], nan_ok=True)
+    assert smoothed(values, half=1) == pytest.approx([1.0, 3.0, 4.0, math.nan, 2.0, 0.0], nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ FLOORS = {
     "config": 1,
     "hardware": 1,
     "stderr": 1,
+    "text_table": 1,
     "sharding": 2,
     "model": 3,
     "optimizer": 4,
@@ -34,8 +35,9 @@ NARROWER = {
     "config": set(),
     "hardware": {"config"},
     "stderr": set(),
-    "data": {"config", "stderr"},
-    "workdir": {"config", "sharding"},
+    "text_table": set(),
+    "data": {"config", "stderr", "text_table"},
+    "workdir": {"config", "sharding", "text_table"},
 }
 
 

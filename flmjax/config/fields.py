@@ -124,7 +124,7 @@ class DataConfig:
     sources: tuple[str, ...] = ("python_docs",)  # built-in names (data/sources), files, folders or globs
     teachers: tuple[str, ...] = ()  # FreeLM's propositions (data/sources/freelm.py): TEMPLATE:SOURCE or a .jsonl file
     mixture: str | None = None  # a registered seqio Task or Mixture, in place of sources and teachers
-    task_module: str | None = None  # Python module to import that registers it, beside those of data/sources/tasks.py
+    task_module: str | None = None  # Python module to import that registers it, as data/sources/seqio_tasks.py does
     # Share of samples per source, then per teacher; None: the rates of data.mixture (its Tasks in the order of their
     # names), or by number of tokens.
     mixture_weights: tuple[float, ...] | None = None

@@ -8,6 +8,7 @@ from flmjax.data.batch import Batch
 from flmjax.data.loader import TrainingStream
 from flmjax.data.spool import SPLITS
 from flmjax.data.tokenizers import Tokenizer
+from flmjax.text_table import text_table
 
 NO_LOSS = ("⟦", "⟧")  # around text that is not in the loss
 FAINT = ("\x1b[2m", "\x1b[0m")
@@ -16,14 +17,13 @@ FAINT = ("\x1b[2m", "\x1b[0m")
 def summary(stream: TrainingStream) -> str:
     """A table of the sources: documents, tokens, bytes per token, share of the first stage's samples, duplicates."""
     prepared, weights = stream.prepared, stream.schedule[0].mixture_weights
-    head = ("source", "split", "documents", "tokens", "bytes", "bytes/token", "share", "duplicates")
-    lines = [head]
+    rows = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "share", "duplicates")]
     for source, weight in zip(prepared.sources, weights, strict=True):
         counts = prepared.meta["sources"][source]
         for split in SPLITS:
             c = counts[split]
             first = split == SPLITS[0]
-            lines.append(
+            rows.append(
                 (
                     (source + " (teacher)" * prepared.is_teacher(source)) if first else "",
                     split,
@@ -35,11 +35,6 @@ def summary(stream: TrainingStream) -> str:
                     f"{counts.get('duplicates', 0):,}" if first else "",
                 )
             )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    table = [
-        "  ".join(line[i].ljust(width) if i < 2 else line[i].rjust(width) for i, width in enumerate(widths))
-        for line in lines
-    ]
     tokenizer = prepared.tokenizer
     notes = [
         f"{prepared.directory}: vocabulary of {tokenizer.vocab_size:,} ids, id {tokenizer.end_id} ends a document; "
@@ -50,7 +45,7 @@ def summary(stream: TrainingStream) -> str:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
         place = prepared.marks.differs + 1
         notes.append(f"marks: true {spelled[0]}, false {spelled[1]}; their tokens differ first at number {place}")
-    return "\n".join([*notes, *(line.rstrip() for line in table)])
+    return "\n".join([*notes, text_table(rows, left=2)])
 
 
 def show_row(row: Batch, tokenizer: Tokenizer, terminal: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Programs of a run, compiled ahead of time for a machine that is not here: nothing is allocated, nothing runs."""
+"""The programs of a run, compiled ahead of time for another machine: nothing is allocated or executed."""
 
 import dataclasses
 import math
@@ -10,16 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from flmjax.config import ConfigError, MeshConfig, RunConfig
-from flmjax.config.validate import validate_mesh
-from flmjax.data.batch import abstract_batch
-from flmjax.data.loader import batch_kind
+from flmjax.config import ConfigError, DataConfig, MeshConfig, RunConfig, Stage
+from flmjax.config.validate import legal_microbatches, validate_mesh
+from flmjax.data.batch import BatchKind, abstract_batch
 from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.model.attention import choose
 from flmjax.optimizer.schedule import new_warmup
-from flmjax.planning.hlo import Collective, collectives, matmul_flops
+from flmjax.planning.hlo import collectives, matmul_flops
+from flmjax.planning.program import Program
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
@@ -27,132 +27,187 @@ from flmjax.stderr import captured_stderr
 from flmjax.training.state import StateSpec, state_spec
 from flmjax.training.step import jit_growth, jit_train_step
 
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a compiled program says of itself: bytes and FLOPs are those of one device.
-
-    Attributes:
-        arguments, outputs, aliased, temporaries: bytes; outputs that take their argument's place are aliased.
-        peak: most bytes at once, as the compiler counts them.
-        matmul_flops: executed in matrix products, recomputed ones too.
-        rematerialisations: "involuntary" ones that the partitioner warned of: arrays gathered whole to be cut anew.
-        compile_seconds: lowering included.
-    """
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    peak: int
-    matmul_flops: float
-    collectives: tuple[Collective, ...]
-    rematerialisations: int
-    compile_seconds: float
+MORE_DEVICES = "take more devices along fsdp or tensor"
 
 
 class Compiler:
-    """Compiles a config's programs for its mesh.topology.
+    """Compiles the stages of a config for a topology.
 
     Attributes:
-        mesh_config: resolved.
-        is_exact: False where the machine's compiler is missing, and as many fake CPU devices take its place: programs
-            are partitioned the same way, but bytes and memory are not those of the machine.
+        config: of the run, with its vocabulary size.
+        topology: the machine.
+        mesh_config: the config's mesh, resolved for the machine.
+        is_exact: False where the machine's compiler is missing. Programs are then compiled for as many fake CPU
+            devices: their partitioning is that of the machine, their bytes and times are not.
+        kind: optional entries of the batches of training.
+        assumptions: remarks on what could not be known about the data.
     """
 
     def __init__(self, config: RunConfig, topology: Topology):
         """Raises ConfigError for a mesh that does not fit the machine or the config."""
-        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask the cloud where it is,
-        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # and let one process of a machine in: for its chips, not ours
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would query the cloud for its location,
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # and admit one process a machine, which no compiler needs
         jax.config.update("jax_platforms", "cpu")
         self.config = config
         self.topology = topology
         self.mesh_config: MeshConfig = validate_mesh(config, topology.num_devices)
-        with captured_stderr():  # backends say which devices are not here
+        teachers, self.assumptions = teachers_of(config.data)
+        self.kind = BatchKind(segments=config.data.document_attention or teachers, teachers=teachers)
+        with captured_stderr():  # backends report the devices that this machine lacks
             devices = devices_of(topology)
             self.is_exact = devices is not None
             if devices is None:
                 jax.config.update("jax_num_cpu_devices", topology.num_devices)
-            here = jax.devices()
-        self.mesh = make_mesh(self.mesh_config, here if devices is None else devices)
+            fake_devices = jax.devices()
+        self.mesh = make_mesh(self.mesh_config, fake_devices if devices is None else devices)
 
-    def spec(self, index: int) -> StateSpec:
-        """The state of a stage."""
-        return state_spec(self.config.stage_models[index], self.config.optimizer, self.mesh)
+    @property
+    def data_shards(self) -> int:
+        """Parts that the sequences of a batch divide into: replica x fsdp."""
+        return self.mesh.shape["replica"] * self.mesh.shape["fsdp"]
 
-    def step(self, index: int) -> Program:
-        """The training step of a stage, as `flmjax train` makes it."""
-        config, stage = self.config, self.config.stages[index]
-        spec = self.spec(index)
-        batch = abstract_batch(
-            batch_kind(config.data), stage.batch_size, spec.config.max_length, batch_sharding(self.mesh)
+    def spec(self, stage: Stage) -> StateSpec:
+        """The abstract training state of a stage."""
+        return state_spec(stage.model, self.config.optimizer, self.mesh)
+
+    def step(self, stage: Stage) -> Program:
+        """The training step of a stage, the program of `flmjax train`.
+
+        Raises:
+            TooLargeError: from a compiler that makes no program that does not fit (the TPU's).
+            ConfigError: for any other error of the compiler.
+        """
+        spec, settings = self.spec(stage), stage.config
+        batch = abstract_batch(self.kind, settings.batch_size, stage.model.max_length, batch_sharding(self.mesh))
+        return compile_program(
+            jit_train_step(spec, stage.layout.microbatches, new_warmup(settings), ramp_of(stage)),
+            (spec.abstract, batch, np.float32(0)),
+            self.topology,
+            name=f"stages[{stage.index}] ({stage.name})",
+            advice=self._step_advice(stage),
         )
-        program = jit_train_step(spec, stage.microbatches, new_warmup(stage), ramp_of(config.schedule[index]))
-        return self._compiled(program, spec.abstract, batch, np.float32(0))
 
-    def attention(self, index: int) -> str:
+    def _step_advice(self, stage: Stage) -> str:
+        if stage.layout.remat != "full":
+            return "take model.remat='full'"
+        counts = legal_microbatches(stage.config, self.data_shards)
+        more = [count for count in counts if count > stage.layout.microbatches]
+        return f"take stages[{stage.index}].microbatches={more[0]}" if more else MORE_DEVICES
+
+    def attention(self, stage: Stage) -> str:
         """The attention backend of a stage's step."""
-        model, data = self.config.stage_models[index], self.config.data
-        if model.attention != "fused":
-            return model.attention
+        if stage.layout.attention != "fused":
+            return stage.layout.attention
         platform = self.mesh.devices.flat[0].platform
-        return choose(platform, model.dtype, batch_kind(data).segments)
+        return choose(platform, stage.model.dtype, self.kind.segments)
 
-    def growth(self, index: int) -> Program:
-        """The growth into a stage from the one before it."""
+    def growth(self, stage: Stage) -> Program:
+        """The growth from the previous stage into `stage`; raises as `step`."""
+        assert stage.previous is not None
+        old, new = self.spec(stage.previous), self.spec(stage)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        old, new = self.spec(index - 1), self.spec(index)
-        return self._compiled(jit_growth(old, new, self.config.stages[index].growth), old.abstract, key)
-
-    def certificate(self, index: int) -> Program:
-        """The larger program of a growth's certificate, both models' gradients; both states' moments are in memory."""
-        config, old, new = self.config, self.spec(index - 1), self.spec(index)
-        program = jit_comparison(
-            Growth.into(config.schedule[index]),
-            dtype=new.config.dtype,
-            placement=Placement(self.mesh),
-            gradients=True,
+        return compile_program(
+            jit_growth(old, new, stage.config.growth),
+            (old.abstract, key),
+            self.topology,
+            name=f"growth {stage.previous.name} -> {stage.name}",
+            advice=MORE_DEVICES,
         )
+
+    def certificate(self, stage: Stage) -> Program:
+        """The largest program of the certificate of the growth into `stage`: both models' gradients; raises as `step`.
+
+        The moments of both states are in memory beside it and are counted as arguments.
+        """
+        assert stage.previous is not None
+        config, old, new = self.config, self.spec(stage.previous), self.spec(stage)
         rows = whole_rows(config.certificate_rows, self.mesh)
-        batch = abstract_batch(batch_kind(config.data), rows, old.config.max_length, batch_sharding(self.mesh))
-        found = self._compiled(program, (old.abstract.params, new.abstract.params), batch)
+        batch = abstract_batch(self.kind, rows, old.config.max_length, batch_sharding(self.mesh))
+        program = compile_program(
+            jit_comparison(Growth.into(stage), dtype=new.config.dtype, placement=Placement(self.mesh), gradients=True),
+            ((old.abstract.params, new.abstract.params), batch),
+            self.topology,
+            name=f"the certificate of growth {stage.previous.name} -> {stage.name}",
+            advice=f"take certificate_rows={self.data_shards}"
+            if config.certificate_rows > self.data_shards
+            else MORE_DEVICES,
+        )
         moments = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
             for x in jax.tree.leaves((old.abstract.opt_state, new.abstract.opt_state))
         )
-        return dataclasses.replace(found, arguments=found.arguments + moments, peak=found.peak + moments)
-
-    def _compiled(self, program: Any, *arguments: Any) -> Program:
-        start = time.perf_counter()
-        with captured_stderr() as said:
-            try:
-                compiled = program.lower(*arguments).compile()
-            except (RuntimeError, ValueError) as error:
-                raise _explained(error, self.topology) from error
-            seconds = time.perf_counter() - start
-            warnings = said()
-        memory, text = compiled.memory_analysis(), compiled.as_text()
-        parts = {
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-        }
-        whole = parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temporaries"]
-        return Program(
-            **parts,
-            peak=memory.peak_memory_in_bytes or whole,
-            matmul_flops=matmul_flops(text),
-            collectives=tuple(collectives(text, self.topology.node)),
-            rematerialisations=len(re.findall("Involuntary full rematerialization", warnings)),
-            compile_seconds=seconds,
-        )
+        return dataclasses.replace(program, arguments=program.arguments + moments, peak=program.peak + moments)
 
 
-def _explained(error: Exception, topology: Topology) -> ConfigError | TooLargeError:
+def teachers_of(data: DataConfig) -> tuple[bool, tuple[str, ...]]:
+    """(Whether batches of training hold sequences of teachers, remarks where that is an assumption).
+
+    A seqio mixture is opened, which imports TensorFlow; no data set is read.
+
+    Raises:
+        ConfigError: for a mixture that is not registered.
+    """
+    if data.mixture is None:
+        return bool(data.teachers), ()
+    try:
+        from flmjax.data.sources.seqio_mixture import has_judgements  # not at the top: 5 s
+    except ConfigError as error:
+        unknown = str(error)
+    else:
+        judged = has_judgements(data)
+        if judged is not None:
+            return judged, ()
+        unknown = f"data.mixture='{data.mixture}': only its data set can tell whether it has judgements"
+    return False, (f"{unknown}; the plan assumes text without teachers",)
+
+
+def compile_program(program: Any, arguments: tuple[Any, ...], topology: Topology, name: str, advice: str) -> Program:
+    """Compile a jitted function for the abstract arguments, whose shardings name the devices.
+
+    Args:
+        program: the jitted function.
+        arguments: jax.ShapeDtypeStructs with shardings.
+        topology: the machine of the devices.
+        name, advice: of the Program.
+
+    Raises:
+        TooLargeError: from a compiler that makes no program that does not fit (the TPU's).
+        ConfigError: for any other error of the compiler.
+    """
+    start = time.perf_counter()
+    with captured_stderr() as stderr_text:
+        try:
+            compiled = program.lower(*arguments).compile()
+        except (RuntimeError, ValueError) as error:
+            raise _explained(error, topology, name, advice) from error
+        seconds = time.perf_counter() - start
+        warnings = stderr_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+    total = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]
+    return Program(
+        name=name,
+        advice=advice,
+        **sizes,
+        peak=memory.peak_memory_in_bytes or total,
+        matmul_flops=matmul_flops(text),
+        collectives=tuple(collectives(text, topology.node_size)),
+        rematerialisations=len(re.findall("Involuntary full rematerialization", warnings)),
+        compile_seconds=seconds,
+    )
+
+
+def _explained(error: Exception, topology: Topology, name: str, advice: str) -> ConfigError | TooLargeError:
     text = " ".join(str(error).split())
     if "cuDNN not found" in text:
         return ConfigError(f"cuDNN is missing: pip install '{PACKAGES['cuda']}', or model.attention='plain'")
-    if found := re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+[GMT])\) exceeds available HBM.*?\(([\d.]+[GMT])\)", text):
-        return TooLargeError(f"needs {found[1]}iB a device, of {found[2]}iB, says the compiler of {topology.name}")
+    if sizes := re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+[GMT])\) exceeds available HBM.*?\(([\d.]+[GMT])\)", text):
+        return TooLargeError(
+            f"{name} needs {sizes[1]}iB a device, of {sizes[2]}iB, says the compiler of {topology.name}: {advice}"
+        )
     return ConfigError(f"{topology.name}: its compiler failed: {text[:300]}")

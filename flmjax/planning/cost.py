@@ -1,23 +1,36 @@
-"""What a schedule costs: FLOPs, days, dollars, energy. Arithmetic on the configuration: no JAX."""
+"""Cost of a schedule: FLOPs, days, dollars, energy. Arithmetic on the configuration: no JAX.
+
+Notation (FLOPs is a count, FLOP/s a rate):
+    N layers, D embed_dim, H heads, K head_dim, F mlp_dim, V true vocabulary, L max_length: of the model
+    T       tokens of training
+    M       parameters of one layer's matrices; 12 D^2 in GPT's shape (model/flops.py, block_matrices)
+    factor  72: FLOPs without recomputation; 96: every layer is computed a second time for the backward pass
+    C       FLOPs of training = factor T (N (M / 12 + H K L / 6) + V D / 16)
+
+Example: one layer of GPT's shape, N = 1, D = H K = 4, F = 16, V = 10, L = 16, trained on T = 100 tokens without
+recomputation: M = 12 x 4^2 = 192, and C = 72 x 100 x (192 / 12 + 4 x 16 / 6 + 10 x 4 / 16)
+= 7,200 x (16 + 10.67 + 2.5) = 210,000 FLOPs.
+"""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
-from flmjax.config import ConfigError, ModelConfig, RunConfig
+from flmjax.config import ConfigError, ModelConfig, RunConfig, Stage
+from flmjax.hardware import Chip
 from flmjax.model.flops import block_matrices, num_parameters
 
-# Of the formula below: no layer, or every layer, is computed a second time for the backward pass.
-PLAIN, RECOMPUTED = 72, 96
+PLAIN, RECOMPUTED = 72, 96  # the two factors
 CARBON = 0.64  # kg CO2e a kWh: FLM-101B's 26 t over the 40.4 MWh of its 101,000 GPU hours at 400 W
-AVAILABILITY = 0.924  # of FLM-101B's 21.54 days, the part that its FLOPs take at the speeds that it states
+AVAILABILITY = 0.924  # share of FLM-101B's 21.54 days that its FLOPs take at the speeds that the paper states
 
 
 def training_flops(model: ModelConfig, tokens: float, factor: float = PLAIN) -> float:
-    """FLOPs of training on `tokens` in rows of max_length, by the formula that FLM-101B's cost table uses.
+    """FLOPs of training on `tokens` tokens in sequences of max_length, by the formula of FLM-101B's cost table.
 
-    factor B s L h^2 (1 + s / 6h + V / 16Lh) of Narayanan et al. 2021 (arXiv 2104.04473, equation 2), attention in full;
-    with 12 h^2 a layer written as the matrices that the layer has, so that it holds for SwiGLU and grouped heads too.
+    The formula is factor B L N D^2 (1 + L / 6D + V / 16ND) of Narayanan et al. 2021 (arXiv 2104.04473, equation 2; B
+    sequences), which counts attention in full. Its 12 D^2 a layer is written as the matrices of the layer, so that it
+    holds for SwiGLU and grouped heads too.
 
     Raises:
         ConfigError: without a vocabulary size.
@@ -31,8 +44,16 @@ def training_flops(model: ModelConfig, tokens: float, factor: float = PLAIN) -> 
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:
-    """One stage. steps: updates, `tuning_steps` that tune its growth among them. flops: as `training_flops` counts
-    without recomputation."""
+    """Cost of one stage.
+
+    Attributes:
+        name: of the stage.
+        parameters: of its model, padding of the vocabulary included.
+        steps: updates, those that tune the growth included.
+        tokens: of all these updates.
+        flops: of all these updates, as `training_flops` counts without recomputation.
+        tuning_steps: updates that tune the stage's growth.
+    """
 
     name: str
     parameters: int
@@ -42,34 +63,45 @@ class StageCost:
     tuning_steps: int = 0
 
 
-def stage_costs(config: RunConfig) -> list[StageCost]:
-    """What each stage of a schedule takes.
+def stage_cost(stage: Stage) -> StageCost:
+    """Cost of one stage of a schedule.
 
     Raises:
         ConfigError: without a vocabulary size.
     """
-    costs = []
-    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        tuning = config.schedule[i].tuning_steps
-        tokens = float((stage.steps + tuning) * stage.batch_size * model.max_length)
-        flops = training_flops(model, tokens)
-        costs.append(StageCost(stage.name, num_parameters(model), stage.steps + tuning, tokens, flops, tuning))
-    return costs
+    steps = stage.config.steps + stage.tuning_steps
+    tokens = float(steps * stage.config.batch_size * stage.model.max_length)
+    flops = training_flops(stage.model, tokens)
+    return StageCost(stage.name, num_parameters(stage.model), steps, tokens, flops, stage.tuning_steps)
+
+
+def stage_costs(config: RunConfig) -> list[StageCost]:
+    """Cost of every stage of a schedule; raises as stage_cost."""
+    return [stage_cost(stage) for stage in config.schedule]
+
+
+def tuning_words(costs: Sequence[StageCost]) -> list[str]:
+    """A line for each stage that has updates which tune its growth."""
+    return [
+        f"{stage.name}: of {stage.steps:,} updates {stage.tuning_steps:,} tune its growth"
+        for stage in costs
+        if stage.tuning_steps
+    ]
 
 
 def cost_from_scratch(config: RunConfig) -> float:
     """FLOPs of the last stage's model on the tokens of all stages."""
-    return training_flops(config.stage_models[-1], sum(own.tokens for own in stage_costs(config)))
+    return training_flops(config.schedule[-1].model, sum(stage.tokens for stage in stage_costs(config)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a device of a cluster takes.
+    """Devices, their price and their power.
 
     Attributes:
         devices: how many.
-        dollars_per_hour: for one device; None where nobody said.
-        watts: of one device; None where it is not published.
+        dollars_per_hour: price of one device; None: unknown.
+        watts: power of one device; None: not published.
         carbon: kg CO2e a kWh.
     """
 
@@ -79,9 +111,20 @@ class Machine:
     carbon: float = CARBON
 
 
+def machine_of(chip: Chip, devices: int, price: float | None) -> Machine:
+    """`devices` chips at a price in dollars for a device-hour; None: the paper's for A800s, otherwise unknown."""
+    if price is None and chip.kind == "A800":
+        price = DOLLARS_PER_HOUR
+    return Machine(devices, price, chip.watts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bill:
-    """What `days` on a machine come to; None where the machine does not say."""
+    """Cost of `days` days on a machine; None where the machine's price or power is unknown.
+
+    Example: 2 days on 8 devices of 400 W at 1 dollar are 2 x 24 x 8 = 384 device-hours, 384 dollars,
+    384 x 400 / 10^6 = 0.154 MWh and, at 0.64 kg a kWh, 0.0983 t CO2e.
+    """
 
     days: float
     device_hours: float
@@ -91,7 +134,7 @@ class Bill:
 
 
 def bill(machine: Machine, days: float) -> Bill:
-    """The bill of `days` on all devices."""
+    """The bill of `days` days on all devices of a machine."""
     hours = days * 24 * machine.devices
     energy = None if machine.watts is None else hours * machine.watts / 1e6
     return Bill(
@@ -104,46 +147,65 @@ def bill(machine: Machine, days: float) -> Bill:
 
 
 def days(flops: float, machine: Machine, flops_per_second: float, availability: float = 1.0) -> float:
-    """Days that `flops` take at a speed of one device, of which a share of `availability` computes."""
+    """Days of a computation on a machine.
+
+    Example: 10^18 FLOPs on 8 devices of 10^12 FLOP/s are 10^18 / (8 x 10^12) = 125,000 s = 1.45 days.
+
+    Args:
+        flops: FLOPs of the computation.
+        flops_per_second: speed of one device in FLOP/s.
+        availability: share of the time in which the devices compute.
+    """
     return flops / (machine.devices * flops_per_second * availability) / 86_400
 
 
-# ---- what growth saves: two numbers that are not the same ------------------------------------------------------------
+# ---- savings of growth: at equal tokens and at equal loss, which are two numbers -------------------------------------
 
 
 def saved_at_equal_tokens(stages: Sequence[float], scratch: float) -> float:
     """Share of a cost (FLOPs, days) that a schedule saves against its last model on all of its tokens.
 
-    Arithmetic on the schedule; the larger model may reach another loss on these tokens.
+    This is arithmetic on the schedule; the larger model may reach another loss on these tokens. Example: stages that
+    cost 1 and 2 and a last model that would cost 4 save 1 - 3 / 4 = 25 %.
+
+    Args:
+        stages: cost of each stage.
+        scratch: cost of the last model on all tokens.
     """
     return 1 - sum(stages) / scratch
 
 
 def saved_at_equal_loss(grown: Sequence[tuple[float, float]], scratch: Sequence[tuple[float, float]]) -> float | None:
-    """Share of a cost saved where both runs were measured: (cost, loss) in the order of training.
+    """Share of a cost (FLOPs, days) that a grown run saves against a run from scratch, both measured.
 
-    The cost at which the run from scratch first reaches the grown run's last loss, on a straight line between its
-    measurements; None if it never does, or nothing was measured.
+    The cost from scratch is that at which the run from scratch first reaches the grown run's last loss, on a straight
+    line between its measurements.
+
+    Args:
+        grown, scratch: (cost, loss) in the order of training.
+
+    Returns:
+        The share; None if the run from scratch never reaches the loss, or nothing was measured.
     """
     if not grown or not scratch:
         return None
-    cost, wanted = grown[-1]
+    cost, target = grown[-1]
     before: tuple[float, float] | None = None
     for at, loss in scratch:
-        if loss <= wanted:
+        if loss <= target:
             if before is not None and before[1] > loss:
-                at = before[0] + (at - before[0]) * (before[1] - wanted) / (before[1] - loss)
+                at = before[0] + (at - before[0]) * (before[1] - target) / (before[1] - loss)
             return 1 - cost / at
         before = (at, loss)
     return None
 
 
-# ---- what was published (arXiv 2309.03852) ---------------------------------------------------------------------------
+# ---- figures that were published (arXiv 2309.03852) ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A stage of FLM-101B as its authors report it: tables 1 and 2. tflops: of one A800, no recomputation."""
+    """A stage of FLM-101B in tables 1 and 2 of the paper. tflops: model TFLOP/s of one A800, no recomputation."""
 
     tflops: float
     days: float
@@ -156,12 +218,17 @@ STAGES = {
     "101B": Published(165, 6.54, 26.54e9),
 }
 DEVICES, ZETTAFLOPS, DAYS, DAYS_FROM_SCRATCH, MEGAWATT_HOURS, TONNES_CO2E = 192, 52.76, 21.54, 76.74, 40.0, 26.0
-DOLLARS_PER_HOUR = 1.0  # of an A800, our reading: $100k for 1.01e5 GPU hours
+DOLLARS_PER_HOUR = 1.0  # price of an A800, our reading: $100k for 1.01e5 GPU hours
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A model of the paper's table of costs: its shape as the formula takes it, and the published zettaFLOPs."""
+    """A model of the paper's table of costs: its shape in the formula, and the published zettaFLOPs.
+
+    Attributes:
+        spread: published half-distance between the zettaFLOPs of both factors; None: published without one, with every
+            layer computed a second time.
+    """
 
     name: str
     layers: int
@@ -170,7 +237,7 @@ class Peer:
     vocab_size: int
     tokens: float
     zettaflops: float
-    spread: float | None = None  # None: published without, every layer computed a second time
+    spread: float | None = None
 
     @property
     def computed(self) -> tuple[float, float | None]:
@@ -199,9 +266,11 @@ PEERS = (
 
 
 def published(costs: Sequence[StageCost]) -> list[Published | None]:
-    """The paper's figures of the stages that are its own: equal name, tokens of training within a per cent."""
-    found = [STAGES.get(cost.name) for cost in costs]
+    """The paper's figures of each stage; None for a stage of another name or of tokens that differ by a per cent."""
+    papers = [STAGES.get(stage.name) for stage in costs]
     return [
-        f if f and math.isclose(f.tokens, c.tokens * (1 - c.tuning_steps / c.steps), rel_tol=0.01) else None
-        for f, c in zip(found, costs, strict=True)
+        paper
+        if paper and math.isclose(paper.tokens, stage.tokens * (1 - stage.tuning_steps / stage.steps), rel_tol=0.01)
+        else None
+        for paper, stage in zip(papers, costs, strict=True)
     ]

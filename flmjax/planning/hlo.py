@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its text: bytes that collectives move and FLOPs of matrix multiplications.
+"""Bytes that collectives move and FLOPs of matrix multiplications, read from the text of a compiled program (HLO).
 
-A loop's body is counted as often as it runs, which the compiler's own cost analysis does not do.
+A loop's body is counted as often as it runs, which the cost analysis of the compiler does not do.
 """
 
 import collections
@@ -28,11 +28,15 @@ class Collective:
     """All collectives of a program that are alike.
 
     Attributes:
-        kind: as XLA calls it. dtype: of what is moved.
-        group: devices that exchange. stride: between neighbours in it; 1 along the mesh's last axis, 0 in no group.
-        in_node: those of a group that are in one node.
-        count: executions a step. bytes: that a device sends in a step, on a ring: (n - 1) / n of a gathered or
-            scattered array, twice that for a reduced one, all of a permuted one. largest: bytes of the largest result.
+        kind: XLA's name of it.
+        dtype: of the array that is moved.
+        group: number of devices that exchange with each other.
+        stride: between neighbours in a group; 1 along the mesh's last axis, 0 without a neighbour.
+        in_node: members of a group in one node, of the group that is spread the widest.
+        count: executions in a step.
+        bytes: sent by a device in a step, on a ring of n devices: (n - 1) / n of a gathered or scattered array, twice
+            that of a reduced one, all of a permuted one.
+        largest: bytes of the largest result.
     """
 
     kind: str
@@ -45,11 +49,16 @@ class Collective:
     largest: int
 
 
-def collectives(text: str, node: int) -> list[Collective]:
-    """Those of a program, given its text after compilation; nodes hold `node` consecutive devices."""
-    found: dict[tuple[str, str, int, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
+def collectives(text: str, node_size: int) -> list[Collective]:
+    """Collectives of a program, those that are alike as one.
+
+    Args:
+        text: of the program after compilation.
+        node_size: consecutive devices in a node.
+    """
+    totals: dict[tuple[str, str, int, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
     partitions = re.search(r"num_partitions=(\d+)", text)
-    everyone = [list(range(int(partitions[1]) if partitions else 1))]
+    all_devices = [list(range(int(partitions[1]) if partitions else 1))]
     for computation, times, line in _executed(text):
         match = _COLLECTIVE.search(line)
         if match is None:
@@ -60,29 +69,31 @@ def collectives(text: str, node: int) -> list[Collective]:
         if match[3] and kind != "all-reduce":  # (operands, results, contexts)
             shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
             shapes = shapes[len(shapes) // 2 :] if len(shapes) > 1 else shapes
-        groups = _groups(line) or everyone
+        groups = _groups(line) or all_devices
         group = groups[0]
         size, n = sum(map(_num_bytes, shapes)), max(len(group), 2)
-        if kind == "all-reduce" and "reduce-scatter" in computation:  # how TPU programs write it
+        if kind == "all-reduce" and "reduce-scatter" in computation:  # the form of TPU programs
             kind, sent = "reduce-scatter", size * (n - 1) / n
         else:
             share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
             sent = size * share.get(kind, (n - 1) / n)
         # Of the group that is spread the widest: all wait for it.
-        in_node = max(1, min(sum(d // node == g[0] // node for d in g) for g in groups))
+        in_node = max(1, min(sum(d // node_size == g[0] // node_size for d in g) for g in groups))
         stride = min((abs(g[1] - g[0]) for g in groups if len(g) > 1 and g[1] != g[0]), default=0)
-        entry = found[kind, shapes[0][0], len(group), stride, in_node]
+        entry = totals[kind, shapes[0][0], len(group), stride, in_node]
         entry[0] += times
         entry[1] += times * sent
         entry[2] = max(entry[2], size)
-    return [Collective(*key, int(count), sent, int(largest)) for key, (count, sent, largest) in sorted(found.items())]
+    return [Collective(*key, int(count), sent, int(largest)) for key, (count, sent, largest) in sorted(totals.items())]
 
 
 def matmul_flops(text: str) -> float:
-    """2 M N K of every matrix multiplication that a device executes; kernels of other languages are not looked into.
+    """FLOPs of every matrix multiplication that a device executes, 2 M N K each; custom kernels are not counted.
+
+    Example: a loop that runs 7 times over a product of (6, 10) and (10, 10) has 7 x 2 x 6 x 10 x 10 = 8,400 FLOPs.
 
     Raises:
-        ValueError: for one whose contracted sizes cannot be read.
+        ValueError: for a multiplication whose contracted sizes cannot be read.
     """
     total = 0.0
     shape_of: dict[str, dict[str, Shape]] = {}
@@ -106,10 +117,10 @@ def _products(line: str, result: tuple[int, ...], shape_of: dict[str, Shape]) ->
     left, right = (shape_of[name][1] if name in shape_of else None for name in (*names, "", "")[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line)
     if labels and left is not None and right is not None:
-        # A TPU's, written as a convolution. A spatial axis is contracted (the result's size is 1), one of the batch or
-        # one that only one factor has: in each case as many products as the largest of the three sizes.
+        # TPU programs write a product as a convolution. A spatial axis is contracted (the result's size is 1), an axis
+        # of the batch or an axis of one factor alone: each has as many products as the largest of the three sizes.
         sizes = [dict(zip(*pair, strict=True)) for pair in zip(labels.groups(), (left, right, result), strict=True)]
-        spatial = [max(own.get(name, 1) for own in sizes) for name in labels[1] if name.isdigit()]
+        spatial = [max(size.get(name, 1) for size in sizes) for name in labels[1] if name.isdigit()]
         return sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"] * math.prod(spatial)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
     contracted = contracted or re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', line)
@@ -122,8 +133,8 @@ def _products(line: str, result: tuple[int, ...], shape_of: dict[str, Shape]) ->
 
 
 def _shapes(text: str) -> list[Shape]:
-    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
-    return [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in found if dtype in BYTES]
+    shapes = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
+    return [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in shapes if dtype in BYTES]
 
 
 def _num_bytes(shape: Shape) -> int:
@@ -131,7 +142,7 @@ def _num_bytes(shape: Shape) -> int:
 
 
 def _executed(text: str) -> Iterator[tuple[str, float, str]]:
-    """(computation, how often it runs, line) for every line that runs at all."""
+    """(computation, number of executions, line) of every line that is executed."""
     computations, entry = _computations(text)
     times: dict[str, float] = collections.defaultdict(float)
 
@@ -153,23 +164,23 @@ def _executed(text: str) -> Iterator[tuple[str, float, str]]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(lines of every computation, the name of the first to run)."""
-    found: dict[str, list[str]] = {}
+    """(lines of every computation, the name of the entry computation)."""
+    computations: dict[str, list[str]] = {}
     current, entry = None, ""
     for line in text.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
             current = match[2]
-            found[current] = []
+            computations[current] = []
             entry = current if match[1] else entry
         elif line.rstrip() == "}":  # "}}," ends a kernel's attributes, not a computation
             current = None
         elif current is not None:
-            found[current].append(line)
-    return found, entry
+            computations[current].append(line)
+    return computations, entry
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs: as its line says, or (TPU) the constant that its condition compares with."""
+    """Trip count of a loop: from its line, or (TPU) the constant that its condition compares with."""
     if known := re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
@@ -178,7 +189,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _groups(line: str) -> list[list[int]]:
-    """Devices of every group that exchange; there are three spellings, and a fourth for pairs."""
+    """Devices of every group of an exchange; groups have three spellings, pairs a fourth."""
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         return _iota(match[2], match[3]).reshape(_numbers(match[1])).tolist()
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"

@@ -1,30 +1,41 @@
-"""Search for the mesh, microbatches and rematerialisation that train a run cheapest on a machine, and fit it.
+"""Search for the layout (mesh, microbatches, rematerialisation) that trains a run in the fewest days on a machine.
 
-Every legal setting is estimated by formulas; the best are compiled, with more microbatches until they fit.
+Every legal layout is estimated by formulas; the best are compiled, with more microbatches until they fit.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, Stage, StageConfig
 from flmjax.config.validate import REMATS, legal_microbatches, validate_mesh
-from flmjax.hardware import Chip, GiB
+from flmjax.hardware import GiB
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.planning import cost
+from flmjax.planning.compile import Compiler
 from flmjax.planning.hlo import Collective
-from flmjax.planning.plan import compiler_for, growth_plan, growth_refusals, machine_of, refusals, stage_plan, step_of
+from flmjax.planning.planner import growth_plan, stage_plan
+from flmjax.planning.program import Program
 from flmjax.planning.roofline import fused_attention_flops, step_time
-from flmjax.planning.topology import PACKAGES, USABLE, TooLargeError
+from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, parse_topology
+from flmjax.text_table import text_table
 
-TENSOR = (1, 2, 4, 8)  # groups that lie whole inside a node of 8
-LARGEST_FSDP = 64  # more has smaller shards and longer rings, which nothing here prices
-SLACK = 1.1  # estimates of memory are no closer: what is a tenth over may fit, and compiling tells
+TENSOR = (1, 2, 4, 8)  # sizes of tensor groups: those that lie inside one node of 8
+LARGEST_FSDP = 64  # larger axes have smaller shards and longer rings, which the estimates do not price
+SLACK = 1.1  # estimates of memory are a tenth off at most: a layout that is a tenth too large may fit once compiled
+
+Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """One way to train a run. days: estimated, or from compiled programs; peak: bytes, None before it is compiled."""
+class Candidate:
+    """A layout of a run.
+
+    Attributes:
+        mesh, remat: of all stages.
+        microbatches: of each stage.
+        days: of the run, estimated by formulas or from compiled programs.
+        peak: most bytes of a device in any program; None: not compiled.
+    """
 
     mesh: MeshConfig
     remat: str
@@ -33,14 +44,14 @@ class Setting:
     peak: int | None = None
 
     def flags(self) -> str:
-        """What the command line takes for it."""
+        """The layout as flags of the command line."""
         flags = [f"--config.mesh.{axis}={getattr(self.mesh, axis)}" for axis in ("replica", "fsdp", "tensor")]
         flags.append(f"--config.model.remat={self.remat}")
         flags += [f"'--config.stages[{i}].microbatches={n}'" for i, n in enumerate(self.microbatches)]
         return " ".join(flags)
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """The run with this setting."""
+        """The run in this layout."""
         stages = tuple(
             dataclasses.replace(stage, microbatches=n)
             for stage, n in zip(config.stages, self.microbatches, strict=True)
@@ -48,135 +59,153 @@ class Setting:
         model = dataclasses.replace(config.model, remat=self.remat)
         return dataclasses.replace(config, model=model, mesh=self.mesh, stages=stages)
 
+    def __str__(self) -> str:
+        return f"{_mesh_words(self.mesh)}, remat {self.remat}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What a search found: settings that fit, cheapest first; possible: that may fit by estimate, tried: of them."""
+    """Result of a search.
 
-    settings: tuple[Setting, ...]
+    Attributes:
+        fitting: layouts whose compiled programs fit, fewest days first.
+        possible: number of layouts that may fit by estimate.
+        tried: number of these that were compiled.
+    """
+
+    fitting: tuple[Candidate, ...]
     possible: int
     tried: int
 
 
-def tune(config: RunConfig, log: Callable[[str], None] = lambda _: None, tries: int = 3) -> Search:
-    """Compile settings, the best by estimate first, until `tries` of them fit with all their programs.
+def search_layouts(config: RunConfig, log: Log = lambda _: None, tries: int = 3) -> Search:
+    """Compile layouts for mesh.topology, the best by estimate first, until `tries` of them fit with all their programs.
 
     Raises:
-        ConfigError: when nothing is legal or nothing fits, and without the machine's own compiler: what fits cannot be
-            known.
+        ConfigError: when no layout is legal or none fits, and without the machine's compiler, which alone can tell.
     """
-    compiler_of, topology = compiler_for(config)
-    usable = USABLE[topology.platform] * topology.chip.memory
-    found = estimates(config, topology.chip, topology.num_devices, topology.node, usable)
-    fitting: list[Setting] = []
-    growths: dict[MeshConfig, int | None] = {}  # peaks: growths depend on the mesh alone; None: too large
+    topology = parse_topology(config.mesh.topology)
+    candidates = estimates(config, topology)
+    fitting: list[Candidate] = []
+    growth_peaks: dict[MeshConfig, int | None] = {}  # growths depend on the mesh alone; None: too large
     tried, reason = 0, ""
-    for setting in found:
+    for candidate in candidates:
         tried += 1
-        log(f"{_words(setting)}, estimated {setting.days:.1f} days")
+        log(f"{candidate}, estimated {candidate.days:.1f} days")
         try:
-            if setting.mesh not in growths:
-                growths[setting.mesh] = None
-                growths[setting.mesh] = growth_peak(compiler_of(setting.apply(config)), usable, log)
-            beside = growths[setting.mesh]
-            if beside is None:
-                log("  its growths are too large")
+            compiler = Compiler(candidate.apply(config), topology)
+            if candidate.mesh not in growth_peaks:
+                growth_peaks[candidate.mesh] = None
+                growth_peaks[candidate.mesh] = growth_peak(compiler, log)
+            peak = growth_peaks[candidate.mesh]
+            if peak is None:
+                log("  the growths on this mesh are too large")
                 continue
-            chosen = fit(setting, config, usable, compiler_of, log)
+            compiled = fit(candidate, compiler, log)
         except TooLargeError as error:
             reason = str(error)
             log(f"  {reason}")
             continue
-        chosen = dataclasses.replace(chosen, peak=max(chosen.peak or 0, beside))
-        log(f"  fits, {chosen.days:.1f} days")
-        fitting.append(chosen)
+        log(f"  fits, {compiled.days:.1f} days")
+        fitting.append(dataclasses.replace(compiled, peak=max(compiled.peak or 0, peak)))
         if len(fitting) == tries:
             break
     if not fitting:
-        raise ConfigError(f"none of {len(found)} settings that may fit {topology.name} does; of the last, {reason}")
-    return Search(tuple(sorted(fitting, key=lambda setting: setting.days)), len(found), tried)
+        raise ConfigError(
+            f"none of the {len(candidates)} layouts that may fit {topology.name} does; of the last one, {reason}"
+        )
+    return Search(tuple(sorted(fitting, key=lambda candidate: candidate.days)), len(candidates), tried)
 
 
-def growth_peak(compiler: Any, usable: float, log: Callable[[str], None]) -> int:
-    """Most bytes of a growth's programs and of the last one's certificate.
+def growth_peak(compiler: Compiler, log: Log) -> int:
+    """Most bytes of a device in the programs of all growths and in the last one's certificate.
 
     Raises:
-        TooLargeError: naming the one that does not fit.
-        ConfigError: without the machine's own compiler.
+        TooLargeError: naming the program that does not fit.
+        ConfigError: without the machine's compiler.
     """
     _require_exact(compiler)
-    peak = 0
-    for index in range(1, len(compiler.config.stages)):
-        growth = growth_plan(compiler, index, lambda text: log(f"  {text}"))
-        if lines := growth_refusals(
-            compiler.config, index, compiler.mesh_config, growth, compiler.topology.chip, usable
-        ):
-            raise TooLargeError(lines[0])
-        peak = max(peak, growth.program.peak, 0 if growth.certificate is None else growth.certificate.peak)
+    schedule, peak = compiler.config.schedule, 0
+    for stage in schedule[1:]:
+        growth = growth_plan(compiler, stage, is_last=stage is schedule[-1], log=lambda text: log(f"  {text}"))
+        for program in (growth.program, growth.certificate):
+            if program is not None:
+                _require_fit(program, compiler.topology)
+                peak = max(peak, program.peak)
     return peak
 
 
-def fit(
-    setting: Setting,
-    config: RunConfig,
-    usable: float,
-    compiler_of: Callable[[RunConfig], Any],
-    log: Callable[[str], None],
-) -> Setting:
-    """The setting with as many microbatches as its compiled stages need to fit.
+def fit(candidate: Candidate, compiler: Compiler, log: Log) -> Candidate:
+    """The candidate with as many microbatches as its compiled stages need to fit, and with their days and peak.
+
+    Args:
+        compiler: of the run in the candidate's layout.
 
     Raises:
-        TooLargeError: naming the stage that fits with no number of them.
-        ConfigError: without the machine's own compiler.
+        TooLargeError: naming the stage that fits with no number of microbatches.
+        ConfigError: without the machine's compiler.
     """
-    counts, peak, days = list(setting.microbatches), 0, 0.0
-    for index in reversed(range(len(config.stages))):  # the last is the largest: what cannot fit is found out first
-        refused: list[str] = []
-        for count in [n for n in _legal(config.stages[index], setting.mesh) if n >= counts[index]]:
-            counts[index] = count
-            chosen = dataclasses.replace(setting, microbatches=tuple(counts)).apply(config)
-            compiler = compiler_of(chosen)
-            _require_exact(compiler)
-            chip = compiler.topology.chip
-            machine = machine_of(chip, compiler.topology.num_devices, None)
-            own = cost.stage_costs(chosen)[index]
-            try:
-                planned = stage_plan(compiler, index, own, machine, None)
-            except TooLargeError as error:
-                refused = [str(error)]
+    _require_exact(compiler)
+    topology = compiler.topology
+    machine = cost.machine_of(topology.chip, topology.num_devices, None)
+    counts, peak, days = [], 0, 0.0
+    for stage in reversed(compiler.config.schedule):  # the last is the largest: a layout that cannot fit fails early
+        refusal: TooLargeError | None = None
+        for count in _legal(stage.config, candidate.mesh):
+            if count < stage.layout.microbatches:
                 continue
-            log(f"  step of {own.name} in {count} microbatches: {planned.program.peak / GiB:.1f} GiB")
-            refused = refusals(step_of(chosen, index, setting.mesh), planned.program, chip, usable)
-            if not refused:
-                break
-        if refused:
-            raise TooLargeError(refused[0])
+            try:
+                planned = stage_plan(compiler, _with_microbatches(stage, count), machine)
+                log(f"  step of {stage.name} in {count} microbatches: {planned.program.peak / GiB:.1f} GiB")
+                _require_fit(planned.program, topology)
+            except TooLargeError as error:
+                refusal = error
+                continue
+            refusal = None
+            break
+        if refusal is not None:
+            raise refusal
+        counts.append(count)
         peak, days = max(peak, planned.program.peak), days + planned.bill.days
-    return dataclasses.replace(setting, microbatches=tuple(counts), peak=peak, days=days)
+    return dataclasses.replace(candidate, microbatches=tuple(reversed(counts)), peak=peak, days=days)
 
 
-def _require_exact(compiler: Any) -> None:
+def _with_microbatches(stage: Stage, count: int) -> Stage:
+    settings = dataclasses.replace(stage.config, microbatches=count)
+    return dataclasses.replace(stage, config=settings, layout=stage.layout._replace(microbatches=count))
+
+
+def _require_fit(program: Program, topology: Topology) -> None:
+    if refusal := program.refusal(topology.chip, topology.usable):
+        raise TooLargeError(refusal)
+
+
+def _require_exact(compiler: Compiler) -> None:
     if not compiler.is_exact:
         raise ConfigError(
-            f"the compiler of {compiler.topology.name} is missing, so what fits cannot be known; pip install "
-            f"'{PACKAGES[compiler.topology.platform]}'"
+            f"the compiler of {compiler.topology.name} is missing, and without it no program is known to fit; "
+            f"pip install '{PACKAGES[compiler.topology.platform]}'"
         )
 
 
-def table(search: Search) -> str:
-    """Settings that fit, and the flags of the best."""
-    lines = [
-        f"{_words(setting)}, microbatches {' / '.join(map(str, setting.microbatches))}: {setting.days:.1f} days, "
-        f"{(setting.peak or 0) / GiB:.1f} GiB"
-        for setting in search.settings
-    ]
-    lines.append(f"tried: the best {search.tried} by estimate of {search.possible} settings that may fit")
-    return "\n".join([*lines, f"the cheapest of them that fits: {search.settings[0].flags()}"])
+def layout_table(search: Search) -> str:
+    """The layouts that fit as a table for a terminal, and the flags of the best."""
+    rows = [("mesh", "remat", "microbatches", "days", "peak")]
+    for candidate in search.fitting:
+        microbatches = " / ".join(map(str, candidate.microbatches))
+        peak = f"{(candidate.peak or 0) / GiB:.1f} GiB"
+        rows.append((_mesh_words(candidate.mesh), candidate.remat, microbatches, f"{candidate.days:.1f}", peak))
+    return "\n".join(
+        [
+            text_table(rows, left=3),
+            f"compiled: the best {search.tried} by estimate of {search.possible} layouts that may fit",
+            f"the fastest of them that fits: {search.fitting[0].flags()}",
+        ]
+    )
 
 
-def _words(setting: Setting) -> str:
-    mesh = setting.mesh
-    return f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat {setting.remat}"
+def _mesh_words(mesh: MeshConfig) -> str:
+    return f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------
@@ -188,7 +217,7 @@ def _legal(stage: StageConfig, mesh: MeshConfig) -> list[int]:
 
 
 def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
-    """Meshes of all `devices` that every stage's sizes and batch divide over."""
+    """Meshes of all `devices` over which the sizes and the batch of every stage divide."""
     for tensor in TENSOR:
         for fsdp in [n for n in range(1, LARGEST_FSDP + 1) if devices % (tensor * n) == 0]:
             mesh = dataclasses.replace(config.mesh, replica=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
@@ -200,42 +229,49 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
             yield mesh
 
 
-def estimates(config: RunConfig, chip: Chip, devices: int, node: int, usable: float) -> list[Setting]:
-    """Every legal setting with the fewest microbatches that may fit, fewest estimated days first.
+def estimates(config: RunConfig, topology: Topology) -> list[Candidate]:
+    """Every legal layout with the fewest microbatches that may fit, fewest estimated days first.
 
     Raises:
-        ConfigError: when the mesh's axes divide nothing, or nothing may fit, and without a vocabulary size.
+        ConfigError: when no mesh divides the sizes or no layout may fit, and without a vocabulary size.
     """
-    found = []
-    steps = [own.steps for own in cost.stage_costs(config)]
-    for mesh in meshes(config, devices):
+    candidates = []
+    steps = [stage.steps for stage in cost.stage_costs(config)]
+    for mesh in meshes(config, topology.num_devices):
         for remat in REMATS:  # those that recompute less first
-            models = [dataclasses.replace(model, remat=remat) for model in config.stage_models]
             counts, days = [], 0.0
-            for stage, model, updates in zip(config.stages, models, steps, strict=True):
+            for stage, updates in zip(config.schedule, steps, strict=True):
+                model, batch_size = dataclasses.replace(stage.model, remat=remat), stage.config.batch_size
                 fitting = [
-                    n for n in _legal(stage, mesh) if memory(model, mesh, stage.batch_size // n, n) < SLACK * usable
+                    n
+                    for n in _legal(stage.config, mesh)
+                    if memory(model, mesh, batch_size // n, n) < SLACK * topology.usable
                 ]
                 if not fitting:
                     break
                 counts.append(fitting[0])
-                days += updates * seconds(stage, model, mesh, fitting[0], chip, devices, node) / 86_400
+                days += updates * seconds(model, batch_size, fitting[0], mesh, topology) / 86_400
             else:
-                found.append(Setting(mesh, remat, tuple(counts), days))
-    if not found:
-        raise ConfigError(f"no mesh of {devices} devices that the sizes and batches divide over may fit the run")
-    return sorted(found, key=lambda setting: setting.days)
+                candidates.append(Candidate(mesh, remat, tuple(counts), days))
+    if not candidates:
+        raise ConfigError(
+            f"no mesh of {topology.num_devices} devices that the sizes and batches divide over may fit the run"
+        )
+    return sorted(candidates, key=lambda candidate: candidate.days)
 
 
-def memory(model: ModelConfig, mesh: MeshConfig, rows: int, microbatches: int) -> float:
-    """Bytes of a device, estimated: within a tenth of what was compiled for FLM-101B's stages on their own meshes.
+def memory(model: ModelConfig, mesh: MeshConfig, sequences: int, microbatches: int) -> float:
+    """Bytes of a device, estimated: within a tenth of the compiled peaks of FLM-101B's stages on their meshes.
 
-    State, gradients and their sum over microbatches, a copy in the dtype of matrix products; the residual stream of all
-    layers and what remat keeps beside it; and the larger of the loss's and of one layer's own arrays.
+    The sum of the state, the gradients and their sum over microbatches, a copy in the dtype of matrix products; the
+    residual stream of all layers and the arrays that remat keeps; and the larger of the loss's and one layer's arrays.
+
+    Args:
+        sequences: of one microbatch, on all devices.
     """
     assert mesh.fsdp is not None
     width, copied = (2, 2) if model.dtype == "bfloat16" else (4, 0)
-    tokens = rows * model.max_length / (mesh.replica * mesh.fsdp)  # of a microbatch, on one tensor group
+    tokens = sequences * model.max_length / (mesh.replica * mesh.fsdp)  # of a microbatch, on one tensor group
     heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
     outputs = {
         "full": 0,
@@ -251,18 +287,38 @@ def memory(model: ModelConfig, mesh: MeshConfig, rows: int, microbatches: int) -
     return state + kept + max(loss, layer)
 
 
-def seconds(
-    stage: StageConfig, model: ModelConfig, mesh: MeshConfig, microbatches: int, chip: Chip, devices: int, node: int
-) -> float:
-    """Seconds of a step, estimated as `step_time` does, from exchanges that programs were seen to have."""
+def seconds(model: ModelConfig, batch_size: int, microbatches: int, mesh: MeshConfig, topology: Topology) -> float:
+    """Seconds of a step, estimated by `step_time` from the exchanges that compiled programs have.
+
+    Args:
+        batch_size: sequences of a step.
+    """
     assert mesh.fsdp is not None
     assert model.vocab_size is not None
-    tokens = stage.batch_size * model.max_length
+    tokens = batch_size * model.max_length
     passes = 8 if model.remat == "full" else 6  # FLOPs of a parameter and token
     products = tokens * (passes * model.num_layers * block_matrices(model) + 6 * model.vocab_size * model.embed_dim)
+    around = mesh.tensor * mesh.fsdp
+    return step_time(
+        model,
+        topology.chip,
+        mesh,
+        tokens=tokens / topology.num_devices,
+        matmul_flops=products / topology.num_devices,
+        attention_flops=fused_attention_flops(model, tokens / topology.num_devices),
+        state_bytes=12 * num_parameters(model) / around,
+        collectives=_exchanges(model, tokens, microbatches, mesh, topology.node_size),
+    ).seconds
+
+
+def _exchanges(
+    model: ModelConfig, tokens: int, microbatches: int, mesh: MeshConfig, node_size: int
+) -> list[Collective]:
+    """The collectives of a step on `tokens` tokens."""
+    assert mesh.fsdp is not None
     weights = 2 * model.num_layers * block_matrices(model) / mesh.tensor  # bytes in bfloat16, of a tensor group
     around = mesh.tensor * mesh.fsdp
-    in_node = max(1, min(mesh.fsdp, node // mesh.tensor))
+    in_node = max(1, min(mesh.fsdp, node_size // mesh.tensor))
     share = (mesh.fsdp - 1) / mesh.fsdp
     stream = tokens / (mesh.replica * mesh.fsdp) * model.embed_dim * 2 * model.num_layers
     stream *= (mesh.tensor - 1) / mesh.tensor
@@ -275,15 +331,6 @@ def seconds(
     ]
     if mesh.replica > 1:
         sent = 2 * (mesh.replica - 1) / mesh.replica * microbatches * weights / mesh.fsdp
-        in_node = max(1, min(mesh.replica, node // around)) if around <= node else 1
+        in_node = max(1, min(mesh.replica, node_size // around)) if around <= node_size else 1
         exchanges.append(Collective("all-reduce", "bf16", mesh.replica, around, in_node, 1, sent, 0))
-    return step_time(
-        model,
-        chip,
-        mesh,
-        tokens=tokens / devices,
-        matmul_flops=products / devices,
-        attention_flops=fused_attention_flops(model, tokens / devices),
-        state_bytes=12 * num_parameters(model) / around,
-        collectives=[exchange for exchange in exchanges if exchange.group > 1],
-    ).seconds
+    return [exchange for exchange in exchanges if exchange.group > 1]

@@ -1,20 +1,23 @@
-"""Machines that are not here: their devices as the compiler knows them."""
+"""Machines by name, and their devices as the machine's compiler describes them. Importing this file needs no JAX."""
 
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flmjax.config import ConfigError
-from flmjax.hardware import Chip, chip_of
+from flmjax.hardware import PlannableChip, chip_of
 
-NODE = 8  # GPUs that NVLink joins
-# Of a device's memory, what a program can have: the rest is for the driver, communication buffers and, on GPUs, the
-# workspace of cuDNN, which is in no compiler's count.
+if TYPE_CHECKING:
+    import jax
+
+NODE_SIZE = 8  # GPUs that NVLink joins
+# Share of a device's memory that a program can use: the driver, communication buffers and, on GPUs, the workspace of
+# cuDNN take the rest, and no compiler counts them.
 USABLE = {"cuda": 0.92, "tpu": 0.96}
-PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # that bring the compilers
+PACKAGES = {"cuda": "flmjax[plan-gpu]", "tpu": "flmjax[plan-tpu]"}  # of the compilers
 
-# name: (what JAX calls the chip, options, shape of an example, chips of a pod)
+# name: (JAX's name of the device, options, shape of an example, chips of a pod)
 _TPUS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "v4": ("TPU v4", {"chip_config_name": "megacore"}, "4x8x8", 4096),  # a chip is one device, as on a pod
     "v5p": ("TPU v5", {}, "4x8x8", 8960),
@@ -22,9 +25,9 @@ _TPUS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "v6e": ("TPU v6 lite", {}, "16x16", 256),
 }
 _GPUS = {"a100": "NVIDIA A100-SXM4-80GB", "a800": "NVIDIA A800-SXM4-80GB"}
-CHOICES = tuple(f"{name}:NODESx{NODE}" for name in _GPUS) + tuple(f"{n}:{t[2]}" for n, t in _TPUS.items())
+CHOICES = tuple(f"{name}:NODESx{NODE_SIZE}" for name in _GPUS) + tuple(f"{n}:{t[2]}" for n, t in _TPUS.items())
 
-# An A100 for XLA's GPU compiler, which is given no device to ask.
+# The description of an A100 for XLA's GPU compiler, which has no device to query.
 _AMPERE = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -53,66 +56,74 @@ device_description_str: "{kind}"
 
 
 class TooLargeError(RuntimeError):
-    """A program that the machine's compiler refuses for its memory; says how much."""
+    """A program that does not fit the memory of its devices; the message has its name, its size and what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine by name.
+    """A machine to plan for.
 
     Attributes:
         name: as in MeshConfig.topology.
         platform: "cuda" or "tpu".
-        chip: of one device.
-        num_devices: all of them.
-        node: consecutive devices that are near each other; a TPU's are all.
-        arguments: what get_topology_desc takes.
+        chip: the data sheet of one device.
+        num_devices: devices of the machine.
+        node_size: consecutive devices that intra-node links join; all devices of a TPU's slice.
+        arguments: of jax.experimental.topologies.get_topology_desc.
     """
 
     name: str
     platform: str
-    chip: Chip
+    chip: PlannableChip
     num_devices: int
-    node: int
-    arguments: dict[str, Any]
+    node_size: int
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a device that a program can use."""
+        return USABLE[self.platform] * self.chip.memory
 
 
-def parse_topology(name: str) -> Topology:
-    """The machine that `name` means.
+def parse_topology(name: str | None) -> Topology:
+    """The machine with the name `name`.
 
     Raises:
-        ConfigError: for a name that is none; lists those there are.
+        ConfigError: without a name, for a name that is unknown (lists the choices), and for more chips than a pod has.
     """
+    if name is None:
+        raise ConfigError("mesh.topology is None; name the machine: --config.mesh.topology=a800:24x8")
     family, _, shape = name.partition(":")
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
-    choices = f"choices: {', '.join(CHOICES)}, and other sizes of them"
-    if family in _GPUS and len(sizes) == 2 and sizes[1] == NODE:
-        arguments = {"platform": "cuda", "topology_name": family, "topology": f"1x{sizes[0]}x{NODE}"}
+    if family in _GPUS and len(sizes) == 2 and sizes[1] == NODE_SIZE:
+        arguments = {"platform": "cuda", "topology_name": family, "topology": f"1x{sizes[0]}x{NODE_SIZE}"}
         arguments["target_config"] = _AMPERE.format(kind=_GPUS[family])
-        return Topology(name, "cuda", _chip(_GPUS[family]), math.prod(sizes), NODE, arguments)
+        return Topology(name, "cuda", _chip(_GPUS[family]), math.prod(sizes), NODE_SIZE, arguments)
     if family in _TPUS and len(sizes) == len(_TPUS[family][2].split("x")):
         kind, options, _, most = _TPUS[family]
         if math.prod(sizes) > most:
             raise ConfigError(f"mesh.topology='{name}' has {math.prod(sizes)} chips; a pod of {family} has {most}")
         arguments = {"platform": "tpu", "topology_name": name, **options}
         return Topology(name, "tpu", _chip(kind), math.prod(sizes), math.prod(sizes), arguments)
-    raise ConfigError(f"mesh.topology='{name}' is no machine that can be planned for; {choices}")
+    raise ConfigError(
+        f"mesh.topology='{name}' is not a known machine; choices: {', '.join(CHOICES)}, and the same in other sizes"
+    )
 
 
-def devices_of(topology: Topology) -> list[Any] | None:
-    """Its devices, to compile for; None where the compiler's package is missing.
+def devices_of(topology: Topology) -> "list[jax.Device] | None":
+    """The machine's devices, to compile for; None where the package of its compiler is missing.
 
     Raises:
-        ConfigError: when the compiler knows no such shape.
+        ConfigError: for a shape that the compiler refuses.
     """
-    from jax.experimental import topologies  # imported here: a cost alone needs no JAX
+    from jax.experimental import topologies  # not at the top: a cost alone needs no JAX
 
     try:
         devices = list(topologies.get_topology_desc(**topology.arguments).devices)
-    except NotImplementedError:  # what JAX says without the CUDA plugin
+    except NotImplementedError:  # JAX's answer without the CUDA plugin
         return None
     except (RuntimeError, ValueError) as error:
-        if "not installed" in str(error):  # and without libtpu
+        if "not installed" in str(error):  # JAX's answer without libtpu
             return None
         raise ConfigError(f"mesh.topology='{topology.name}': its compiler refuses it: {error}") from error
     if len(devices) != topology.num_devices:
@@ -120,7 +131,7 @@ def devices_of(topology: Topology) -> list[Any] | None:
     return devices
 
 
-def _chip(kind: str) -> Chip:
+def _chip(kind: str) -> PlannableChip:
     chip = chip_of(kind)
-    assert chip is not None
+    assert isinstance(chip, PlannableChip), f"the data sheet of {kind} is incomplete"
     return chip

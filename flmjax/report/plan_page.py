@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from flmjax.hardware import GiB
 from flmjax.planning.plan import Plan
-from flmjax.report.page import escaped, page, picture, png, short, table, tiles
-from flmjax.report.plan_table import Row, closing, growth_rows, stage_rows
+from flmjax.report.page import base64_text, png, render, short
+from flmjax.report.plan_table import closing, growth_rows, stage_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,48 +21,44 @@ def write_plan(plan: Plan, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(plan.to_json(), indent=1))
     path = folder / "plan.html"
-    path.write_text(_page(plan), encoding="utf-8")
+    path.write_text(_plan_page(plan), encoding="utf-8")
     return path
 
 
-def _page(plan: Plan) -> str:
-    costs = [stage.cost for stage in plan.stages]
-    total = plan.total
-    price = "no price given" if total.dollars is None else f"{total.dollars:,.0f} dollars"
+def _plan_page(plan: Plan) -> str:
+    return render(
+        "plan.html.jinja",
+        title=f"{plan.topology} - flmjax plan",
+        topology=plan.topology,
+        refusals=plan.refusals,
+        boxes=_boxes(plan),
+        wide=base64_text(png(plan_figure(plan, columns=2))),
+        narrow=base64_text(png(plan_figure(plan, columns=1))),
+        stages=stage_rows(plan),
+        growths=growth_rows(plan) if plan.growths else [],
+        closing=closing(plan),
+    )
+
+
+def _boxes(plan: Plan) -> list[tuple[str, str, str]]:
+    """The page's first line: (label, value, note) of each box."""
+    costs, total = [stage.cost for stage in plan.stages], plan.total
+    fits = "no" if plan.refusals else "yes" if plan.is_exact else "unknown"
+    price = "no price is known" if total.dollars is None else f"{total.dollars:,.0f} dollars"
+    tokens, flops = sum(stage.tokens for stage in costs), sum(stage.flops for stage in costs)
     boxes = [
-        (
-            "Fits",
-            "no" if plan.refusals else "yes" if plan.is_exact else "unknown",
-            f"{plan.devices} x {plan.chip.kind}",
-        ),
+        ("Fits", fits, f"{plan.devices} x {plan.chip.kind}"),
         ("Days", f"{total.days:.1f}", "at the estimated step times, no pauses"),
         ("Device-hours", f"{total.device_hours:,.0f}", price),
-        ("Tokens", short(sum(own.tokens for own in costs)), f"{sum(own.flops for own in costs) / 1e21:.4g} zettaFLOPs"),
+        ("Tokens", short(tokens), f"{flops / 1e21:.4g} zettaFLOPs"),
     ]
-    if len(plan.stages) > 1:
+    if len(costs) > 1:
         boxes.append(("Saved at equal tokens", f"{plan.saved:.0%}", "of FLOPs, against the last model from scratch"))
-    names = [own.name for own in costs]
-    words = "Memory of every program against a device's, and parameters over the tokens of the run"
-    parts = [
-        f"<h1>Plan for {escaped(plan.topology)}</h1>",
-        *(f"<p><b>{escaped(line)}</b></p>" for line in plan.refusals),
-        tiles(boxes),
-        picture(png(_figure(plan, columns=2)), png(_figure(plan, columns=1)), words),
-        "<h2>Stages</h2>",
-        _transposed(["", *names], stage_rows(plan)),
-    ]
-    if plan.growths:
-        growths = [f"{growth.from_stage} → {growth.to_stage}" for growth in plan.growths]
-        parts += ["<h2>Growth</h2>", _transposed(["", *growths], growth_rows(plan))]
-    parts += [f'<p class="small">{escaped(line)}</p>' for line in closing(plan)]
-    return page(f"{plan.topology} - flmjax plan", "\n".join(parts))
+    return boxes
 
 
-def _transposed(head: list[str], rows: list[Row]) -> str:
-    return table(head, [[label, *cells] for label, cells in rows])
-
-
-def _figure(plan: Plan, columns: int) -> "Figure":
+def plan_figure(plan: Plan, columns: int) -> "Figure":
+    """Two panels, memory and timeline, in `columns` columns: two for a desk, one for a phone."""
     from matplotlib.figure import Figure  # without pyplot: no global state
 
     width, height = (6.3, 3.4) if columns == 2 else (4.4, 3.0)
@@ -78,22 +74,22 @@ def _figure(plan: Plan, columns: int) -> "Figure":
 
 
 def _draw_memory(panel: "Axes", plan: Plan) -> None:
-    """A bar for every program in the order of the run: what it is given, and what it takes beside that at its peak."""
+    """A bar for every program in the order of the run: its arguments, and the memory beside them at its peak."""
     bars = []
     for index, stage in enumerate(plan.stages):
         if index:
             growth = plan.growths[index - 1]
             bars.append((f"growth into {growth.to_stage}", growth.program))
             if growth.certificate is not None:
-                bars.append(("its certificate", growth.certificate))
+                bars.append((f"certificate of {growth.to_stage}", growth.certificate))
         bars.append((f"step of {stage.cost.name}", stage.program))
     labels = [label for label, _ in bars]
-    given = [program.arguments / GiB for _, program in bars]
+    arguments = [program.arguments / GiB for _, program in bars]
     beside = [max(program.peak - program.arguments, 0) / GiB for _, program in bars]
-    panel.barh(labels, given, color=STATE, label="state before")
-    panel.barh(labels, beside, left=given, color=TEMPORARY, label="new state, temporaries")
-    panel.axvline(plan.usable / GiB, color=LIMIT, linestyle="--", linewidth=1.2, label="for programs")
-    panel.axvline(plan.chip.memory / GiB, color=LIMIT, linewidth=1.2, label=plan.chip.kind)
+    panel.barh(labels, arguments, color=STATE, label="state before")
+    panel.barh(labels, beside, left=arguments, color=TEMPORARY, label="new state, temporaries")
+    panel.axvline(plan.usable / GiB, color=LIMIT, linestyle="--", linewidth=1.2, label="usable by programs")
+    panel.axvline(plan.chip.memory / GiB, color=LIMIT, linewidth=1.2, label=f"memory of {plan.chip.kind}")
     panel.set_xlim(0, max(plan.chip.memory / GiB, *(program.peak / GiB for _, program in bars)) * 1.05)
     panel.invert_yaxis()
     panel.set_title("Memory of a device (GiB)", loc="left", fontsize=11, fontweight="bold", color=INK)
@@ -104,20 +100,20 @@ def _draw_timeline(panel: "Axes", plan: Plan) -> None:
     """Parameters over tokens, like the paper's figure 1: the area is the cost, the rectangle the last model's alone."""
     costs = [stage.cost for stage in plan.stages]
     edges = [0.0]
-    for own in costs:
-        edges.append(edges[-1] + own.tokens)
-    sizes = [float(own.parameters) for own in costs]
+    for stage in costs:
+        edges.append(edges[-1] + stage.tokens)
+    sizes = [float(stage.parameters) for stage in costs]
     panel.stairs(sizes, edges, fill=True, color=AREA)
     panel.stairs(sizes, edges, baseline=None, color=STATE, linewidth=2)
     panel.plot([0, edges[-1]], [sizes[-1]] * 2, color=INK, linestyle=":", linewidth=1, label="no growth")
-    for start, own in zip(edges, costs, strict=False):
+    for start, stage in zip(edges, costs, strict=False):
         place = (
             {"ha": "right", "va": "top", "xytext": (-4, -4)}
             if start > edges[-1] / 2
             else {"ha": "left", "xytext": (2, 3)}
         )
-        text = f"{own.name}, {short(own.parameters)}"
-        panel.annotate(text, (start, own.parameters), textcoords="offset points", fontsize=8, color=INK, **place)
+        text = f"{stage.name}, {short(stage.parameters)}"
+        panel.annotate(text, (start, stage.parameters), textcoords="offset points", fontsize=8, color=INK, **place)
     panel.set_ylim(0, sizes[-1] * 1.25)
     panel.set_xlim(0, edges[-1])
     panel.xaxis.set_major_formatter(lambda value, _: short(value))

@@ -1,50 +1,47 @@
-"""A plan and a cost, in words for a terminal."""
+"""A plan, and a cost alone, as text for a terminal."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from flmjax.config import ConfigError, RunConfig
-from flmjax.hardware import A800, Chip, GiB
+from flmjax.hardware import A800, PlannableChip
 from flmjax.planning import cost
-from flmjax.planning.plan import Plan, StagePlan, machine_of, tflops, tuning_words
+from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
+from flmjax.planning.program import Program
 from flmjax.planning.roofline import Assumptions
 from flmjax.planning.topology import PACKAGES
-from flmjax.report.page import short
+from flmjax.report.page import gib, short
+from flmjax.text_table import text_table
 
-if TYPE_CHECKING:
-    from flmjax.planning.compile import Program
-
-Row = tuple[str, list[str]]
+Row = list[str]  # of a table: a label, then one cell for each stage or growth
 
 
-def table(plan: Plan) -> str:
-    """The plan for a terminal."""
-    names = [stage.cost.name for stage in plan.stages]
+def plan_table(plan: Plan) -> str:
+    """The plan as text for a terminal."""
     mesh = f"replica {plan.mesh.replica} x fsdp {plan.mesh.fsdp} x tensor {plan.mesh.tensor}"
     head = f"{plan.topology}: {plan.devices} x {plan.chip.kind}, mesh {mesh}"
-    lines = [head, "", _aligned([("", names), *stage_rows(plan)])]
+    lines = [head, "", text_table(stage_rows(plan))]
     if plan.growths:
-        growths = [f"{growth.from_stage} -> {growth.to_stage}" for growth in plan.growths]
-        lines += ["", _aligned([("growth", growths), *growth_rows(plan)])]
+        lines += ["", text_table(growth_rows(plan, "growth", "->"))]
     return "\n".join([*lines, "", *closing(plan)])
 
 
 def stage_rows(plan: Plan) -> list[Row]:
-    """(label, one cell a stage) of everything that is known of the stages."""
+    """The table of the stages: their names, then a row for each known figure."""
     stages = plan.stages
 
     def row(label: str, cell: Callable[[StagePlan], str]) -> Row:
-        return label, [cell(stage) for stage in stages]
+        return [label, *map(cell, stages)]
 
     rows = [
+        row("", lambda s: s.cost.name),
         row("parameters", lambda s: short(s.cost.parameters)),
         row("batch / microbatches", lambda s: f"{s.batch_size} / {s.microbatches}"),
         row("attention", lambda s: s.attention),
-        row("memory a device: state", lambda s: _gib(s.program.arguments)),
-        row("  temporaries", lambda s: _gib(s.program.temporaries)),
-        row("  peak", lambda s: _gib(s.program.peak)),
-        row(f"  fits {_gib(plan.usable)}", lambda s: _fits(plan, s.program)),
+        row("memory a device: state", lambda s: gib(s.program.arguments)),
+        row("  temporaries", lambda s: gib(s.program.temporaries)),
+        row("  peak", lambda s: gib(s.program.peak)),
+        row(f"  fits {gib(plan.usable)}", lambda s: _fits(plan, s.program)),
         row("model FLOPs a step", lambda s: short(s.model_flops, "FLOP")),
         row("executed, a device", lambda s: short(s.executed_flops, "FLOP")),
         *_exchanges(plan, [s.program for s in stages]),
@@ -53,8 +50,9 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("step", lambda s: f"{s.step.seconds:.1f} s"),
         row("  compute", lambda s: f"{s.step.compute:.1f} s"),
         row("  tensor traffic", lambda s: f"{s.step.tensor:.1f} s"),
-        row("  data traffic, shown", lambda s: f"{s.step.data - s.step.hidden:.1f} of {s.step.data:.1f} s"),
-        row("TFLOP/s a device", lambda s: f"{tflops(s, plan.devices):.0f}"),
+        row("  data traffic", lambda s: f"{s.step.data:.1f} s"),
+        row("    hidden by compute", lambda s: f"{s.step.hidden:.1f} s"),
+        row("TFLOP/s a device", lambda s: f"{plan.tflops(s):.0f}"),
         row("tokens", lambda s: short(s.cost.tokens)),
         row("zettaFLOPs", lambda s: f"{s.cost.flops / 1e21:.4g}"),
         row("days", lambda s: f"{s.bill.days:.2f}"),
@@ -69,68 +67,79 @@ def stage_rows(plan: Plan) -> list[Row]:
     return rows
 
 
-def growth_rows(plan: Plan) -> list[Row]:
-    """(label, one cell a growth)."""
+def growth_rows(plan: Plan, title: str = "", arrow: str = "→") -> list[Row]:
+    """The table of the growths: their stages, then a row for each known figure."""
     programs = [growth.program for growth in plan.growths]
-    proofs = [growth.certificate for growth in plan.growths]
+
+    def row(label: str, cell: Callable[[Program], str]) -> Row:
+        return [label, *map(cell, programs)]
+
+    def certificate_row(label: str, cell: Callable[[Program], str]) -> Row:
+        certificates = [growth.certificate for growth in plan.growths]
+        return [label, *("-" if program is None else cell(program) for program in certificates)]
+
+    def words(growth: GrowthPlan) -> str:
+        return f"{growth.from_stage} {arrow} {growth.to_stage}"
+
     return [
-        ("memory a device: old state", [_gib(p.arguments) for p in programs]),
-        ("  new state", [_gib(p.outputs) for p in programs]),
-        ("  temporaries", [_gib(p.temporaries) for p in programs]),
-        ("  peak", [_gib(p.peak) for p in programs]),
-        (f"  fits {_gib(plan.usable)}", [_fits(plan, p) for p in programs]),
+        [title, *map(words, plan.growths)],
+        row("memory a device: old state", lambda p: gib(p.arguments)),
+        row("  new state", lambda p: gib(p.outputs)),
+        row("  temporaries", lambda p: gib(p.temporaries)),
+        row("  peak", lambda p: gib(p.peak)),
+        row(f"  fits {gib(plan.usable)}", lambda p: _fits(plan, p)),
         *_exchanges(plan, programs),
-        ("rematerialisations", [str(p.rematerialisations) for p in programs]),
-        ("compiled in", [f"{p.compile_seconds:.0f} s" for p in programs]),
-        ("its certificate: peak", ["-" if p is None else _gib(p.peak) for p in proofs]),
-        (f"  fits {_gib(plan.usable)}", ["-" if p is None else _fits(plan, p) for p in proofs]),
-        ("  compiled in", ["-" if p is None else f"{p.compile_seconds:.0f} s" for p in proofs]),
+        row("rematerialisations", lambda p: str(p.rematerialisations)),
+        row("compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
+        certificate_row("growth certificate: peak", lambda p: gib(p.peak)),
+        certificate_row(f"  fits {gib(plan.usable)}", lambda p: _fits(plan, p)),
+        certificate_row("  compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
     ]
 
 
 def bill_rows(bills: Sequence[cost.Bill]) -> list[Row]:
-    """(label, one cell a bill) of what has a price."""
+    """Rows of the figures that have a price, one cell for each bill."""
     return [
-        ("device-hours", [f"{b.device_hours:,.0f}" for b in bills]),
-        ("dollars", [_or_dash(b.dollars, ",.0f") for b in bills]),
-        ("MWh", [_or_dash(b.megawatt_hours, ".1f") for b in bills]),
-        ("tCO2e", [_or_dash(b.tonnes_co2e, ".1f") for b in bills]),
+        ["device-hours", *(f"{b.device_hours:,.0f}" for b in bills)],
+        ["dollars", *(_or_dash(b.dollars, ",.0f") for b in bills)],
+        ["MWh", *(_or_dash(b.megawatt_hours, ".1f") for b in bills)],
+        ["tCO2e", *(_or_dash(b.tonnes_co2e, ".1f") for b in bills)],
     ]
 
 
 def closing(plan: Plan) -> list[str]:
-    """Totals, what they rest on, and what does not fit."""
+    """Lines below the tables: totals, their assumptions, and the programs that do not fit."""
     costs = [stage.cost for stage in plan.stages]
     lines = [totals(costs, plan.total)]
     if [stage.cost.name for stage in plan.stages if stage.published] == list(cost.STAGES):
         lines.append(PAPER)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
-    lines.append(_machine_words(plan.chip))
+    lines.append(_chip_words(plan.chip))
     programs = [stage.program for stage in plan.stages] + [growth.program for growth in plan.growths]
     if any(program.temporaries > program.peak for program in programs):
-        lines.append("temporaries are not all alive at once: the peak is what a device must hold")
+        lines.append("temporaries are not all alive at once: the peak is the memory that a device must hold")
     lines += plan.remarks
     if not plan.is_exact:
         lines.append(
             f"the compiler of {plan.topology} is missing (pip install '{PACKAGES[plan.platform]}'): programs were "
-            "partitioned for as many CPU devices; bytes, memory and times are not to be trusted"
+            "partitioned for as many CPU devices; bytes, memory and times are not those of the machine"
         )
     return [*lines, *plan.refusals]
 
 
-def _machine_words(chip: Chip) -> str:
-    """What a plan's times and energy rest on."""
-    links = f"{chip.near / 1e9:.0f} GB/s to neighbours"
-    if chip.far:
-        links = f"{chip.near / 1e9:.0f} GB/s in a node, {chip.far / 1e9:.0f} GB/s a device between nodes"
+def _chip_words(chip: PlannableChip) -> str:
+    """The figures of the chip that a plan's times and energy follow from."""
+    links = f"{chip.intra_node / 1e9:.0f} GB/s of ICI along an axis"
+    if chip.inter_node is not None:
+        links = f"{chip.intra_node / 1e9:.0f} GB/s of NVLink in a node, {chip.inter_node / 1e9:.0f} GB/s between nodes"
     watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W"
-    speeds = f"{chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, memory {chip.bandwidth / 1e9:.0f} GB/s"
-    return f"{chip.kind}: {speeds}, {links}{watts}"
+    speeds = f"{chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM"
+    return f"{chip.kind}, a device: {speeds}, {links}{watts}"
 
 
 def totals(costs: Sequence[cost.StageCost], total: cost.Bill) -> str:
-    """One line on the whole run."""
+    """One line with the sums over all stages."""
     parts = [
         f"{short(sum(c.tokens for c in costs))} tokens",
         f"{sum(c.flops for c in costs) / 1e21:.4g} zettaFLOPs",
@@ -150,119 +159,126 @@ PAPER = (
 
 
 def savings(flops: float, days: float) -> list[str]:
-    """What growth saves, by its two names."""
+    """The savings of growth: at equal tokens, which the schedule gives, and at equal loss, which it does not."""
     return [
         f"saved at equal tokens: {flops:.1%} of FLOPs, {days:.1%} of days, against the last model from scratch",
-        "saved at equal loss: not measured; no arithmetic on a schedule says it",
+        "saved at equal loss: not measured; it does not follow from the schedule",
     ]
 
 
-def _exchanges(plan: Plan, programs: Sequence["Program"]) -> list[Row]:
-    """Bytes that a device sends in a step, by kind of collective and link."""
+def _exchanges(plan: Plan, programs: Sequence[Program]) -> list[Row]:
+    """Rows of the bytes that a device sends in a step, by kind of collective and link."""
     amounts: dict[tuple[str, str], list[float]] = {}
     for i, program in enumerate(programs):
         for exchange in program.collectives:
             link = "in node" if exchange.in_node == exchange.group else "network"
-            link = link if plan.chip.far else "torus"
+            link = "torus" if plan.chip.inter_node is None else link
             amounts.setdefault((exchange.kind, link), [0.0] * len(programs))[i] += exchange.bytes
     shown = {key: sent for key, sent in amounts.items() if max(sent) > 1e8}  # less: norms of gradients, sums of losses
-    return [(f"{kind}, {link}", [f"{n / 1e9:.1f} GB" for n in sent]) for (kind, link), sent in shown.items()]
+    return [[f"{kind}, {link}", *(f"{n / 1e9:.1f} GB" for n in sent)] for (kind, link), sent in shown.items()]
 
 
-def _fits(plan: Plan, program: "Program") -> str:
+def _fits(plan: Plan, program: Program) -> str:
     if not plan.is_exact:
         return "unknown"
     return "yes" if program.peak <= plan.usable else "NO"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GiB:.1f} GiB"
 
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def _aligned(rows: Sequence[Row]) -> str:
-    """Columns: labels to the left, cells to the right."""
-    first = max(len(label) for label, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
-    return "\n".join(
-        f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for label, cells in rows
-    )
-
-
 # ---- cost alone ------------------------------------------------------------------------------------------------------
 
 
 def cost_table(config: RunConfig, speed: float | None, price: float | None) -> str:
-    """What a schedule costs at a given speed: no machine is compiled for, and JAX is not needed.
+    """Cost of a schedule at a known speed, as text for a terminal. Nothing is compiled, and JAX is not needed.
 
     Args:
-        speed: model TFLOP/s of one device; None: those that the paper states for its stages.
-        price: dollars for a device-hour.
+        speed: model TFLOP/s of one device; None: the speeds that the paper states for its stages.
+        price: dollars for a device-hour; None: the paper's for A800s, otherwise unknown.
 
     Raises:
         ConfigError: without a speed for a stage, or a size of mesh.fsdp.
     """
     costs = cost.stage_costs(config)
-    found = cost.published(costs) if (config.mesh.topology or "").startswith("a800:") else [None] * len(costs)
-    speeds = [speed if speed is not None else p.tflops if p is not None else None for p in found]
-    missing = [c.name for c, s in zip(costs, speeds, strict=True) if s is None]
-    if missing:
+    on_a800s = (config.mesh.topology or "").startswith("a800:")
+    papers = cost.published(costs) if on_a800s else [None] * len(costs)
+    speeds = _speeds(costs, papers, speed)
+    machine = _cost_machine(config, speed, price)
+    availability = cost.AVAILABILITY if speed is None else 1.0
+    days = [cost.days(c.flops, machine, s * 1e12, availability) for c, s in zip(costs, speeds, strict=True)]
+    rows: list[Row] = [
+        ["", *(c.name for c in costs)],
+        ["parameters", *(short(c.parameters) for c in costs)],
+        ["steps", *(f"{c.steps:,}" for c in costs)],
+        ["tokens", *(short(c.tokens) for c in costs)],
+        ["zettaFLOPs", *(f"{c.flops / 1e21:.4g}" for c in costs)],
+        ["TFLOP/s a device", *(f"{s:g}" for s in speeds)],
+        ["days", *(f"{d:.2f}" for d in days)],
+        *bill_rows([cost.bill(machine, d) for d in days]),
+    ]
+    if any(papers):
+        rows.append(["the paper: days", *(f"{paper.days:.2f}" if paper else "-" for paper in papers)])
+    scratch = cost.cost_from_scratch(config)
+    lines = [text_table(rows), "", totals(costs, cost.bill(machine, sum(days)))]
+    if [c.name for c, paper in zip(costs, papers, strict=True) if paper] == list(cost.STAGES):
+        lines.append(PAPER)
+    if len(costs) > 1:
+        flops = cost.saved_at_equal_tokens([c.flops for c in costs], scratch)
+        days_from_scratch = cost.days(scratch, machine, speeds[-1] * 1e12, availability)
+        lines += savings(flops, cost.saved_at_equal_tokens(days, days_from_scratch))
+    lines += _cost_remarks(costs, is_paper_speed=speed is None)
+    if any(papers):
+        lines += [
+            "",
+            f"published zettaFLOPs, and those of the same formula: the mean of its factor without recomputation "
+            f"({cost.PLAIN}) and with every layer recomputed ({cost.RECOMPUTED}), +- half their distance; GLM-130B: "
+            f"recomputed",
+            peers_table(),
+        ]
+    return "\n".join(lines)
+
+
+def _speeds(
+    costs: Sequence[cost.StageCost], papers: Sequence[cost.Published | None], speed: float | None
+) -> list[float]:
+    """Model TFLOP/s of a device in each stage."""
+    speeds = [speed if speed is not None else paper.tflops if paper else None for paper in papers]
+    if missing := [stage.name for stage, known in zip(costs, speeds, strict=True) if known is None]:
         raise ConfigError(f"no speed is known for stage {', '.join(missing)}; --tflops=N gives model TFLOP/s a device")
+    return [known for known in speeds if known is not None]
+
+
+def _cost_machine(config: RunConfig, speed: float | None, price: float | None) -> cost.Machine:
+    """The devices of the config's mesh: the paper's A800s, or unknown ones whose speed the user states."""
     mesh = config.mesh
     if mesh.fsdp is None:
         raise ConfigError("mesh.fsdp is None; a cost needs the number of devices, as in --config.mesh.fsdp=1")
     devices = mesh.replica * mesh.fsdp * mesh.tensor
-    machine = machine_of(A800, devices, price) if speed is None else cost.Machine(devices, price)
-    rates = [float(s) for s in speeds if s is not None]
-    availability = cost.AVAILABILITY if speed is None else 1.0
-    days = [cost.days(c.flops, machine, r * 1e12, availability) for c, r in zip(costs, rates, strict=True)]
-    bills = [cost.bill(machine, d) for d in days]
-    rows: list[Row] = [
-        ("", [c.name for c in costs]),
-        ("parameters", [short(c.parameters) for c in costs]),
-        ("steps", [f"{c.steps:,}" for c in costs]),
-        ("tokens", [short(c.tokens) for c in costs]),
-        ("zettaFLOPs", [f"{c.flops / 1e21:.4g}" for c in costs]),
-        ("TFLOP/s a device", [f"{rate:g}" for rate in rates]),
-        ("days", [f"{d:.2f}" for d in days]),
-        *bill_rows(bills),
-    ]
-    if any(found):
-        rows.append(("the paper: days", [f"{p.days:.2f}" if p else "-" for p in found]))
-    scratch = cost.cost_from_scratch(config)
-    days_from_scratch = cost.days(scratch, machine, rates[-1] * 1e12, availability)
-    lines = [_aligned(rows), "", totals(costs, cost.bill(machine, sum(days)))]
-    if [c.name for c, p in zip(costs, found, strict=True) if p] == list(cost.STAGES):
-        lines.append(PAPER)
-    if len(costs) > 1:
-        flops = cost.saved_at_equal_tokens([c.flops for c in costs], scratch)
-        lines += savings(flops, cost.saved_at_equal_tokens(days, days_from_scratch))
+    return cost.machine_of(A800, devices, price) if speed is None else cost.Machine(devices, price)
+
+
+def _cost_remarks(costs: Sequence[cost.StageCost], is_paper_speed: bool) -> list[str]:
+    """Lines on the assumptions of a cost."""
     recomputed = sum(c.flops for c in costs) / 1e21 * cost.RECOMPUTED / cost.PLAIN
-    lines.append(f"FLOPs are without recomputation; with every layer recomputed, {recomputed:.4g} zettaFLOPs")
-    if speed is None:
-        lines.append(
-            f"speeds and {A800.watts:.0f} W a device are of the paper's A800s; {availability:.1%} of the days compute, "
-            "which is derived from its days"
+    speed = "days are without pauses"
+    if is_paper_speed:
+        speed = (
+            f"speeds and {A800.watts:.0f} W a device are of the paper's A800s; {cost.AVAILABILITY:.1%} of the days "
+            "compute, which is derived from its days"
         )
-    else:
-        lines.append("days are without pauses")
-    lines += tuning_words(costs)
-    if any(found):
-        lines += ["", "as published: factors 72 to 96 of the formula, and 96 for GLM-130B", peers_table()]
-    return "\n".join(lines)
+    flops = f"FLOPs are without recomputation; with every layer recomputed, {recomputed:.4g} zettaFLOPs"
+    return [flops, speed, *cost.tuning_words(costs)]
 
 
 def peers_table() -> str:
-    """Published training costs, and what the formula makes of the same shapes."""
-    rows: list[Row] = [("", ["published", "computed"])]
+    """Published training costs beside those of the formula for the same shapes, in zettaFLOPs."""
+    rows: list[Row] = [["", "published", "computed"]]
     for peer in cost.PEERS:
         amount, spread = peer.computed
-        rows.append((peer.name, [_spread(peer.zettaflops, peer.spread), _spread(amount, spread)]))
-    return _aligned(rows)
+        rows.append([peer.name, _spread(peer.zettaflops, peer.spread), _spread(amount, spread)])
+    return text_table(rows)
 
 
 def _spread(amount: float, spread: float | None) -> str:

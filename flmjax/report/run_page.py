@@ -4,10 +4,10 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from flmjax.model.flops import FLOPS_CONVENTION
-from flmjax.report.page import duration, escaped, finite, number, page, picture, png, short, table, tiles
+from flmjax.report.page import base64_text, duration, finite, number, png, render, short
 from flmjax.report.run_record import RunRecord, latest, read_run
 from flmjax.workdir.metrics import Record
 
@@ -25,10 +25,10 @@ def write_report(workdir: Path) -> Path:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
     """
     run = read_run(workdir)
-    wide, narrow = png(_figure(run, columns=2)), png(_figure(run, columns=1))
+    wide, narrow = png(run_figure(run, columns=2)), png(run_figure(run, columns=1))
     (workdir / "loss.png").write_bytes(wide)
     path = workdir / "report.html"
-    path.write_text(_page(run, workdir.resolve().name, wide, narrow), encoding="utf-8")
+    path.write_text(run_page(run, workdir.resolve().name, wide, narrow), encoding="utf-8")
     return path
 
 
@@ -40,7 +40,7 @@ LEGEND: Record = {"fontsize": 8, "labelcolor": INK, "edgecolor": "none", "framea
 CHANCE = 0.5  # of judging right: a proposition is true or false
 
 
-def _figure(run: RunRecord, columns: int) -> "Figure":
+def run_figure(run: RunRecord, columns: int) -> "Figure":
     """Six panels in `columns` columns, two for a desk, one for a phone; with teachers two more, of their rows."""
     from matplotlib.figure import Figure  # without pyplot: no global state, and the canvas is Agg's
 
@@ -128,7 +128,7 @@ def _draw_curve(panel: "Axes", run: RunRecord, x_field: str, y_field: str) -> No
     x, y = _series(_train_lines(run, y_field), x_field, y_field)
     if len(x) > 40:
         panel.plot(x, y, color=TRAIN, alpha=0.35, linewidth=0.8, label="train")
-        panel.plot(x, _smooth(y, len(y) // 60), color=TRAIN, linewidth=1.6, label="train, smoothed")
+        panel.plot(x, smoothed(y, len(y) // 60), color=TRAIN, linewidth=1.6, label="train, smoothed")
     elif x:
         panel.plot(x, y, color=TRAIN, linewidth=1.4, marker="." if len(x) == 1 else None, clip_on=False, label="train")
     x, y = _series(run.validation, x_field, y_field)
@@ -155,7 +155,7 @@ def _train_lines(run: RunRecord, y: str) -> list[Record]:
     return [{**record, "loss": record["language_loss"]} for record in kept]
 
 
-def _smooth(values: Sequence[float], half: int) -> list[float]:
+def smoothed(values: Sequence[float], half: int) -> list[float]:
     """Mean over up to `half` values on either side, fewer near the ends: no lag. NaN stays a gap and counts nowhere."""
     out = []
     for i, value in enumerate(values):
@@ -168,26 +168,37 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
 # ---- page -----------------------------------------------------------------------------------------------------------
 
 
-def _page(run: RunRecord, name: str, wide: bytes, narrow: bytes) -> str:
+class Table(NamedTuple):
+    """Column heads, and rows of as many cells."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+def run_page(run: RunRecord, name: str, wide: bytes, narrow: bytes) -> str:
+    """The HTML page of a run called `name`, with its picture as two PNGs, for a desk and for a phone."""
     judgements = ", judgement accuracy" if _has_teachers(run) else ""
-    words = f"Loss, bits per byte{judgements}, parameters, learning rate and throughput of the run"
-    body = f"""<h1>{escaped(name)}</h1>
-{_headline(run)}
-{"".join(f"<p><b>{escaped(warning)}</b></p>" for warning in _warnings(run))}
-{picture(wide, narrow, words)}
-<h2>Stages</h2>
-{_stage_table(run)}
-{_equal_tokens(run)}
-<p class="small">{escaped(FLOPS_CONVENTION)}</p>
-{_certificate_table(run)}
-{_samples(run)}
-<h2>Configuration</h2>
-<details><summary>config.json</summary><pre>{escaped(json.dumps(run.config_json, indent=2, ensure_ascii=False))}</pre>
-</details>"""
-    return page(f"{name} - flmjax report", body)
+    return render(
+        "report.html.jinja",
+        title=f"{name} - flmjax report",
+        name=name,
+        boxes=_boxes(run),
+        warnings=_warnings(run),
+        wide=base64_text(wide),
+        narrow=base64_text(narrow),
+        words=f"Loss, bits per byte{judgements}, parameters, learning rate and throughput of the run",
+        stages=_stage_table(run),
+        tints=TINTS,
+        saving=_saving(run),
+        flops_convention=FLOPS_CONVENTION,
+        certificates=_certificate_table(run),
+        samples=_samples(run),
+        config=json.dumps(run.config_json, indent=2, ensure_ascii=False),
+    )
 
 
-def _headline(run: RunRecord) -> str:
+def _boxes(run: RunRecord) -> list[tuple[str, str, str]]:
+    """The page's first line: (label, value, note) of each box."""
     step, total = run.last["step"], run.config.total_steps
     bits = finite(latest(run.validation).get("bits_per_byte"))
     against_gzip = f"bits per byte; gzip -9 of the same text: {number(run.gzip)}"
@@ -208,7 +219,7 @@ def _headline(run: RunRecord) -> str:
     if _has_teachers(run):
         accuracy, judged = _judgements(latest(run.validation))
         boxes.insert(1, ("Judgement accuracy", accuracy, f"{judged} held-out judgements; chance: {CHANCE:.0%}"))
-    return tiles(boxes)
+    return boxes
 
 
 def _judgements(validation: Record) -> tuple[str, str]:
@@ -229,7 +240,7 @@ def _warnings(run: RunRecord) -> list[str]:
     return out
 
 
-def _stage_table(run: RunRecord) -> str:
+def _stage_table(run: RunRecord) -> Table:
     head = "stage,layers,embed,heads,MLP,parameters,steps,batch,tokens,FLOPs,train loss,val. loss,val. bits/byte"
     head += ",val. teacher loss,val. judgements" if _has_teachers(run) else ""
     losses = _train_lines(run, "loss")
@@ -250,26 +261,24 @@ def _stage_table(run: RunRecord) -> str:
             accuracy, judged = _judgements(stage.validation)
             row += [number(stage.validation.get("teacher_loss")), f"{accuracy} of {judged}"]
         rows.append(row)
-    return table(head.split(","), rows, TINTS)
+    return Table(head.split(","), rows)
 
 
-def _equal_tokens(run: RunRecord) -> str:
-    """The saving by the schedule; a saving at equal loss is another number, and no single run can show it."""
-    whole = run.flops_without_growth
-    if whole is None:
-        return ""
-    share = (1 - run.last["flops"] / whole) * 100
-    return (
-        f"<p><b>Cost at equal tokens: {share:.1f}% fewer model FLOPs</b> ({short(run.last['flops'], 'FLOP')} spent, "
-        f"{short(whole, 'FLOP')} had the model of stage {escaped(run.stages[-1].config.name)} been trained on all "
-        f"{run.last['tokens']:,} tokens). This is arithmetic on the schedule, not a saving at equal loss: a model of "
-        "that size from the start may reach another loss on the same tokens.</p>"
-    )
+def _saving(run: RunRecord) -> dict[str, str] | None:
+    """The cost at equal tokens, which follows from the schedule; no single run shows a saving at equal loss."""
+    scratch = run.flops_without_growth
+    if scratch is None:
+        return None
+    return {
+        "share": f"{1 - run.last['flops'] / scratch:.1%}",
+        "spent": short(run.last["flops"], "FLOP"),
+        "scratch": short(scratch, "FLOP"),
+        "stage": run.stages[-1].config.name,
+        "tokens": f"{run.last['tokens']:,}",
+    }
 
 
-def _certificate_table(run: RunRecord) -> str:
-    if not run.growth and not run.certificates:
-        return ""
+def _certificate_table(run: RunRecord) -> Table:
     head = "growth,step,result,float32,float64,run,tolerance,max |logit|,loss,KL,gradient norm,compared,family,sizes"
     rows = []
     for c in run.certificates:
@@ -291,8 +300,7 @@ def _certificate_table(run: RunRecord) -> str:
         if record["step"] not in certified:
             change = f"{record.get('from_stage')} → {record['stage']}"
             rows.append([change, f"{record['step']}", "✗ no certificate", *["-"] * 11])
-    note = "float32, float64, run: largest |difference| of the logits before and after growth, on validation text."
-    return f'<h2>Certificates of growth</h2>{table(head.split(","), rows)}<p class="small">{note}</p>'
+    return Table(head.split(","), rows)
 
 
 def _verdict(certificate: Record) -> str:
@@ -304,13 +312,15 @@ def _verdict(certificate: Record) -> str:
     return "✓ exact" if finite(difference) <= finite(tolerance) else "✗ not shown exact"  # NaN is not <= anything
 
 
-def _samples(run: RunRecord) -> str:
+def _samples(run: RunRecord) -> list[dict[str, str]]:
     """The last sample of every stage."""
     last = {record["stage"]: record for record in run.sample}
-    out = ["<h2>Text samples</h2>"] if last else []
-    for stage, record in last.items():
-        prompt, text = record.get("prompt") or "", record.get("text") or ""
-        body = f"<b>{escaped(prompt)}</b>{escaped(text)}"
-        caption = f"{escaped(stage)}, step {record['step']:,}; the prompt in bold"
-        out.append(f"<figure><figcaption>{caption}</figcaption><pre>{body}</pre></figure>")
-    return "".join(out)
+    return [
+        {
+            "stage": stage,
+            "step": f"{record['step']:,}",
+            "prompt": record.get("prompt") or "",
+            "text": record.get("text") or "",
+        }
+        for stage, record in last.items()
+    ]

@@ -21,6 +21,7 @@ from flmjax.growth.grow import plan_growth
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.sharding.mesh import make_mesh
+from flmjax.text_table import text_table
 from flmjax.training.growth_point import growth_key, prove_growth
 from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
 from flmjax.training.step import jit_growth
@@ -49,15 +50,15 @@ def plan_checkpoint(config: RunConfig, source: Path) -> str:
     """
     found, growth_config = _newest(source), config.stages[0].growth
     plan = plan_growth(Growth(found.model, _target(config, found.model), growth_config, growth_key(config, 0)))
-    rows = [(leaf.path, str(leaf.old_shape), str(leaf.new_shape), "; ".join(leaf.rules) or "as it is") for leaf in plan]
-    path, old, new = (max(len(row[i]) for row in rows) for i in range(3))
-    lines = [f"{row[0]:{path}}  {row[1]:{old}} -> {row[2]:{new}}  {row[3]}" for row in rows]
+    rows = [
+        (leaf.path, str(leaf.old_shape), f"-> {leaf.new_shape}", "; ".join(leaf.rules) or "as it is") for leaf in plan
+    ]
     before, after = (
         sum(math.prod(shape) for shape in shapes) for shapes in zip(*[leaf[1:3] for leaf in plan], strict=True)
     )
     return "\n".join(
         [
-            *lines,
+            text_table(rows, left=4),
             f"'{growth_config.family}' from {source} step {found.step}: parameters {before:,} -> {after:,}; dry run",
         ]
     )

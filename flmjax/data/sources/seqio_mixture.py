@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError, DataConfig, nearest
 from flmjax.data.sources.documents import Document, Source
-from flmjax.data.sources.seqio_tasks import Cl100kVocabulary, seqio, tf
+from flmjax.data.sources.seqio_tasks import HAS_JUDGEMENTS, Cl100kVocabulary, seqio, tf
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 SEED = 0  # of preprocessors that draw random numbers, so that the documents are the same at every reading
@@ -56,14 +56,7 @@ def read_mixture(data: DataConfig) -> Mixture:
             text, which does more after tokenising than end the text, or whose vocabulary is of an unknown kind or
             differs from that of the Tasks before it.
     """
-    if data.task_module is not None:
-        _import(data.task_module)
-    names = {*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()}
-    if data.mixture is None or data.mixture not in names:
-        raise ConfigError(
-            f"data.mixture: there is no Task or Mixture '{data.mixture}'{nearest(str(data.mixture), names)}"
-        )
-    mixture = seqio.get_mixture_or_task(data.mixture)
+    mixture = _registered(data)
     tasks = seqio.get_subtasks(mixture)
     try:
         rates = tuple(_rate(mixture, task) for task in tasks)
@@ -76,6 +69,42 @@ def read_mixture(data: DataConfig) -> Mixture:
     ]
     provenance = {"seqio": seqio.__version__, "mixture": data.mixture, "tasks": described}
     return Mixture(sources, rates, vocabulary, provenance)
+
+
+def has_judgements(data: DataConfig) -> bool | None:
+    """Whether a Task of the mixture `data.mixture` has judgements; None if only its data set could tell.
+
+    No data set is read or downloaded.
+
+    Raises:
+        ConfigError: naming data.task_module if it cannot be imported, or data.mixture if it is unknown.
+    """
+    judged = [_has_judgements(task) for task in seqio.get_subtasks(_registered(data))]
+    return True if True in judged else None if None in judged else False
+
+
+def _has_judgements(task: seqio.Task) -> bool | None:
+    for step in task.preprocessors:
+        if step in HAS_JUDGEMENTS:
+            return HAS_JUDGEMENTS[step]
+    if isinstance(task.source, seqio.TfdsDataSource):  # would be downloaded
+        return None
+    try:
+        return "judgement" in _dataset(task, "train").element_spec
+    except Exception:  # whatever the Task's code raises where its files are missing
+        return None
+
+
+def _registered(data: DataConfig) -> Any:
+    """The seqio Task or Mixture `data.mixture`."""
+    if data.task_module is not None:
+        _import(data.task_module)
+    names = {*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()}
+    if data.mixture is None or data.mixture not in names:
+        raise ConfigError(
+            f"data.mixture: there is no Task or Mixture '{data.mixture}'{nearest(str(data.mixture), names)}"
+        )
+    return seqio.get_mixture_or_task(data.mixture)
 
 
 def _import(module: str) -> None:

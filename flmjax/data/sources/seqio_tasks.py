@@ -6,7 +6,7 @@ A registered Task serves two readers: `data.mixture` of flmjax (seqio_mixture.py
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flmjax.config import ConfigError, nearest
@@ -27,6 +27,8 @@ try:
 except ImportError as missing:
     raise ConfigError(f"data.mixture needs packages ({missing}); pip install 'flmjax[data]'") from missing
 
+# Whether elements have judgements, by the preprocessor that makes them: known without the data set.
+HAS_JUDGEMENTS: dict[Callable, bool] = {}
 TEXT = seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
 
 
@@ -67,6 +69,7 @@ def add_text_task(
         keys = [key for key in ("key", "id") if key in dataset.element_spec]
         return dataset.map(lambda x: {"targets": x[text_field], **{key: x[key] for key in keys}})
 
+    HAS_JUDGEMENTS[to_targets] = False
     steps = [to_targets]
     if vocabulary is not None:
         tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
@@ -102,6 +105,7 @@ def add_teacher_task(name: str, source: seqio.DataSource, template: str | Templa
         signature = {feature: tf.TensorSpec((), dtype) for feature, dtype in dtypes.items()}
         return tf.data.Dataset.from_generator(elements, output_signature=signature)
 
+    HAS_JUDGEMENTS[to_propositions] = True
     return seqio.TaskRegistry.add(name, source, preprocessors=[to_propositions], output_features={"targets": TEXT})
 
 

@@ -1,0 +1,43 @@
+"""A compiled program of a run: its size on one device, and what to change when it does not fit."""
+
+import dataclasses
+
+from flmjax.hardware import GiB, PlannableChip
+from flmjax.planning.hlo import Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled training step, growth or certificate; bytes and FLOPs are those of one device.
+
+    Attributes:
+        name: of the program in messages, as in "growth 16B -> 51B".
+        advice: the cheapest change of the config that makes the program smaller.
+        arguments, outputs, aliased, temporaries: bytes; aliased outputs take the place of their arguments.
+        peak: most bytes in use at once, as the compiler counts them.
+        matmul_flops: FLOPs of the executed matrix products, recomputed ones included.
+        collectives: exchanges with other devices.
+        rematerialisations: "involuntary" ones in the partitioner's warnings: arrays gathered whole to be cut anew.
+        compile_seconds: time of lowering and compilation.
+    """
+
+    name: str
+    advice: str
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    peak: int
+    matmul_flops: float
+    collectives: tuple[Collective, ...]
+    rematerialisations: int
+    compile_seconds: float
+
+    def refusal(self, chip: PlannableChip, usable: float) -> str | None:
+        """Why the program does not fit, and what to change; None if its peak is at most `usable` bytes of the chip."""
+        if self.peak <= usable:
+            return None
+        return (
+            f"{self.name} needs {self.peak / GiB:.1f} GiB a device; of the {chip.memory / GiB:.0f} GiB of a "
+            f"{chip.kind}, programs can use {usable / GiB:.1f}: {self.advice}"
+        )

@@ -1,0 +1,21 @@
+"""Text in aligned columns, for a terminal."""
+
+from collections.abc import Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as lines whose columns are aligned, with two spaces between columns.
+
+    Args:
+        rows: all of the same number of cells; the heading is a row like the others.
+        left: the number of leading columns that are flush left; the other columns are flush right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
