@@ -41,7 +41,7 @@ class TrainingStream:
 
     Each source is shuffled over all its rows, in a new order every epoch, and has a cursor that a change of the mixture
     does not move: no row of a source is repeated before all its rows were seen. Within a phase the sources alternate
-    evenly; after n samples each has given its share of n to within the number of sources.
+    evenly; after n samples each has supplied its share of n to within the number of sources.
 
     Attributes:
         prepared: the token files.
@@ -219,7 +219,7 @@ class _TextRows:
 
 
 class _PropositionRows:
-    """The rows of a teacher, each of whole propositions: a random-access source of Grain."""
+    """The rows of a teacher, each of complete propositions: a random-access source of Grain."""
 
     def __init__(self, prepared: Prepared, source: str, split: str, length: int, data: DataConfig):
         loss_weights, marks = prepared.loss_weights(source, split), prepared.marks

@@ -1,7 +1,7 @@
 """Mixture of sources: which source gives sample n of a run, and which of its samples.
 
-After n samples of a phase, each source has given its share of n, rounded so that the counts add up to n. The count of a
-source in all phases before sample n is the index of that sample in the source's endless stream.
+After n samples of a phase, each source has supplied its share of n, rounded so that the counts add up to n. The
+number of samples that a source supplied before sample n is the index of sample n in the source's endless stream.
 
     shares (2, 1)    sample of the run       0 1 2 3 4 5
                      source                  0 0 1 0 0 1
@@ -131,7 +131,7 @@ def counts_after(shares: Shares, n: int) -> list[int]:
 
 
 def alternating_counts_after(shares: Shares, is_teacher: Sequence[bool], block: int, n: int) -> list[int]:
-    """`counts_after` if blocks of samples are all text or all teachers': each kind is mixed within its own blocks."""
+    """`counts_after` if blocks of samples are all text or all teachers'; the blocks of each kind are mixed evenly."""
     kinds = [[i for i, teacher in enumerate(is_teacher) if teacher is kind] for kind in (False, True)]
     shares_of_kinds = tuple(sum(shares[i] for i in kind) for kind in kinds)
     blocks, samples_of_last = divmod(n, block)

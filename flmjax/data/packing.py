@@ -76,8 +76,8 @@ def make_row(
 def first_propositions(offsets: np.ndarray, length: int) -> np.ndarray:
     """Index of the first of the D propositions in each of R rows, then D: int64 (R + 1,).
 
-    Every row takes as many whole propositions as fit, in order. A proposition of n tokens takes n - 1 places; one that
-    is longer than a row has a row to itself.
+    Every row takes as many complete propositions as fit, in order. A proposition of n tokens takes n - 1 places; a
+    proposition that is longer than a row has a row to itself.
     """
     ends = np.cumsum(np.minimum(np.diff(offsets.astype(np.int64)) - 1, length))
     firsts = [0]

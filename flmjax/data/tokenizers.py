@@ -1,7 +1,8 @@
-"""Text to ids and back: SentencePiece (trained on the corpus, or a given model), plain bytes, or OpenAI's cl100k.
+"""Text to ids and back: SentencePiece (trained on the sources, or a model file), plain bytes, or OpenAI's cl100k.
 
-All tokenizers have the same members; `end_id` ends a document and is never produced by text, whatever it spells.
-A tokenizer trained here, bytes and cl100k lose nothing; a given SentencePiece model may normalise, as it was made to.
+All tokenizers have the same members. `end_id` ends a document, and no text is ever encoded to it, whatever the text
+spells. decode(encode(text)) is the text for a SentencePiece model that `train` returns, for bytes and for cl100k; a
+SentencePiece model of another origin may normalise text.
 """
 
 import functools
@@ -24,10 +25,11 @@ MODEL_FILE = "tokenizer.model"
 SETTINGS_FILE = "tokenizer.json"
 _UNKNOWN_ID, _END_ID = 0, 1
 
-CHUNK = 50_000  # characters encoded at once: at 4 bytes each no more than the 200,000 ids that bpe_openai gives
+CHUNK = 50_000  # characters encoded at once: at 4 bytes each, at most the 200,000 ids that bpe_openai can return
 GROUP = 100  # chunks that SentencePiece's threads share: up to 5,000,000 ids as Python numbers
-# Up to the last place in a chunk where a piece ends anyway. No piece trained here has a line break after any other
-# character; no match of cl100k's regex has, white space aside, a space after a character or one after a line break.
+# Patterns that match up to the last place of a chunk at which every piece ends. In a model that `train` returns no
+# piece has a line break after another character. In cl100k no match of the regular expression, white space aside, has
+# a space after a character, or a character after a line break.
 LINE_BORDER = re.compile(r".+(?<=[^\n])(?=\n)", re.DOTALL)
 CL100K_BORDER = re.compile(r".+(?:(?<=\S)(?= )|(?<=\n)(?=\S))", re.DOTALL)
 CL100K_TEXT_IDS, CL100K_IDS = 100_256, 100_277  # id 100256 is unused, those above are control tokens
@@ -36,24 +38,24 @@ CL100K_TEXT_IDS, CL100K_IDS = 100_256, 100_277  # id 100256 is unused, those abo
 class SentencePieceTokenizer:
     """A serialised SentencePiece model.
 
-    One that `train` made has byte fallback and no normalisation: decode(encode(text)) == text for every str that UTF-8
-    can hold. Another may lose what its normalisation or its unknown piece loses.
+    A model that `train` returns has byte fallback and no normalisation: decode(encode(text)) == text for every str that
+    UTF-8 can hold. Another model loses what its normalisation and its unknown piece lose.
 
-    Text above `CHUNK` characters is encoded in chunks that begin with a line break, which changes no id of a model
-    trained here; a chunk without any line break ends anywhere.
+    Text of more than `CHUNK` characters is encoded in chunks that begin with a line break, which changes no id of a
+    model that `train` returns. A chunk without a line break ends at any character.
 
     Args:
         model: the bytes of a .model file.
-        end_id: a control piece, or the first id above the model's; None: the model's end-of-sentence piece.
+        end_id: a control piece, or the first id above the model's ids. None: the model's end-of-sentence piece.
 
     Raises:
-        ConfigError: for a model without such a piece, or an `end_id` that text could produce.
+        ConfigError: for a model without an end-of-sentence piece, or an `end_id` that text could produce.
         RuntimeError: for bytes that are no model.
     """
 
     def __init__(self, model: bytes, end_id: int | None = None):
         self._model = model
-        self._processor = processor = sentencepiece.SentencePieceProcessor()
+        self.processor = processor = sentencepiece.SentencePieceProcessor()
         processor.load_from_serialized_proto(model)
         size = processor.vocab_size()
         self.end_id = processor.eos_id() if end_id is None else end_id
@@ -64,23 +66,27 @@ class SentencePieceTokenizer:
                 f"data.end_id={end_id} is no control piece of the SentencePiece model: text could produce it; "
                 f"take one, or {size}, the first free id"
             )
-        self._has_own_end = self.end_id == processor.eos_id()
+        self._ends_with_eos = self.end_id == processor.eos_id()
         self.vocab_size = max(size, self.end_id + 1)
-        end = b"" if self._has_own_end else f"end {end_id}".encode()
+        end = b"" if self._ends_with_eos else f"end {end_id}".encode()
         self.fingerprint = hashlib.sha256(model + end).hexdigest()
-        # A space that the model puts in front of every text stands once, not in front of every chunk.
+        # If the model puts a space in front of a text, only the first chunk of a text keeps it.
         self._has_prefix = processor.encode("\n", out_type=str)[:1] == [SPACE]
-        # In text the character U+2581 would be read as a space, so it is spelled in bytes where the model can do that.
+        # The model would read the character U+2581 in text as a space: it is spelled in bytes if the model has bytes.
         self._space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._splits = True
-        self._splits = self.decode(self.encode(f"a{SPACE}b")) == f"a{SPACE}b"
+        self._spells_space = True
+        self._spells_space = self.decode(self.encode(f"a{SPACE}b")) == f"a{SPACE}b"
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int, keep: float = 1.0) -> "SentencePieceTokenizer":
-        """Train on the share `keep` of the documents' lines, evenly spread; the same input gives the same model.
+        """Train a model of `vocab_size` pieces on lines of the documents; the same input gives the same model.
+
+        Args:
+            keep: share of the lines that are read, evenly spread.
 
         Raises:
-            ConfigError: when the text has too few or too many different parts for `vocab_size`; names a size that does.
+            ConfigError: if the text has too few different pieces, or too many characters, for `vocab_size`; names a
+                size that works.
         """
         model = io.BytesIO()
         try:
@@ -90,7 +96,7 @@ class SentencePieceTokenizer:
                 model_type="bpe",
                 vocab_size=vocab_size,
                 byte_fallback=True,
-                character_coverage=0.9995,  # the rarest characters are left to the bytes
+                character_coverage=0.9995,  # the rarest characters are spelled in bytes
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
@@ -113,33 +119,33 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text."""
-        chunks = [list(_chunks(text, LINE_BORDER)) for text in texts]
-        encoded = self._encode_chunks([chunk for own in chunks for chunk in own])
+        chunks = [list(split_text(text, LINE_BORDER)) for text in texts]
+        encoded = self._encode_chunks(list(chain.from_iterable(chunks)))
         batch = []
-        for own in chunks:
-            first, *others = islice(encoded, len(own))
+        for chunks_of_text in chunks:
+            first, *others = islice(encoded, len(chunks_of_text))
             batch.append(np.concatenate([first, *(ids[self._starts_with_prefix(ids) :] for ids in others)]))
         return batch
 
     def _starts_with_prefix(self, ids: np.ndarray) -> bool:
-        """Whether the first id is the space that the model puts in front; it may also be merged with what follows."""
-        return self._has_prefix and len(ids) > 0 and self._processor.id_to_piece(int(ids[0])) == SPACE
+        """Whether the first id is the space that the model puts in front of a text; it may also be part of a piece."""
+        return self._has_prefix and len(ids) > 0 and self.processor.id_to_piece(int(ids[0])) == SPACE
 
     def _encode_chunks(self, chunks: list[str]) -> Iterator[np.ndarray]:
         for start in range(0, len(chunks), GROUP):
             group = chunks[start : start + GROUP]
-            parts = [chunk.split(SPACE) if self._splits else [chunk] for chunk in group]
-            encoded = iter(self._processor.encode([part for split in parts for part in split]))
-            for split in parts:
+            fragments = [chunk.split(SPACE) if self._spells_space else [chunk] for chunk in group]
+            encoded = iter(self.processor.encode(list(chain.from_iterable(fragments))))
+            for fragments_of_chunk in fragments:
                 joined = list(next(encoded))
-                for _ in split[1:]:
+                for _ in fragments_of_chunk[1:]:
                     joined += self._space_bytes
                     joined += next(encoded)
                 yield np.array(joined, np.uint32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; end tokens stand for nothing, bytes that are no UTF-8 for U+FFFD."""
-        return self._processor.decode([int(i) for i in ids if i != self.end_id])
+        return self.processor.decode([int(i) for i in ids if i != self.end_id])
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -147,7 +153,7 @@ class SentencePieceTokenizer:
 
         Control pieces and the unknown piece stand for no text either.
         """
-        processor = self._processor
+        processor = self.processor
         sizes = np.zeros(self.vocab_size, np.float32)
         for i in range(processor.vocab_size()):
             if processor.is_byte(i):
@@ -157,16 +163,16 @@ class SentencePieceTokenizer:
         return sizes
 
     def save(self, directory: Path) -> list[Path]:
-        """Write the model and an end id that is not its own; returns the files, which `load_tokenizer` finds."""
+        """Write the files that `load_tokenizer` reads; returns their paths."""
         path = directory / MODEL_FILE
         path.write_bytes(self._model)
-        if self._has_own_end:
+        if self._ends_with_eos:
             return [path]
         return [path, _write_settings(directory, vocabulary="sentencepiece", end_id=self.end_id)]
 
 
 class ByteTokenizer:
-    """Id `offset` + b is byte b of UTF-8, `end_id` ends a document, the other ids stand for nothing.
+    """Bytes of UTF-8: id `offset` + b is byte b, `end_id` ends a document, the other ids stand for no text.
 
     ByteTokenizer(3, 1, 259) is the layout of ByT5 and of seqio's ByteVocabulary.
     """
@@ -203,22 +209,23 @@ class ByteTokenizer:
         return sizes
 
     def save(self, directory: Path) -> list[Path]:
-        """Write the layout; returns the file, which `load_tokenizer(directory)` finds."""
+        """Write the files that `load_tokenizer` reads; returns their paths."""
         layout = {"offset": self.offset, "end_id": self.end_id, "vocab_size": self.vocab_size}
         return [_write_settings(directory, vocabulary="bytes", **layout)]
 
 
 class Cl100kTokenizer:
-    """OpenAI's cl100k_base, whose text ids are 0..100255; the spelling of a control token in text stays text.
+    """OpenAI's cl100k_base, whose text ids are 0 to 100255; the spelling of a control token in text is text.
 
-    Text above `CHUNK` characters is encoded in chunks; the ids are those of the whole where a chunk has a
-    `CL100K_BORDER`, as all text with line breaks or single spaces does.
+    Text of more than `CHUNK` characters is encoded in chunks. Chunks do not change the ids if every chunk has a
+    `CL100K_BORDER`, as in text with line breaks or single spaces.
 
     Args:
-        end_id: by default that of <|endoftext|>. One that stands for text is spelled in bytes when text has it.
+        end_id: by default the id of <|endoftext|>. If the id stands for text, that text is spelled in bytes.
 
     Raises:
-        ConfigError: without the package bpe_openai, or for an `end_id` that is no id of cl100k or a single byte's.
+        ConfigError: if the package bpe_openai is missing, or for an `end_id` that is no id of cl100k or stands for a
+            single byte.
     """
 
     def __init__(self, end_id: int = 100257):
@@ -242,8 +249,8 @@ class Cl100kTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 (n,), without an end token."""
-        parts = (self._encoding.encode_ordinary(chunk) for chunk in _chunks(text, CL100K_BORDER))
-        ids = np.array(list(chain.from_iterable(parts)), np.uint32)
+        encoded = (self._encoding.encode_ordinary(chunk) for chunk in split_text(text, CL100K_BORDER))
+        ids = np.array(list(chain.from_iterable(encoded)), np.uint32)
         is_end = ids == self.end_id
         if is_end.any():
             ids = np.repeat(ids, np.where(is_end, len(self._end_bytes), 1))
@@ -264,7 +271,7 @@ class Cl100kTokenizer:
         return np.array([len(text) for text in self._texts], np.float32)
 
     def save(self, directory: Path) -> list[Path]:
-        """Write the end id; returns the file, which `load_tokenizer(directory)` finds."""
+        """Write the files that `load_tokenizer` reads; returns their paths."""
         return [_write_settings(directory, vocabulary="cl100k", end_id=self.end_id)]
 
 
@@ -272,15 +279,15 @@ Tokenizer = SentencePieceTokenizer | ByteTokenizer | Cl100kTokenizer
 
 
 def named_tokenizer(vocabulary: str, end_id: int | None) -> Tokenizer | None:
-    """The tokenizer that `data.vocabulary` and `data.end_id` mean; None for "sentencepiece", which must be trained.
+    """The tokenizer of `data.vocabulary` and `data.end_id`; None for "sentencepiece", which must be trained.
 
     Raises:
-        ConfigError: for a name that is none, an end id that the vocabulary cannot have, and a model file that cannot
+        ConfigError: for an unknown vocabulary, an end id that the vocabulary cannot have, and a model file that cannot
             be read.
     """
     if vocabulary == "sentencepiece":
         if end_id is not None:
-            raise ConfigError(f"data.end_id={end_id} is not read: a trained vocabulary has an end token of its own")
+            raise ConfigError(f"data.end_id={end_id} is not read: a trained vocabulary has an end token already")
         return None
     if vocabulary == "bytes":
         if end_id not in (None, 256):
@@ -294,10 +301,10 @@ def named_tokenizer(vocabulary: str, end_id: int | None) -> Tokenizer | None:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that was saved into `directory`.
+    """The tokenizer that `save` wrote to `directory`.
 
     Raises:
-        ConfigError: when there is none, or its file cannot be read as one.
+        ConfigError: if its files are missing or cannot be read.
     """
     model, path = directory / MODEL_FILE, directory / SETTINGS_FILE
     if not path.is_file():
@@ -333,21 +340,21 @@ def _write_settings(directory: Path, **settings: Any) -> Path:
     return path
 
 
-def _chunks(text: str, border: re.Pattern[str]) -> Iterator[str]:
-    """`text` in parts of at most `CHUNK` characters, cut at the last `border` in each, or hard where there is none."""
+def split_text(text: str, border: re.Pattern[str]) -> Iterator[str]:
+    """The text in chunks of at most `CHUNK` characters, which end at the last `border` or, without one, anywhere."""
     start = 0
     while len(text) - start > CHUNK:
-        found = border.match(text, start, start + CHUNK)
-        end = found.end() if found else start + CHUNK
+        match = border.match(text, start, start + CHUNK)
+        end = match.end() if match else start + CHUNK
         yield text[start:end]
         start = end
     yield text[start:]
 
 
 def _training_lines(documents: Iterable[str], keep: float) -> Iterator[str]:
-    """Lines of at most 1000 characters (SentencePiece skips those above 4192 bytes).
+    """A share `keep` of the lines, each of at most 1000 characters: SentencePiece skips lines above 4192 bytes.
 
-    The line break stands at the front of the line after it, since the trainer cuts it off at the end.
+    A line break stands in front of the next line, because the trainer removes it at the end of a line.
     """
     index = 0
     for document in documents:
@@ -358,13 +365,14 @@ def _training_lines(documents: Iterable[str], keep: float) -> Iterator[str]:
 
 
 def _explain(error: str, vocab_size: int) -> str:
-    if found := re.search(r"value <= (\d+)", error):
+    """An error of SentencePiece's trainer in terms of the settings."""
+    if match := re.search(r"value <= (\d+)", error):
         return (
-            f"data.vocab_size={vocab_size} is too large for this little text: at most {found[1]} pieces can be formed; "
+            f"data.vocab_size={vocab_size} is too large for this little text: at most {match[1]} pieces can be formed; "
             f"lower it, add text, or set data.vocabulary='bytes'"
         )
-    if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        return f"data.vocab_size={vocab_size} is too small: the characters of this text alone need {found[1]}; raise it"
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return f"data.vocab_size={vocab_size} is too small: the characters of this text alone need {match[1]}; raise it"
     if "sentences_.empty()" in error:
         return "there is no text to train a vocabulary on"
     return f"SentencePiece cannot train on this text: {error}"

@@ -47,8 +47,8 @@ def plain(folder, tmp_path):
     return prepare(settings(folder), tmp_path / "plain")
 
 
-def same(made, plain) -> bool:
-    return made.meta == plain.meta
+def same(prepared, plain) -> bool:
+    return prepared.meta == plain.meta
 
 
 def test_many_parts_in_processes_give_the_files_of_one(small_parts, folder, plain, tmp_path):
@@ -56,11 +56,12 @@ def test_many_parts_in_processes_give_the_files_of_one(small_parts, folder, plai
     assert same(prepare(settings(folder, workers=1), tmp_path / "alone"), plain)
 
 
-def test_every_document_is_in_one_part_in_order_even_one_larger_than_a_part(small_parts, folder, plain, tmp_path):
+def test_every_document_is_in_one_part_in_order(small_parts, folder, plain, tmp_path):
+    """Also a document that is larger than a part."""
     texts = ["a" * 10, "b" * 5000, "c" * 990, "d" * 10, "e"]
     data = DataConfig(sources=("x",), vocabulary="bytes", validation_fraction=0.01, end_of_document=False)
-    made = prepare(data, tmp_path / "data", sources={"x": [*texts, *(f"held {i}" for i in range(300))]})
-    decoded = made.tokenizer.decode(made.tokens("x", "train"))
+    prepared = prepare(data, tmp_path / "data", sources={"x": [*texts, *(f"held {i}" for i in range(300))]})
+    decoded = prepared.tokenizer.decode(prepared.tokens("x", "train"))
     assert decoded.startswith("".join(texts))
 
 
@@ -75,7 +76,7 @@ real = encode.encoded
 def slow(*args):
     for i, part in enumerate(real(*args)):
         if i == 5:
-            print("here", flush=True)
+            print("ready", flush=True)
             time.sleep(60)
         yield part
 
@@ -94,7 +95,7 @@ def killed(folder, tmp_path) -> Path:
     process = subprocess.Popen(
         [sys.executable, script, folder, tmp_path / "data"], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout.readline() == "here\n"
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     process.stdout.close()
@@ -121,26 +122,24 @@ def parts_of(directory: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in directory.with_name(".data.partial").glob("*.part*.npz")}
 
 
-def test_after_kill_9_the_next_call_reads_nothing_again_and_keeps_the_parts(
-    small_parts, killed, folder, plain, monkeypatch
-):
+def test_after_kill_9_sources_and_parts_are_kept(small_parts, killed, folder, plain, monkeypatch):
     before = parts_of(killed)
     assert len(before) >= 5
     written = []
     real = encode.Encoder.encode
     monkeypatch.setattr(encode.Encoder, "encode", lambda self, part: written.append(part.path.name) or real(self, part))
     monkeypatch.setattr("flmjax.data.spool.Spool.fill", None)  # would be called to read again
-    made = prepare(settings(folder, workers=1), killed)
-    assert same(made, plain)
+    prepared = prepare(settings(folder, workers=1), killed)
+    assert same(prepared, plain)
     assert written
     assert not {name for name in before if "tmp" not in name} & set(written)
     assert not killed.with_name(".data.partial").exists()
 
 
-def test_text_that_changed_after_the_kill_is_read_and_tokenised_again(small_parts, killed, folder, tmp_path):
+def test_text_that_changed_after_the_kill_is_read_again(small_parts, killed, folder, tmp_path):
     (folder / "0.txt").write_text("\n\n\n".join(f"new {i}" for i in range(100)))
-    made = prepare(settings(folder, workers=1), killed)
-    assert same(made, prepare(settings(folder), tmp_path / "fresh"))
+    prepared = prepare(settings(folder, workers=1), killed)
+    assert same(prepared, prepare(settings(folder), tmp_path / "fresh"))
 
 
 @pytest.mark.parametrize("fields", [{"end_of_document": False}, {"validation_fraction": 0.1}])
@@ -149,8 +148,8 @@ def test_other_settings_after_the_kill_start_anew(small_parts, killed, folder, t
     assert same(prepare(other, killed), prepare(other, tmp_path / "fresh"))
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a whole archive"])
-def test_a_part_or_a_list_that_a_power_cut_left_damaged_is_made_again(small_parts, killed, folder, plain, content):
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a complete archive"])
+def test_a_damaged_part_is_written_again(small_parts, killed, folder, plain, content):
     partial = killed.with_name(".data.partial")
     next(iter(partial.glob("*.part000001.npz"))).write_bytes(content)
     assert same(prepare(settings(folder, workers=1), killed), plain)
@@ -184,27 +183,27 @@ def test_a_document_of_fifty_megabytes_is_one_document(tmp_path):
         data = DataConfig(sources=(f"{tmp_path}/*.md", f"{tmp_path}/many.txt"), vocabulary=vocabulary)
         (tmp_path / "many.txt").write_text("\n\n\n".join(f"text {i}" for i in range(100)))
         start = time.monotonic()
-        made = prepare(data, tmp_path / vocabulary)
+        prepared = prepare(data, tmp_path / vocabulary)
         assert time.monotonic() - start < limit
-        counts = made.meta["sources"][f"{tmp_path}/*.md"]["train"]
+        counts = prepared.meta["sources"][f"{tmp_path}/*.md"]["train"]
         assert counts["documents"] == 2
         assert counts["bytes"] > 50_000_000
-        start_of_text = np.asarray(made.tokens(f"{tmp_path}/*.md", "train")[:200])
-        assert made.tokenizer.decode(start_of_text).startswith(line)
+        start_of_text = np.asarray(prepared.tokens(f"{tmp_path}/*.md", "train")[:200])
+        assert prepared.tokenizer.decode(start_of_text).startswith(line)
 
 
-def test_processes_are_as_many_as_there_are_cores_at_most_one_a_part(monkeypatch, folder, tmp_path):
-    asked = []
+def test_every_core_gets_a_process_and_every_process_a_part(monkeypatch, folder, tmp_path):
+    processes = []
     monkeypatch.setattr(encode, "PROCESSES_FROM", 0)
-    monkeypatch.setattr(encode, "encoded", lambda parts, encoder, folder, workers: asked.append(workers) or ())
+    monkeypatch.setattr(encode, "encoded", lambda parts, encoder, folder, workers: processes.append(workers) or ())
     monkeypatch.setattr(encode.Encoder, "read", lambda self, part: 1 / 0)  # nothing was written
     with pytest.raises(ZeroDivisionError):
         prepare(settings(folder), tmp_path / "data")
-    assert asked == [min(2, len(os.sched_getaffinity(0)))]  # two parts: train and validation
+    assert processes == [min(2, len(os.sched_getaffinity(0)))]  # two parts: train and validation
 
 
-def test_another_vocabulary_at_the_same_place_after_the_kill_keeps_no_part(small_parts, killed, folder, plain):
-    """The parts of the killed process stay, but the vocabulary that they were made with is said to be another."""
+def test_another_vocabulary_after_the_kill_keeps_no_part(small_parts, killed, folder, plain):
+    """The parts of the killed process stay, but the vocabulary of their ids is said to be another."""
     (killed.with_name(".data.partial") / "vocabulary.txt").write_text("another")
     for path in killed.with_name(".data.partial").glob("*.part??????.npz"):
         with np.load(path) as stored:
@@ -215,7 +214,7 @@ def test_another_vocabulary_at_the_same_place_after_the_kill_keeps_no_part(small
     assert not (killed / "tokenizer.model").exists()
 
 
-def test_a_vocabulary_that_cannot_be_is_said_before_anything_is_read(tmp_path):
+def test_an_impossible_vocabulary_is_refused_before_reading(tmp_path):
     def read():
         raise AssertionError("read")
         yield

@@ -1,4 +1,4 @@
-"""Teacher signals: propositions, marks, whole rows of them, and their place in the stream."""
+"""Teacher signals: propositions, marks, rows of propositions, and their place in the stream."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,8 @@ TRUE, FALSE = "😈".encode(), "😡".encode()
 # ---- marks ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_papers_marks_differ_in_the_second_token_of_cl100k_and_in_the_last_byte():
+def test_the_papers_marks_differ_in_their_last_token():
+    """That is the second token in cl100k, and the last byte of four."""
     assert marks(Cl100kTokenizer(), DATA) == Marks((76460, 230), (76460, 94), 1)
     assert marks(ByteTokenizer(), DATA) == Marks(tuple(TRUE), tuple(FALSE), 3)
 
@@ -69,9 +70,9 @@ def test_a_mark_that_the_vocabulary_cannot_spell_is_refused():
 
 def test_marks_of_a_trained_vocabulary_have_one_length():
     pieces = SentencePieceTokenizer.train(["some words of text", "and some more words of it"] * 50, 290)
-    found = marks(pieces, DATA)
-    assert len(found.true) == len(found.false)
-    assert found.true[: found.differs] == found.false[: found.differs]
+    ids = marks(pieces, DATA)
+    assert len(ids.true) == len(ids.false)
+    assert ids.true[: ids.differs] == ids.false[: ids.differs]
 
 
 # ---- propositions ---------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_makes_a_true_and_a_false_proposition_of_its_schema(name):
+def test_every_template_makes_a_true_and_a_false_proposition(name):
     true, false = propositions(EXAMPLES[name], TEMPLATES[name])
     assert (true.judgement, false.judgement) == (True, False)
     assert true.text != false.text
@@ -107,7 +108,8 @@ def test_labels_become_words_and_fields_are_filled_in():
     assert true.text == "摘要：摘\n关键词：甲、乙\n关键词不符合摘要\n判断："
 
 
-def test_the_false_proposition_has_a_wrong_label_the_same_one_each_time():
+def test_the_false_proposition_has_a_wrong_label():
+    """It is the same label each time."""
     for i in range(20):
         example = {"sentence1": f"一{i}", "sentence2": "二", "label": "neutral"}
         first = list(propositions(example, TEMPLATES["ocnli"]))
@@ -123,7 +125,8 @@ def test_hidden_labels_make_nothing_and_missing_fields_are_named():
         list(propositions({"premise": "A"}, TEMPLATES["rte"]))
 
 
-def test_pairs_are_balanced_and_false_seconds_come_from_their_own_side():
+def test_false_pairs_have_a_second_text_of_the_same_split():
+    """There are as many false pairs as true ones."""
     pairs = [(f"k{i}", f"first {i}", f"second {i}") for i in range(400)]
     side = {f"second {i}": is_held_out(f"k{i}".encode(), 0.3) for i in range(400)}
     documents = list(judged_pairs(pairs, "{first}|{second}", 0.3))
@@ -138,14 +141,15 @@ def test_pairs_are_balanced_and_false_seconds_come_from_their_own_side():
     assert documents == list(judged_pairs(iter(pairs), "{first}|{second}", 0.3))
 
 
-def test_a_pair_whose_second_is_drawn_again_makes_no_false_proposition_of_a_true_one():
+def test_no_false_proposition_is_true():
+    """The second text of a pair may be drawn for another pair with the same second text."""
     pairs = [(f"k{i}", f"first {i}", f"second {i % 2}") for i in range(60)]
     false = [d.text for d in judged_pairs(pairs, "{first}|{second}", 0.3) if not d.judgement]
     assert 10 < len(false) < 50
     assert all(int(text.split("|")[0][6:]) % 2 != int(text[-1]) for text in false)
 
 
-def test_held_out_pairs_are_in_no_training_text_of_the_same_corpus():
+def test_held_out_pairs_are_in_no_training_text():
     held_out = [pair for pair in hsk.translations() if is_held_out(pair[0].encode(), 0.1)]
     training = "\n".join(d.text for d in hsk.documents() if not is_held_out(d.key.encode(), 0.1))
     assert len(held_out) > 300
@@ -156,7 +160,7 @@ def test_held_out_pairs_are_in_no_training_text_of_the_same_corpus():
 def test_every_kind_of_teacher_is_read(tmp_path):
     (tmp_path / "rte.jsonl").write_text(json.dumps(EXAMPLES["rte"]) + "\n\n" + json.dumps(EXAMPLES["rte"]))
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"en": f"e{i}", "zh": f"中{i}"}) for i in range(9)))
-    (tmp_path / "own.jsonl").write_text(json.dumps({"proposition": "1 + 1 = 2\nTrue?", "judgement": True}))
+    (tmp_path / "judged.jsonl").write_text(json.dumps({"proposition": "1 + 1 = 2\nTrue?", "judgement": True}))
     long = "word " * 30
     (tmp_path / "text.txt").write_text("\n\n\n".join(f"{long}{i}\n\n{i} {long}" for i in range(9)))
     data = DataConfig()
@@ -166,7 +170,7 @@ def test_every_kind_of_teacher_is_read(tmp_path):
 
     assert [d.judgement for d in read("rte:DIR/rte.jsonl")] == [True, False] * 2
     assert read("translation:DIR/pairs.jsonl")[0].text == PAIRS["translation"].format(first="e0", second="中0")
-    assert [d.text for d in read("DIR/own.jsonl")] == ["1 + 1 = 2\nTrue?"]
+    assert [d.text for d in read("DIR/judged.jsonl")] == ["1 + 1 = 2\nTrue?"]
     assert sum(d.judgement for d in read("topic:DIR/text.txt")) == 9
     assert len(read("hsk_translations")) > 8000
 
@@ -181,7 +185,7 @@ def test_every_kind_of_teacher_is_read(tmp_path):
         ("topic:hskk", r"data\.teachers: 'hskk' is neither .*did you mean hsk"),
     ],
 )
-def test_teachers_that_are_nothing_are_named_at_once(name, message):
+def test_unknown_teachers_are_named_at_once(name, message):
     with pytest.raises(ConfigError, match=message):
         teacher_source(name, DataConfig())
 
@@ -215,7 +219,7 @@ def test_every_proposition_is_whole_in_one_row_or_cut_at_its_front(lengths, leng
     firsts = first_propositions(offsets, length)
     assert firsts[0] == 0
     assert firsts[-1] == len(lengths)
-    found = []
+    documents = []
     for first, last in itertools.pairwise(firsts):
         row = make_proposition_row(tokens, offsets, weights, range(first, last), length, end_id=0, mark_weight=0.5)
         assert row["decisive"].sum() == last - first
@@ -225,11 +229,11 @@ def test_every_proposition_is_whole_in_one_row_or_cut_at_its_front(lengths, leng
             document = [row["tokens"][places][0], *row["targets"][places]]
             np.testing.assert_array_equal(row["targets"][places][:-1], row["tokens"][places][1:])
             np.testing.assert_array_equal(row["positions"][places], np.arange(places.sum()))
-            found.append(document)
+            documents.append(document)
         padding = row["segment_ids"] == 0
         assert row["weights"][padding].sum() == 0
         assert not padding[: int((~padding).sum())].any()
-    for document, (start, end) in zip(found, itertools.pairwise(offsets), strict=True):
+    for document, (start, end) in zip(documents, itertools.pairwise(offsets), strict=True):
         np.testing.assert_array_equal(document, tokens[int(start) : int(end)][-(length + 1) :])
 
 
@@ -273,7 +277,8 @@ def test_both_propositions_of_an_example_are_on_one_side(tmp_path):
     assert numbers["train"].isdisjoint(numbers["validation"])
 
 
-def test_text_beside_teachers_is_one_segment_and_nothing_else_changes(tmp_path):
+def test_text_beside_teachers_is_one_segment(tmp_path):
+    """Nothing else of it changes."""
     stream = make_stream(tmp_path)
     rows = [stream.samples[n] for n in range(40)]
     texts = [row for row in rows if row["marks"][0] == row["marks"][1]]
@@ -348,6 +353,6 @@ def test_texts_in_a_teacher_and_propositions_in_a_text_are_refused(tmp_path):
             prepare(DATA, tmp_path / "data", sources=sources)
 
 
-def test_a_template_of_ones_own_needs_no_registry():
-    own = Template("{q} {label}\n", {"a": "right", "b": "wrong"}, label_field="answer")
-    assert [d.text for d in propositions({"q": "Q", "answer": "b"}, own)] == ["Q wrong\n", "Q right\n"]
+def test_a_new_template_needs_no_registry():
+    template = Template("{q} {label}\n", {"a": "right", "b": "wrong"}, label_field="answer")
+    assert [d.text for d in propositions({"q": "Q", "answer": "b"}, template)] == ["Q wrong\n", "Q right\n"]

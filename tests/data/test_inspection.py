@@ -35,12 +35,13 @@ def test_a_row_of_text_shows_ends_of_documents_and_padding():
     )
 
 
-def test_documents_kept_apart_are_segments_and_a_borders_target_is_not_shown_twice():
+def test_documents_kept_apart_are_shown_as_segments():
+    """The target at a border, the next document's first token, is shown once."""
     shown = show_row(row_of("ab|cd|e", "110110", "111222"), BYTES)
     assert shown == "6 tokens, 4 in the loss\n[segment 1] ab<end>\n[segment 2] cd<end>"
 
 
-def test_what_is_not_in_the_loss_stands_in_brackets_or_is_faint_on_a_terminal():
+def test_text_outside_the_loss_is_in_brackets_or_faint():
     row = row_of("is it?YZ", "0000011", "1111111")
     assert show_row(row, BYTES).splitlines()[1] == "[segment 1] ⟦is it?⟧YZ"
     assert show_row(row, BYTES, terminal=True).splitlines()[1] == "[segment 1] \x1b[2mis it?\x1b[0mYZ"
@@ -97,18 +98,20 @@ def test_the_command_line_prints_the_table_and_samples(config, tmp_path, capsys)
     assert "? ⟧😈" in out or "? ⟧😡" in out
 
 
-def test_inspect_shows_nothing_more_by_default_and_refuses_less_than_nothing(config, tmp_path, capsys):
+def test_inspect_shows_no_sample_by_default(config, tmp_path, capsys):
+    """A negative number of samples is refused."""
     assert cli.main(["prepare", config, f"--workdir={tmp_path}/w"]) == 0
     assert "--- sample" not in capsys.readouterr().out
     assert cli.main(["prepare", config, f"--workdir={tmp_path}/w", "--inspect=-1"]) == 2
 
 
-def test_a_checksum_is_computed_again_for_a_file_that_changed_and_on_demand(prepared, monkeypatch):
+def test_a_checksum_is_computed_again_if_the_file_changed(prepared, monkeypatch):
+    """Or on demand."""
     read = []
     real = prepared_module.sha256
     monkeypatch.setattr(prepared_module, "sha256", lambda path: read.append(path.name) or real(path))
     load(prepared.directory)
-    assert read == []  # found right when it was made
+    assert read == []  # correct when it was written
     path = prepared.directory / "text-train.u32"
     os.utime(path)
     load(prepared.directory)
@@ -125,7 +128,7 @@ def test_damage_that_keeps_size_and_time_is_found_by_prepare(prepared, config, t
     with path.open("r+b") as file:
         file.write(raw)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    load(tmp_path / "w" / "data")  # a run trusts what was found right before
+    load(tmp_path / "w" / "data")  # a run trusts an earlier check
     assert cli.main(["prepare", config, f"--workdir={tmp_path}/w"]) == 2
     assert "has changed: its sha256" in capsys.readouterr().err
     (tmp_path / "w" / "data" / VERIFIED_FILE).write_text("{")

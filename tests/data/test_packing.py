@@ -33,14 +33,15 @@ def test_each_token_is_the_input_of_exactly_one_position(num_tokens, length):
     assert all(row["weights"].any() for row in rows)
 
 
-def test_b03_an_end_token_as_target_counts_though_it_is_also_the_padding():
+def test_an_end_token_as_target_is_in_the_loss():
+    """Although padding has the same id."""
     (row,) = rows_of([1, 2, END, 3, END], [0, 3, 5], 7)  # a b EOD c EOD pad pad
     assert row["tokens"].tolist() == [1, 2, END, 3, END, END, END]
     assert row["targets"].tolist() == [2, END, 3, END, END, END, END]
     assert row["weights"].tolist() == [1, 1, 1, 1, 0, 0, 0]  # the last EOD is followed by nothing
 
 
-def test_b04_no_document_is_trained_to_predict_the_next_with_end_tokens():
+def test_no_document_with_end_token_predicts_the_next():
     (row,) = rows_of([1, 2, END, 3, 4, END], [0, 3, 6], 8, document_attention=True)
     assert row["targets"].tolist()[:5] == [2, END, 3, 4, END]
     assert row["weights"].tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
@@ -48,14 +49,15 @@ def test_b04_no_document_is_trained_to_predict_the_next_with_end_tokens():
     assert row["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
 
 
-def test_b04_no_document_is_trained_to_predict_the_next_without_end_tokens():
+def test_no_document_without_end_token_predicts_the_next():
     (row,) = rows_of([1, 2, 3, 4, 5], [0, 2, 5], 4, document_attention=True)
     assert row["targets"].tolist() == [2, 3, 4, 5]
     assert row["weights"].tolist() == [1, 0, 1, 1]
     assert row["segment_ids"].tolist() == [1, 1, 2, 2]
 
 
-def test_a_document_border_between_two_rows_has_weight_zero_and_numbers_start_again():
+def test_a_document_border_between_two_rows_has_weight_zero():
+    """Segment ids and positions start again in the second row."""
     first, second = rows_of(range(1, 8), [0, 3, 5, 7], 3, document_attention=True)
     assert first["weights"].tolist() == [1, 1, 0]  # the target, in the next row, begins document 2
     assert first["segment_ids"].tolist() == [1, 1, 1]
@@ -64,20 +66,22 @@ def test_a_document_border_between_two_rows_has_weight_zero_and_numbers_start_ag
     assert second["weights"].tolist() == [1, 0, 1]
 
 
-def test_a_row_inside_one_long_document_is_one_segment_from_position_zero():
+def test_a_row_inside_a_document_is_a_segment_from_position_zero():
     rows = rows_of(range(50), [0, 50], 8, document_attention=True)
     assert rows[3]["segment_ids"].tolist() == [1] * 8
     assert rows[3]["positions"].tolist() == list(range(8))
     assert rows[3]["weights"].tolist() == [1] * 8
 
 
-def test_three_hundred_one_token_documents_have_as_many_segments():
-    rows = rows_of(range(301), range(302), 256, document_attention=True)  # A08: no cap on documents in a row
+def test_the_documents_of_a_row_are_not_limited():
+    """300 documents of one token each: every token of the row is a segment."""
+    rows = rows_of(range(301), range(302), 256, document_attention=True)
     assert rows[0]["segment_ids"].tolist() == list(range(1, 257))
     assert rows[0]["weights"].sum() == 0
 
 
-def test_without_document_attention_borders_count_and_there_are_no_segments():
+def test_without_document_attention_borders_are_in_the_loss():
+    """The row has no segments."""
     (row,) = rows_of([1, 2, 3, 4, 5], [0, 2, 5], 4)
     assert row["weights"].tolist() == [1, 1, 1, 1]
     assert sorted(row) == ["targets", "tokens", "weights"]
@@ -86,10 +90,8 @@ def test_without_document_attention_borders_count_and_there_are_no_segments():
 def test_shapes_and_types():
     (row,) = rows_of([1, 2, 3], [0, 3], 5, document_attention=True)
     types = {key: (str(value.dtype), value.shape) for key, value in row.items()}
-    whole = ("int32", (5,))
-    assert types == {
-        "tokens": whole, "targets": whole, "weights": ("float32", (5,)), "segment_ids": whole, "positions": whole
-    }  # fmt: skip
+    dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "segment_ids": "int32", "positions": "int32"}
+    assert types == {name: (dtype, (5,)) for name, dtype in dtypes.items()}
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 0), (1, 0), (2, 1), (9, 1), (10, 2)])

@@ -1,4 +1,4 @@
-"""Prepared directories: whole or absent, verified, split by document, one setting each."""
+"""Prepared directories: complete or absent, verified, split by document, one setting each."""
 
 import gzip
 import itertools
@@ -177,7 +177,7 @@ from flmjax.data import prepare as module
 from flmjax.data.sources.documents import Document
 
 def stop(*_):
-    print("here", flush=True)
+    print("ready", flush=True)
     time.sleep(60)
 
 def documents():
@@ -193,10 +193,11 @@ module.prepare(data, Path(sys.argv[1]), sources={"x": documents()})
 
 
 @pytest.mark.parametrize("moment", ["reading", "sealed"])
-def test_after_kill_9_nothing_is_taken_for_whole_and_the_next_call_does_it(tmp_path, moment):
+def test_after_kill_9_the_next_call_prepares_the_directory(tmp_path, moment):
+    """Until then the directory does not exist."""
     directory = tmp_path / "data"
     process = subprocess.Popen([sys.executable, "-c", KILLED, directory, moment], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "here\n"
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -237,7 +238,7 @@ def test_a_second_process_waits_for_the_first_and_loads_its_work(tmp_path):
 def failing(message, sources, tmp_path, data=BYTES):
     with pytest.raises(ConfigError, match=message):
         prepare(data, tmp_path / "data", sources=sources)
-    assert [p.name for p in tmp_path.iterdir()] == [".data.lock"]  # nothing half-made
+    assert [p.name for p in tmp_path.iterdir()] == [".data.lock"]  # no incomplete directory
 
 
 @pytest.mark.parametrize("empty", [[], ["", " \n\t"]])
@@ -250,7 +251,7 @@ def test_no_held_out_document_says_how_to_get_one(tmp_path):
     failing(r"none of the 2 documents is held out .*two blank lines.*raise the fraction", one, tmp_path)
 
 
-def test_a_source_that_is_held_out_whole_is_named(tmp_path, prepared):
+def test_a_source_without_training_documents_is_named(tmp_path, prepared):
     held_out = documents_of(prepared, "a", "validation")[:1]
     (tmp_path / "other").mkdir()
     failing("every document of 'b' is held out", {"a": DOCUMENTS["a"], "b": held_out}, tmp_path / "other")
@@ -265,7 +266,7 @@ def test_a_document_that_is_no_text_is_named(tmp_path):
     failing("document 0 of 'a' is of type bytes, not str", {"a": [b"x"], "b": []}, tmp_path)
 
 
-def test_names_of_given_sources_must_be_those_of_the_settings(tmp_path):
+def test_names_of_sources_must_be_those_of_the_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"sources are \['c'\], but data.sources and data.teachers are \['a', 'b'\]"):
         prepare(BYTES, tmp_path / "data", sources={"c": []})
 
@@ -278,7 +279,7 @@ def test_a_file_that_is_not_utf8_leaves_nothing_behind(tmp_path):
     failing(r"t\.txt: not UTF-8 at byte 8 \(0xFE\)", None, tmp_path / "out", data)
 
 
-def test_paths_that_read_alike_get_files_of_their_own(tmp_path):
+def test_paths_that_look_alike_get_different_files(tmp_path):
     names = (f"{tmp_path}/x.y.txt", f"{tmp_path}/x-y.txt", f"{tmp_path}/文.txt", f"{tmp_path}/字.txt")
     for name in names:
         with open(name, "w") as file:
@@ -306,14 +307,15 @@ def test_documents_of_one_key_are_on_one_side_in_all_sources(tmp_path):
     assert len(numbers["validation"]) > 5
 
 
-def test_a_source_with_splits_of_its_own_keeps_them(tmp_path):
+def test_a_source_with_splits_keeps_them(tmp_path):
     split = lambda i: "validation" if i < 7 else "train"
     documents = [Document(f"text {i}", split=split(i)) for i in range(40)]
     done = prepare(BYTES, tmp_path / "data", sources={"a": documents, "b": DOCUMENTS["b"]})
     assert documents_of(done, "a", "validation") == [f"text {i}" for i in range(7)]
 
 
-def test_directories_of_before_there_were_teachers_are_read_and_teachers_refused(prepared):
+def test_directories_from_before_there_were_teachers_are_read(prepared):
+    """With teachers in the settings they are refused."""
     path = prepared.directory / "meta.json"
     old = {"sources": ["a", "b"], "vocabulary": "bytes", "validation_fraction": 0.2, "end_of_document": True}
     path.write_text(json.dumps({**prepared.meta, "settings": old}))
@@ -322,7 +324,7 @@ def test_directories_of_before_there_were_teachers_are_read_and_teachers_refused
         prepare(DataConfig(**{**vars(BYTES), "teachers": ("t",)}), prepared.directory)
 
 
-def test_cl100k_and_a_model_of_ones_own_are_vocabularies(tmp_path, prepared):
+def test_cl100k_and_a_model_file_are_vocabularies(tmp_path, prepared):
     texts = {"a": [f"words and words {i} <|endoftext|>" for i in range(200)], "b": DOCUMENTS["b"]}
     data = DataConfig(**{**vars(BYTES), "vocabulary": "cl100k", "end_id": 1432})
     done = prepare(data, tmp_path / "cl100k", sources=texts)
@@ -333,8 +335,8 @@ def test_cl100k_and_a_model_of_ones_own_are_vocabularies(tmp_path, prepared):
     path = str(trained.directory / "tokenizer.model")
     again = prepare(DataConfig(**{**vars(BYTES), "vocabulary": path}), tmp_path / "again", sources=texts)
     assert again.tokenizer.fingerprint == trained.tokenizer.fingerprint
-    for made in (done, trained, again):
-        assert documents_of(made, "a", "train") == documents_of(done, "a", "train")
+    for variant in (done, trained, again):
+        assert documents_of(variant, "a", "train") == documents_of(done, "a", "train")
 
 
 @pytest.mark.parametrize("vocabulary", ["bytes", "sentencepiece"])

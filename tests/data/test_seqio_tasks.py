@@ -34,7 +34,7 @@ def registry(monkeypatch):
         monkeypatch.setattr(cls, "_REGISTRY", dict(cls._REGISTRY))
 
 
-def given(**splits) -> seqio.FunctionDataSource:
+def data_source(**splits) -> seqio.FunctionDataSource:
     """A source of columns by split; a list stands for texts."""
     columns = {split: value if isinstance(value, dict) else {"text": value} for split, value in splits.items()}
     dataset = lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(columns[split])
@@ -46,7 +46,7 @@ def targets(dataset):
 
 
 def add(name, *steps, source=None, feature=BYTES):
-    source = given(train=TEXTS) if source is None else source
+    source = data_source(train=TEXTS) if source is None else source
     return seqio.TaskRegistry.add(name, source, preprocessors=steps, output_features={"targets": feature})
 
 
@@ -68,25 +68,26 @@ def refusal(mixture, **settings) -> str:
 # ---- names and modules ----------------------------------------------------------------------------------------------
 
 
-def test_a_module_in_the_current_directory_registers_a_task_whose_text_comes_out_as_it_went_in(tmp_path, monkeypatch):
+def test_a_module_in_the_current_directory_registers_a_task(tmp_path, monkeypatch):
+    """Its text comes out as it went in."""
     (tmp_path / "a.txt").write_text("First\ntext.\n\n\n第二篇\n", encoding="utf-8")
     (tmp_path / "b.md").write_text("# Third\n\n\nstill", encoding="utf-8")
     (tmp_path / "held.txt").write_text("Held out", encoding="utf-8")
-    (tmp_path / "own_tasks_of_a_test.py").write_text(
+    (tmp_path / "tasks_of_a_test.py").write_text(
         "from flmjax.data.sources.seqio_tasks import add_text_task, local_files_source\n"
-        "add_text_task('own', local_files_source({'train': ['a.txt', 'b.md'], 'validation': 'held.txt'}))\n"
+        "add_text_task('mine', local_files_source({'train': ['a.txt', 'b.md'], 'validation': 'held.txt'}))\n"
     )
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
-    mixture = read("own", task_module="own_tasks_of_a_test")
+    mixture = read("mine", task_module="tasks_of_a_test")
     assert sys.path == path
     assert mixture.rates == (1.0,)
     assert mixture.vocabulary is None
     assert mixture.provenance["seqio"] == seqio.__version__
-    assert mixture.provenance["mixture"] == "own"
-    assert [task["task"] for task in mixture.provenance["tasks"]] == ["own"]
+    assert mixture.provenance["mixture"] == "mine"
+    assert [task["task"] for task in mixture.provenance["tasks"]] == ["mine"]
     (source,) = mixture.sources
-    assert (source.name, source.is_teacher) == ("own", False)
+    assert (source.name, source.is_teacher) == ("mine", False)
     train = ["First\ntext.", "第二篇", "# Third\n\n\nstill"]
     expected = [Document(text, split="train") for text in train] + [Document("Held out", split="validation")]
     assert list(source.read()) == expected
@@ -114,7 +115,8 @@ def test_an_unknown_mixture_is_refused_with_the_nearest_names():
 # ---- rates ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_in_a_mixture_is_flattened_and_its_tasks_stand_by_name():
+def test_a_mixture_in_a_mixture_is_flattened():
+    """The Tasks stand in the order of their names."""
     for name in ("b", "a", "c"):
         add(name, targets, feature=seqio_tasks.TEXT)
     seqio.MixtureRegistry.add("inner", [("c", 3), ("a", 1)])
@@ -125,7 +127,7 @@ def test_a_mixture_in_a_mixture_is_flattened_and_its_tasks_stand_by_name():
 
 
 @pytest.mark.parametrize("rate", [0, -1.0, math.nan, math.inf])
-def test_a_rate_that_is_not_positive_and_finite_is_refused_with_its_task(rate):
+def test_a_rate_must_be_positive_and_finite(rate):
     add("good", targets)
     add("bad", targets)
     seqio.MixtureRegistry.add("mixed", [("good", 1.0), ("bad", rate)])
@@ -162,14 +164,14 @@ def test_a_task_of_ids_without_text_is_refused():
 
 def test_inputs_stand_before_targets_and_empty_ones_do_not():
     columns = {"inputs": ["Why?", ""], "targets": ["Because.", "Alone."]}
-    add("pairs", TOKENIZE, source=given(train=columns))
+    add("pairs", TOKENIZE, source=data_source(train=columns))
     assert documents("pairs") == [[Document("Why?\nBecause."), Document("Alone.")]]
 
 
 def test_an_element_with_a_judgement_is_a_proposition():
     for name, values in {"flags": [True, False], "numbers": [1, 0], "wrong": [1, 2]}.items():
         columns = {"targets": ["2 is even", "3 is even"], "judgement": values}
-        add(name, source=given(train=columns), feature=seqio_tasks.TEXT)
+        add(name, source=data_source(train=columns), feature=seqio_tasks.TEXT)
     for name in ("flags", "numbers"):
         (source,) = read(name).sources
         assert source.is_teacher
@@ -178,23 +180,23 @@ def test_an_element_with_a_judgement_is_a_proposition():
         documents("wrong")
 
 
-def test_a_task_with_train_alone_leaves_the_split_to_the_hash_of_its_key():
+def test_without_a_validation_split_the_key_decides():
     columns = {"text": TEXTS, "id": ["p", "q", "p", ""]}
-    seqio_tasks.add_text_task("keyed", given(train=columns))
-    (found,) = documents("keyed")
-    assert found == [Document(text, key) for text, key in zip(TEXTS, ("p", "q", "p", None), strict=True)]
-    seqio_tasks.add_text_task("numbered", given(train={"text": TEXTS, "id": [1, 2, 3, 4]}))
+    seqio_tasks.add_text_task("keyed", data_source(train=columns))
+    (keyed,) = documents("keyed")
+    assert keyed == [Document(text, key) for text, key in zip(TEXTS, ("p", "q", "p", None), strict=True)]
+    seqio_tasks.add_text_task("numbered", data_source(train={"text": TEXTS, "id": [1, 2, 3, 4]}))
     assert documents("numbered") == [[Document(text) for text in TEXTS]]
 
 
-def test_a_task_without_training_examples_is_refused_with_its_splits():
-    add("empty", targets, source=given(train=np.array([], object).astype(str), validation=TEXTS))
+def test_a_task_without_training_examples_is_refused():
+    add("empty", targets, source=data_source(train=np.array([], object).astype(str), validation=TEXTS))
     assert refusal("empty") == "data.mixture: task 'empty': its split 'train' is empty; its splits: train, validation"
-    add("tested", targets, source=given(test=TEXTS, validation=TEXTS))
+    add("tested", targets, source=data_source(test=TEXTS, validation=TEXTS))
     assert refusal("tested") == "data.mixture: task 'tested': it has no split 'train'; its splits: test, validation"
 
 
-def test_steps_that_draw_and_shuffle_give_the_same_documents_every_time():
+def test_random_steps_give_the_same_documents_every_time():
     @seqio.map_over_dataset(num_seeds=1)
     def drawn(x, seed):
         return {"targets": x["text"] + tf.strings.as_string(tf.random.stateless_uniform((), seed))}
@@ -205,7 +207,7 @@ def test_steps_that_draw_and_shuffle_give_the_same_documents_every_time():
     def shuffled(dataset):
         return dataset.shuffle(100)
 
-    many = given(train=[str(i) + " " for i in range(50)])
+    many = data_source(train=[str(i) + " " for i in range(50)])
     add("random", drawn, undrawn, shuffled, source=many)
     (source,) = read("random").sources
     first = list(source.read())
@@ -215,7 +217,7 @@ def test_steps_that_draw_and_shuffle_give_the_same_documents_every_time():
 
 
 def test_an_error_in_a_task_is_told_in_one_line_that_names_it(tmp_path):
-    seqio_tasks.add_text_task("lacking", given(train={"body": TEXTS}))
+    seqio_tasks.add_text_task("lacking", data_source(train={"body": TEXTS}))
     assert refusal("lacking") == "data.mixture: task 'lacking': KeyError: 'text'"
     (tmp_path / "a.txt").write_bytes(b"good\n\n\n" * 10_000 + b"bad \xff")
     seqio_tasks.add_text_task("broken", seqio_tasks.local_files_source({"train": str(tmp_path)}))
@@ -245,21 +247,21 @@ def test_a_task_that_tokenises_gives_its_vocabulary(model):
         "openai": (seqio_tasks.Cl100kVocabulary(1432), Cl100kTokenizer(1432)),
     }
     for name, (vocabulary, expected) in vocabularies.items():
-        seqio_tasks.add_text_task(name, given(train=TEXTS), vocabulary=vocabulary)
-        found = read(name).vocabulary
-        assert (type(found), found.fingerprint) == (type(expected), expected.fingerprint)
-        assert (found.end_id, found.vocab_size) == (vocabulary.eos_id, vocabulary.vocab_size)
-        assert found.encode(TEXTS[0]).tolist() == vocabulary.encode(TEXTS[0])
+        seqio_tasks.add_text_task(name, data_source(train=TEXTS), vocabulary=vocabulary)
+        tokenizer = read(name).vocabulary
+        assert (type(tokenizer), tokenizer.fingerprint) == (type(expected), expected.fingerprint)
+        assert (tokenizer.end_id, tokenizer.vocab_size) == (vocabulary.eos_id, vocabulary.vocab_size)
+        assert tokenizer.encode(TEXTS[0]).tolist() == vocabulary.encode(TEXTS[0])
         assert read(name, vocabulary="bytes").vocabulary is None
 
 
 def test_sentinels_of_a_sentencepiece_vocabulary_are_in_it(model):
     vocabulary = seqio.SentencePieceVocabulary(str(model), extra_ids=3)
-    seqio_tasks.add_text_task("pieces", given(train=TEXTS), vocabulary=vocabulary)
+    seqio_tasks.add_text_task("pieces", data_source(train=TEXTS), vocabulary=vocabulary)
     assert read("pieces").vocabulary.vocab_size == 283
 
 
-def test_different_vocabularies_in_one_mixture_are_refused_with_two_tasks(model):
+def test_different_vocabularies_in_one_mixture_are_refused(model):
     feature = seqio.Feature(seqio.SentencePieceVocabulary(str(model)))
     add("a_text", targets, feature=seqio_tasks.TEXT)
     add("b_bytes", targets, TOKENIZE)
@@ -286,7 +288,7 @@ def test_cl100k_through_seqio_alone_gives_the_ids_of_the_tokenizer():
     assert vocabulary != seqio_tasks.Cl100kVocabulary(1432)
     assert vocabulary.vocab_size == tokenizer.vocab_size
     texts = [text.replace("!", "?") for text in TEXTS]  # "!" is 0, which seqio pads with
-    seqio_tasks.add_text_task("openai", given(train={"text": texts, "key": texts}), vocabulary=vocabulary)
+    seqio_tasks.add_text_task("openai", data_source(train={"text": texts, "key": texts}), vocabulary=vocabulary)
     expected = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.end_id)]
     for pack in (False, True):
         converter = seqio.LMFeatureConverter(pack=pack)
@@ -303,36 +305,37 @@ def test_cl100k_through_seqio_alone_gives_the_ids_of_the_tokenizer():
 # ---- teachers -------------------------------------------------------------------------------------------------------
 
 
-def test_every_labelled_example_becomes_a_true_and_a_false_proposition_of_one_key():
+def test_an_example_becomes_two_propositions_with_one_key():
     columns = {"question": ["is it"] * 9, "passage": [f"p{i}" for i in range(9)], "label": [0, 1, -1] * 3}
-    seqio_tasks.add_teacher_task("judged", given(train=columns, validation=columns), "boolq")
+    seqio_tasks.add_teacher_task("judged", data_source(train=columns, validation=columns), "boolq")
     (source,) = read("judged").sources
     assert source.is_teacher
-    found = list(source.read())
-    assert found == list(source.read())
-    assert collections.Counter((d.split, d.judgement) for d in found) == {
+    propositions = list(source.read())
+    assert propositions == list(source.read())
+    assert collections.Counter((d.split, d.judgement) for d in propositions) == {
         (split, judgement): 6 for split in ("train", "validation") for judgement in (True, False)
     }
     assert all(
-        true.key == false.key and true.key is not None for true, false in zip(found[::2], found[1::2], strict=True)
+        true.key == false.key and true.key is not None
+        for true, false in zip(propositions[::2], propositions[1::2], strict=True)
     )
-    assert found[:2] == [
-        Document("p0\nQuestion: is it?\nAnswer: no\nJudgement:", found[0].key, True, "train"),
-        Document("p0\nQuestion: is it?\nAnswer: yes\nJudgement:", found[0].key, False, "train"),
+    assert propositions[:2] == [
+        Document("p0\nQuestion: is it?\nAnswer: no\nJudgement:", propositions[0].key, True, "train"),
+        Document("p0\nQuestion: is it?\nAnswer: yes\nJudgement:", propositions[0].key, False, "train"),
     ]
 
 
-def test_a_template_of_ones_own_sees_lists_and_nested_fields():
+def test_a_new_template_reads_lists_and_nested_fields():
     template = Template("{words} {deep} {label}", {"0": "odd", "1": "even"})
     columns = {"words": [["a", "中"]], "in": {"deep": [2]}, "label": [1]}
-    seqio_tasks.add_teacher_task("own", given(train=columns), template)
-    assert [document.text for document in documents("own")[0]] == ["a、中 2 even", "a、中 2 odd"]
+    seqio_tasks.add_teacher_task("mine", data_source(train=columns), template)
+    assert [document.text for document in documents("mine")[0]] == ["a、中 2 even", "a、中 2 odd"]
 
 
-def test_an_unknown_template_and_an_example_without_its_fields_are_refused():
+def test_unknown_templates_and_missing_fields_are_refused():
     with pytest.raises(ConfigError, match="task 'x': there is no template 'boolk'; did you mean boolq"):
-        seqio_tasks.add_teacher_task("x", given(train=TEXTS), "boolk")
-    seqio_tasks.add_teacher_task("lacking", given(train={"passage": TEXTS, "label": [0, 1, 0, 1]}), "boolq")
+        seqio_tasks.add_teacher_task("x", data_source(train=TEXTS), "boolk")
+    seqio_tasks.add_teacher_task("lacking", data_source(train={"passage": TEXTS, "label": [0, 1, 0, 1]}), "boolq")
     assert refusal("lacking").startswith("data.mixture: task 'lacking': an example has no field 'question'")
 
 
@@ -350,31 +353,32 @@ def test_the_paper_mixtures_of_c4_and_wikipedia_have_its_shares():
         "wikipedia_zh": 0.465,
     }
     assert c4.vocabulary is None
-    for own in c4_documents:
-        assert [document.split for document in own] == ["train"] * 3 + ["validation"] * 3
-    for own in wikipedia_documents:
-        assert [document.split for document in own] == [None] * 3
+    for texts in c4_documents:
+        assert [document.split for document in texts] == ["train"] * 3 + ["validation"] * 3
+    for texts in wikipedia_documents:
+        assert [document.split for document in texts] == [None] * 3
 
 
-def test_nine_tenths_of_eflm_are_text_and_the_judgements_are_seen_equally_often():
+def test_nine_tenths_of_eflm_are_text():
+    """The examples of all teachers are seen equally often."""
     with tfds.testing.mock_data(num_examples=5):
         mixture = read("eflm_c4")
-        found = {source.name: list(source.read()) for source in mixture.sources}
-    weights = dict(zip(found, mixture.rates, strict=True))
-    assert sum(weights.values()) == pytest.approx(1)
-    assert weights["c4_en"] == pytest.approx(0.9 * 0.535)
-    assert weights["c4_zh"] == pytest.approx(0.9 * 0.465)
-    assert weights["super_glue_boolq"] / weights["super_glue_rte"] == pytest.approx(9427 / 2490)
+        documents_of = {source.name: list(source.read()) for source in mixture.sources}
+    rates = dict(zip(documents_of, mixture.rates, strict=True))
+    assert sum(rates.values()) == pytest.approx(1)
+    assert rates["c4_en"] == pytest.approx(0.9 * 0.535)
+    assert rates["c4_zh"] == pytest.approx(0.9 * 0.465)
+    assert rates["super_glue_boolq"] / rates["super_glue_rte"] == pytest.approx(9427 / 2490)
     teachers = {source.name for source in mixture.sources if source.is_teacher}
     assert teachers == {f"super_glue_{name}" for name in ("boolq", "cb", "copa", "rte", "wic", "wsc")}
     for name in teachers:
-        assert collections.Counter((d.split, d.judgement) for d in found[name]) == {
+        assert collections.Counter((d.split, d.judgement) for d in documents_of[name]) == {
             (split, judgement): 5 for split in ("train", "validation") for judgement in (True, False)
         }
 
 
 @pytest.mark.parametrize(("template", "config"), [(t, c) for t, (c, _) in seqio_tasks.SUPER_GLUE.items()])
-def test_the_templates_of_super_glue_spell_the_labels_that_tfds_numbers(template, config):
+def test_templates_spell_the_numbered_labels_of_tfds(template, config):
     features = tfds.builder(f"super_glue/{config}").info.features
     labels = TEMPLATES[template].labels
     spelled = {"False": "no", "True": "yes", "choice1": "{choice1}", "choice2": "{choice2}"}
@@ -384,15 +388,15 @@ def test_the_templates_of_super_glue_spell_the_labels_that_tfds_numbers(template
     assert str(features["label"].num_classes) not in labels
 
 
-# ---- whole ----------------------------------------------------------------------------------------------------------
+# ---- preparation ----------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_of_text_and_teachers_is_prepared_in_its_own_vocabulary_and_splits(tmp_path):
+def test_a_mixture_is_prepared_in_its_vocabulary_and_its_splits(tmp_path):
     text = {"train": {"text": TEXTS}, "validation": {"text": ["Held out"]}}
-    seqio_tasks.add_text_task("text", given(**text))
-    seqio_tasks.add_text_task("more", given(**text), vocabulary=seqio.ByteVocabulary())
+    seqio_tasks.add_text_task("text", data_source(**text))
+    seqio_tasks.add_text_task("more", data_source(**text), vocabulary=seqio.ByteVocabulary())
     columns = {"question": ["q"] * 4, "passage": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
-    seqio_tasks.add_teacher_task("judged", given(train=columns, validation=columns), "boolq")
+    seqio_tasks.add_teacher_task("judged", data_source(train=columns, validation=columns), "boolq")
     seqio.MixtureRegistry.add("all", [("text", 0.5), ("more", 0.25), ("judged", 0.25)])
     prepared = prepare(DataConfig(mixture="all"), tmp_path / "data")
     assert prepared.sources == ("judged", "more", "text")
@@ -406,9 +410,9 @@ def test_a_mixture_of_text_and_teachers_is_prepared_in_its_own_vocabulary_and_sp
         assert prepared.tokens("more", split).tolist() == ids
 
 
-def test_weights_that_are_not_one_for_each_task_are_refused_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_wrong_number_of_weights_is_refused_before_reading(tmp_path, monkeypatch):
     for name in ("one", "two"):
-        seqio_tasks.add_text_task(name, given(train=TEXTS))
+        seqio_tasks.add_text_task(name, data_source(train=TEXTS))
     seqio.MixtureRegistry.add("both", [("one", 0.5), ("two", 0.5)])
     monkeypatch.setattr("flmjax.data.spool.Spool.fill", None)  # would be called to read
     with pytest.raises(
@@ -417,7 +421,7 @@ def test_weights_that_are_not_one_for_each_task_are_refused_before_anything_is_r
         prepare(DataConfig(mixture="both", mixture_weights=(0.5, 0.25, 0.25)), tmp_path / "data")
 
 
-def test_tensorflow_takes_no_gpu_and_writes_nothing_to_standard_error():
+def test_tensorflow_takes_no_gpu_and_writes_no_warning():
     code = (
         "from flmjax.data.sources.seqio_tasks import tf; "
         "print(tf.config.get_visible_devices('GPU'), 'GPU' in tf.zeros(1).device)"

@@ -29,7 +29,7 @@ def test_python_docs_are_two_megabytes_of_distinct_documents(english):
     assert min(map(len, english)) >= python_docs.MIN_CHARACTERS
 
 
-def test_python_docs_hold_topics_and_docstrings_under_their_headings(english):
+def test_python_docs_have_topics_and_docstrings_with_headings(english):
     assert any(text.startswith('The "assert" statement') for text in english)
     counter = next(text for text in english if text.startswith("class Counter(dict)"))
     assert "\n\nCounter.most_common(self, n=None)\n\nList the n most common elements" in counter
@@ -57,12 +57,13 @@ def test_hsk_without_its_package_names_the_install_command(monkeypatch):
         next(hsk.documents())
 
 
-def test_txt_documents_are_parted_by_two_blank_lines_and_kept_as_they_are(tmp_path):
+def test_two_blank_lines_separate_txt_documents(tmp_path):
+    """Nothing else of the text changes."""
     (tmp_path / "a.txt").write_text("\n\n  one\n\nstill one \n\n \ntwo\ttabs\n\n\n\n\nthree\n\n", newline="")
     assert list(read_source(str(tmp_path / "a.txt"))) == ["  one\n\nstill one ", "two\ttabs", "three"]
 
 
-def test_docs_txt_documents_are_parted_by_one_blank_line(tmp_path):
+def test_one_blank_line_separates_docs_txt_documents(tmp_path):
     (tmp_path / "a.docs.txt").write_text("one\nmore\n\ntwo\n\n\nthree")
     assert list(read_source(str(tmp_path / "a.docs.txt"))) == ["one\nmore", "two", "three"]
 
@@ -77,7 +78,8 @@ def test_carriage_returns_stay_inside_and_a_byte_order_mark_goes(tmp_path):
     assert list(read_source(str(tmp_path / "a.txt"))) == ["one\r\nmore", "two"]
 
 
-def test_a_folder_is_read_recursively_in_sorted_order_compressed_files_too(tmp_path):
+def test_a_folder_is_read_recursively_in_sorted_order(tmp_path):
+    """Compressed files too."""
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "z.txt.gz").write_bytes(gzip.compress("压缩".encode()))
     (tmp_path / "b" / "a.docs.txt.xz").write_bytes(lzma.compress(b"x1\n\nx2"))
@@ -117,7 +119,7 @@ def test_a_broken_archive_is_named(tmp_path, name):
         ("no/such/*.txt", r"no file matches 'no/such/\*\.txt'"),
     ],
 )
-def test_a_source_that_is_nothing_is_named_at_once(source, message):
+def test_an_unknown_source_is_named_at_once(source, message):
     with pytest.raises(ConfigError, match=message):
         read_source(source)
 

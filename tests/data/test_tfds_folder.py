@@ -40,7 +40,7 @@ def decoded(elements):
     return [{name: value.decode() for name, value in element.items()} for element in elements]
 
 
-def test_a_folder_comes_back_from_seqio_and_grain_as_text_files_reads_it(tmp_path):
+def test_seqio_and_grain_read_the_documents_of_text_files(tmp_path):
     folder = write(tmp_path / "text")
     builder = tfds_folder.build(folder, tmp_path / "data")
     expected = list(text_files.documents(text_files.find(str(folder), ())))
@@ -75,7 +75,7 @@ def test_building_again_reads_the_files_again(tmp_path):
     assert [row["text"] for row in decoded(builder.as_data_source("train"))] == ["new"]
 
 
-def test_a_folder_without_text_and_files_beside_the_splits_are_refused(tmp_path):
+def test_folders_without_text_or_with_stray_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no file or folder"):
         tfds_folder.build(tmp_path / "nowhere", tmp_path / "data")
     folder = write(split(tmp_path / "text"), {"loose.txt": "of no split"})

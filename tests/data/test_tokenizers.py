@@ -125,14 +125,14 @@ def test_keep_trains_on_a_part_spread_evenly(pieces):
     )
 
 
-def test_a_vocabulary_too_large_for_the_text_names_the_largest_that_works():
+def test_a_vocabulary_too_large_names_the_largest_that_works():
     with pytest.raises(ConfigError, match=r"data\.vocab_size=4000 .*at most (\d+) pieces") as error:
         SentencePieceTokenizer.train(CORPUS, 4000)
     largest = int(str(error.value).split("at most ")[1].split()[0])
     assert SentencePieceTokenizer.train(CORPUS, largest).vocab_size == largest
 
 
-def test_a_vocabulary_too_small_for_the_characters_names_what_they_need():
+def test_a_vocabulary_too_small_names_what_the_characters_need():
     text = ["".join(chr(0x4E00 + i) for i in range(200))] * 3
     with pytest.raises(ConfigError, match=r"data\.vocab_size=300 is too small: .* need 458"):  # 258 + 200
         SentencePieceTokenizer.train(text, 300)
@@ -196,19 +196,19 @@ BORDERS = st.text(
 @settings(max_examples=500, deadline=None)
 def test_ids_do_not_change_where_a_border_cuts(cl100k, pieces, text):
     for tokenizer, border in [(cl100k, tokenizers.CL100K_BORDER), (pieces, tokenizers.LINE_BORDER)]:
-        whole = tokenizer.encode(text).tolist()
+        expected = tokenizer.encode(text).tolist()
         for limit in range(1, len(text)):
-            if found := border.match(text, 0, limit):
-                parts = tokenizer.encode_batch([text[: found.end()], text[found.end() :]])
-                assert np.concatenate(parts).tolist() == whole
+            if match := border.match(text, 0, limit):
+                parts = tokenizer.encode_batch([text[: match.end()], text[match.end() :]])
+                assert np.concatenate(parts).tolist() == expected
 
 
 def test_a_long_text_has_the_ids_of_the_whole(tokenizer, monkeypatch):
     text = "\n\n".join(CORPUS)  # lines of 100 to 350 characters
-    whole = tokenizer.encode(text)
+    expected = tokenizer.encode(text)
     monkeypatch.setattr(tokenizers, "CHUNK", 1000)
-    np.testing.assert_array_equal(tokenizer.encode(text), whole)
-    chunks = list(tokenizers._chunks(text, tokenizers.LINE_BORDER))
+    np.testing.assert_array_equal(tokenizer.encode(text), expected)
+    chunks = list(tokenizers.split_text(text, tokenizers.LINE_BORDER))
     assert "".join(chunks) == text
     assert len(text) / 1000 < len(chunks) < len(text) / 500
     assert max(map(len, chunks)) <= 1000
@@ -239,25 +239,25 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def test_sentencepiece_is_given_a_long_text_bit_by_bit(pieces, monkeypatch):
+def test_sentencepiece_gets_a_long_text_in_groups_of_chunks(pieces, monkeypatch):
     text = "\n\n".join(CORPUS)
-    whole = pieces.encode(text)
-    given = []
+    expected = pieces.encode(text)
+    calls = []
 
     class Processor:
-        def encode(self, parts, real=pieces._processor):
-            given.append(parts)
+        def encode(self, parts, real=pieces.processor):
+            calls.append(parts)
             return real.encode(parts)
 
     monkeypatch.setattr(tokenizers, "CHUNK", 1000)
     monkeypatch.setattr(tokenizers, "GROUP", 3)
-    monkeypatch.setattr(pieces, "_processor", Processor())
-    np.testing.assert_array_equal(pieces.encode(text), whole)
-    assert max(len(part) for parts in given for part in parts) <= 1000
-    assert {len(parts) for parts in given[:-1]} == {3}
+    monkeypatch.setattr(pieces, "processor", Processor())
+    np.testing.assert_array_equal(pieces.encode(text), expected)
+    assert max(len(part) for parts in calls for part in parts) <= 1000
+    assert {len(parts) for parts in calls[:-1]} == {3}
 
 
-def test_a_model_with_an_unknown_piece_loses_only_what_it_has_not_seen():
+def test_a_model_with_an_unknown_piece_loses_unseen_characters():
     tokenizer = SentencePieceTokenizer(train_foreign())
     assert tokenizer.end_id == 2  # the trainer's default
     ids = tokenizer.encode("the \u2581 cat\nsat \U0001f600")
@@ -270,16 +270,16 @@ def test_a_model_with_an_unknown_piece_loses_only_what_it_has_not_seen():
 @pytest.mark.parametrize(
     "options", [{}, {"model_type": "unigram", "vocab_size": 60}, LIKE_LLAMA], ids=["bpe", "unigram", "llama"]
 )
-def test_a_given_model_encodes_long_text_as_the_whole(options, monkeypatch):
+def test_a_model_file_encodes_long_text_as_without_chunks(options, monkeypatch):
     model = train_foreign(**options)
     tokenizer = SentencePieceTokenizer(model)
     text = "\n\n".join(CORPUS)
-    whole = sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
+    expected = sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
     monkeypatch.setattr(tokenizers, "CHUNK", 1000)
-    assert tokenizer.encode(text).tolist() == whole
+    assert tokenizer.encode(text).tolist() == expected
 
 
-def test_the_sign_of_a_space_is_spelled_in_bytes_only_where_that_adds_no_space():
+def test_a_space_sign_is_spelled_in_bytes_if_that_adds_no_space():
     assert SentencePieceTokenizer(train_foreign(**LIKE_LLAMA)).encode("a\u2581b").tolist() == (
         SentencePieceTokenizer(train_foreign(**LIKE_LLAMA)).encode("a b").tolist()
     )
@@ -287,7 +287,7 @@ def test_the_sign_of_a_space_is_spelled_in_bytes_only_where_that_adds_no_space()
     assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a\u2581b"
 
 
-def test_a_model_without_an_end_takes_the_one_given():
+def test_a_model_without_an_end_takes_that_of_the_settings():
     model = train_foreign(eos_id=-1, pad_id=3)
     with pytest.raises(ConfigError, match=r"no end-of-sentence piece; set data\.end_id"):
         SentencePieceTokenizer(model)
@@ -334,7 +334,7 @@ def test_settings_that_name_no_tokenizer_are_one_line(tmp_path):
     (tmp_path / "empty.model").write_bytes(b"")
     for vocabulary, end_id, message in [
         ("bytes", 1, r"data\.end_id=1 .*'bytes'.* 256$"),
-        ("sentencepiece", 1, r"data\.end_id=1 is not read: a trained vocabulary has an end token of its own$"),
+        ("sentencepiece", 1, r"data\.end_id=1 is not read: a trained vocabulary has an end token already$"),
         ("words", None, r"data\.vocabulary='words' is none of"),
         (f"{tmp_path}/missing.model", None, r"missing\.model cannot be read: No such file"),
         (f"{tmp_path}/broken.model", None, r"broken\.model is no SentencePiece model"),
@@ -354,7 +354,7 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     np.testing.assert_array_equal(loaded.encode(CORPUS[0]), tokenizer.encode(CORPUS[0]))
 
 
-def test_an_end_id_given_to_a_model_is_saved_beside_it(tmp_path):
+def test_an_end_id_of_the_settings_is_saved_beside_the_model(tmp_path):
     tokenizer = SentencePieceTokenizer(train_foreign(), 1)
     assert sorted(path.name for path in tokenizer.save(tmp_path)) == ["tokenizer.json", "tokenizer.model"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer.model"]
