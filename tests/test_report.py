@@ -1,4 +1,4 @@
-"""The report of made-up runs whose numbers are known by hand."""
+"""The report of invented runs whose numbers are known by hand."""
 
 import base64
 import dataclasses
@@ -55,7 +55,7 @@ def make_workdir(
     log_every: int = 1,
     tokens_per_second: float = 64.0,
 ) -> RunConfig:
-    """A run that a training loop might leave behind, up to step `until`; losses fall from ln(vocab) by a power law."""
+    """Write the workdir of a run up to step `until`; losses fall from ln(vocab) by a power law."""
     config = RunConfig(model=model, stages=stages, data=DataConfig(vocabulary="bytes"))
     (workdir / "data").mkdir(parents=True)
     (workdir / "certificates").mkdir()
@@ -63,29 +63,30 @@ def make_workdir(
     meta = {"tokenizer": {"vocab_size": vocab_size}, "validation_gzip_bits_per_byte": 2.5}
     (workdir / "data" / "meta.json").write_text(json.dumps(meta))
     noise, lines, step, tokens, flops, loss = random.Random(0), [], 0, 0, 0.0, math.log(vocab_size)
-    models = [dataclasses.replace(m, vocab_size=vocab_size) for m in config.stage_models]
-    for i, (stage, stage_model) in enumerate(zip(stages, models, strict=True)):
-        if i and (until is None or step < until):
-            before = stages[i - 1].name
-            growth = {"stage": stage.name, "from_stage": before, "tokens": tokens, "flops": flops, "seconds": 1.5}
-            lines.append({"kind": "growth", "step": step, **growth})
-            certificate = make_certificate(step, before, stage.name, models[i - 1], stage_model, loss)
+    known = dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size))
+    for stage in known.schedule:
+        settings, previous = stage.config, stage.previous
+        if previous is not None and (until is None or step < until):
+            growth = {"stage": stage.name, "from_stage": previous.name, "tokens": tokens, "flops": flops}
+            lines.append({"kind": "growth", "step": step, **growth, "seconds": 1.5})
+            certificate = make_certificate(step, previous.name, stage.name, previous.model, stage.model, loss)
             (workdir / "certificates" / f"step_{step:08d}.json").write_text(json.dumps(certificate))
-        for s in range(stage.steps):
+        for s in range(settings.steps):
             if step == until:
                 break
             step += 1
-            tokens += stage.batch_size * model.max_length
-            flops += stage.batch_size * model.max_length * flops_per_token(stage_model, model.max_length)
-            loss = 0.3 * math.log(vocab_size) * (1 + (1 + step / 8) ** -0.35 * 2.3 * (1 - 0.08 * i))
-            rate = stage.learning_rate * min(1, (s + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * s / stage.steps))
+            tokens += settings.batch_size * model.max_length
+            flops += settings.batch_size * model.max_length * flops_per_token(stage.model, model.max_length)
+            loss = 0.3 * math.log(vocab_size) * (1 + (1 + step / 8) ** -0.35 * 2.3 * (1 - 0.08 * stage.index))
+            cosine = 0.55 + 0.45 * math.cos(math.pi * s / settings.steps)
             common = {"stage": stage.name, "tokens": tokens, "flops": flops}
             if step % log_every == 0:
                 train = loss + noise.gauss(0, 0.06)
-                values = {"loss": train, "bits_per_byte": train / 2.1, "learning_rate": rate, "gradient_norm": 0.8}
-                speed = {"tokens_per_second": tokens_per_second / (i + 1), "model_flops_utilization": 0.3}
+                values = {"loss": train, "bits_per_byte": train / 2.1, "gradient_norm": 0.8}
+                values["learning_rate"] = settings.learning_rate * min(1, (s + 1) / 20) * cosine
+                speed = {"tokens_per_second": tokens_per_second / (stage.index + 1), "model_flops_utilization": 0.3}
                 lines.append({"kind": "train", "step": step, **common, **values, **speed, "skipped_updates": 0})
-            if s + 1 == stage.steps or step % (10 * log_every) == 0:
+            if s + 1 == settings.steps or step % (10 * log_every) == 0:
                 lines.append({"kind": "validation", "step": step, **common, "loss": loss, "bits_per_byte": loss / 2.1})
         text = "The <b>bold</b> claim & a \x00 byte\nof stage " + stage.name
         lines.append({"kind": "sample", "step": step, "stage": stage.name, "prompt": "The ", "text": text})
@@ -168,7 +169,7 @@ def change(workdir: Path, kind: str, **values: object) -> None:
     write_lines(workdir, [{**line, **(values if line["kind"] == kind else {})} for line in read_lines(workdir)])
 
 
-def test_the_table_of_stages_holds_the_numbers_counted_by_hand(tmp_path):
+def test_the_table_of_stages_has_the_numbers_by_hand(tmp_path):
     make_workdir(tmp_path)
     change(tmp_path, "train", loss=1.5)
     change(tmp_path, "validation", loss=1.25, bits_per_byte=2.0)
@@ -182,7 +183,7 @@ def test_the_table_of_stages_holds_the_numbers_counted_by_hand(tmp_path):
     assert table["large"] == {"stage": "large", **common, **large}
 
 
-def test_the_headline_holds_the_numbers_counted_by_hand(tmp_path):
+def test_the_headline_has_the_numbers_by_hand(tmp_path):
     make_workdir(tmp_path)
     change(tmp_path, "validation", bits_per_byte=2.0)
     text = report(tmp_path).text
@@ -196,14 +197,14 @@ def test_the_headline_holds_the_numbers_counted_by_hand(tmp_path):
     assert "Training time 4.0 s updates alone; growth: 1.5 s more" in text
 
 
-def test_the_saving_is_named_a_cost_at_equal_tokens_and_counted_by_hand(tmp_path):
+def test_the_saving_is_a_cost_at_equal_tokens(tmp_path):
     make_workdir(tmp_path)
     text = report(tmp_path).text
     assert "Cost at equal tokens: 40.7% fewer model FLOPs (295 kFLOP spent, 498 kFLOP had the model of stage" in text
     assert "not a saving at equal loss" in text
 
 
-def test_a_run_in_progress_counts_what_is_done(tmp_path):
+def test_a_run_in_progress_counts_its_finished_steps(tmp_path):
     make_workdir(tmp_path, until=5)
     page = report(tmp_path, draw=True)
     assert "The run is not finished: 5 of 6 steps." in page.text
@@ -225,7 +226,7 @@ def test_a_run_killed_right_after_growth_is_reported(tmp_path):
     assert report(tmp_path, draw=True).table(0)["large"]["steps"] == "0 of 2"
 
 
-def test_a_run_without_growth_has_neither_certificates_nor_a_saving(tmp_path):
+def test_a_run_without_growth_has_no_certificates_and_no_saving(tmp_path):
     make_workdir(tmp_path, stages=STAGES[:1])
     page = report(tmp_path)
     assert "Parameters 182 small" in page.text
@@ -256,7 +257,7 @@ def test_lines_without_a_rate_take_their_stages_time_per_token(tmp_path):
     assert "Training time 4.0 s" in report(tmp_path).text
 
 
-def test_a_missing_meta_json_is_said(tmp_path):
+def test_a_missing_meta_json_is_reported(tmp_path):
     make_workdir(tmp_path)
     (tmp_path / "data" / "meta.json").unlink()
     page = report(tmp_path, draw=True)
@@ -265,7 +266,7 @@ def test_a_missing_meta_json_is_said(tmp_path):
     assert page.table(0)["small"]["parameters"] == "-"
 
 
-def test_meta_json_is_read_as_prepare_writes_it_and_where_the_config_says(tmp_path):
+def test_meta_json_is_read_from_the_configs_directory(tmp_path):
     config = make_workdir(tmp_path / "run")
     data = dataclasses.replace(config.data, sources=("a",), directory=str(tmp_path / "elsewhere"))
     prepared = prepare(data, tmp_path / "elsewhere", sources={"a": (f"document {i}" for i in range(100))})
@@ -280,8 +281,10 @@ def test_meta_json_is_read_as_prepare_writes_it_and_where_the_config_says(tmp_pa
 
 
 def make_teacher_workdir(workdir: Path, alternating: bool = False, **kwargs: object) -> None:
-    """make_workdir with teachers: the marks' loss falls to that of knowing, judgements rise from chance. Where batches
-    alternate, an odd step has teachers alone and an even one text alone."""
+    """make_workdir with teachers: the loss of the marks falls, the accuracy of judgements rises from chance.
+
+    Where batches alternate, an odd step has teachers alone and an even one text alone.
+    """
     make_workdir(workdir, **kwargs)
     lines, noise = read_lines(workdir), random.Random(1)
     last = max(line["step"] for line in lines)
@@ -335,7 +338,7 @@ def test_the_picture_shows_judgements_against_chance(tmp_path, alternating):
                 assert len(lines) == {"train": 3 if alternating else 6, "validation": 2}[kind]
 
 
-def test_a_stage_that_ends_in_a_batch_of_teachers_shows_its_last_loss_of_text(tmp_path):
+def test_a_stage_that_ends_in_teachers_shows_its_loss_of_text(tmp_path):
     make_teacher_workdir(tmp_path, alternating=True)
     lines = read_lines(tmp_path)
     write_lines(tmp_path, [line for line in lines if (line["kind"], line["step"]) != ("train", 4)])
@@ -343,7 +346,7 @@ def test_a_stage_that_ends_in_a_batch_of_teachers_shows_its_last_loss_of_text(tm
     assert report(tmp_path).table(0)["small"]["train loss"] == f"{losses[2]:.3f}"
 
 
-def test_updates_that_were_not_finite_are_gaps_among_teachers_too(tmp_path):
+def test_updates_that_were_not_finite_are_gaps_with_teachers_too(tmp_path):
     make_teacher_workdir(tmp_path)
     bad = {"loss": None, "language_loss": None, "bits_per_byte": None, "teacher_loss": None}
     write_lines(tmp_path, [{**x, **bad} if x["step"] == 3 else x for x in read_lines(tmp_path)])
@@ -352,7 +355,7 @@ def test_updates_that_were_not_finite_are_gaps_among_teachers_too(tmp_path):
     assert [math.isnan(y) for y in train.get_ydata()] == [False, False, True, False, False, False]
 
 
-def test_without_teachers_there_is_no_word_of_them(tmp_path):
+def test_a_run_without_teachers_does_not_mention_them(tmp_path):
     make_workdir(tmp_path / "run")
     report(tmp_path / "run")
     source = (tmp_path / "run" / "report.html").read_text().split("<summary>config.json")[0]
@@ -372,18 +375,18 @@ def certify(workdir: Path, **values: object) -> dict[str, str]:
     return report(workdir).table(1)["small → large"]
 
 
-def test_a_certificate_below_its_tolerance_passes_with_its_numbers(tmp_path):
+def test_a_certificate_below_its_tolerance_passes(tmp_path):
     make_workdir(tmp_path)
     row = certify(tmp_path, loss_before=1.5, loss_after=1.50001)
     expected = {"step": "4", "result": "✓ exact", "float32": "1.2e-06", "float64": "3.1e-15", "tolerance": "1e-04"}
     expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000 → 1.5000", "family": "zero"}
     expected |= {"KL": "2.5e-09", "gradient norm": "1.25 → 1.5"}
-    expected |= {"compared": "4 rows, 1,024 tokens", "sizes": "embed_dim 4 → 8, mlp_dim 8 → 16"}
+    expected |= {"compared": "4 sequences, 1,024 tokens", "sizes": "embed_dim 4 → 8, mlp_dim 8 → 16"}
     assert row == expected | {"growth": "small → large"}
 
 
 @pytest.mark.parametrize("difference", [2e-4, None, math.nan])
-def test_a_certificate_above_its_tolerance_or_without_a_number_fails(tmp_path, difference):
+def test_a_certificate_above_its_tolerance_or_unmeasured_fails(tmp_path, difference):
     make_workdir(tmp_path)
     row = certify(tmp_path, max_difference={"run": 0.0, "float32": difference, "float64": 0.0})
     assert row["result"] == "✗ not shown exact"
@@ -420,7 +423,7 @@ def test_the_page_needs_no_other_file_and_closes_its_tags(tmp_path):
     assert not re.search(r"https?:|//|url\(|@import|<script", source)
 
 
-def test_text_of_the_run_is_escaped_and_unprintable_bytes_are_replaced(tmp_path):
+def test_text_is_escaped_and_unprintable_bytes_are_replaced(tmp_path):
     stages = (dataclasses.replace(STAGES[0], name="<i>$^$ & co"), STAGES[1])
     make_workdir(tmp_path, stages=stages)
     page = report(tmp_path, draw=True)
