@@ -1,4 +1,4 @@
-"""What libraries in other languages write to standard error."""
+"""Capture of standard error, for text that libraries in other languages write to it."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
-    """Keep what anything in this process writes to standard error from being shown; yields what reads it."""
+    """Hide text that the process writes to standard error; yields a function that reads the text so far."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)

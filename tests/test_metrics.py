@@ -1,3 +1,5 @@
+"""FLOPs by hand, metrics that survive interruptions, and progress on a terminal."""
+
 import contextlib
 import dataclasses
 import fcntl
@@ -44,7 +46,7 @@ def test_a_swiglu_mlp_has_three_matrices():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("position", ["xpos", "learned"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_matmul_parameters_are_the_entries_of_the_leaves_that_read(tied, position, activation):
+def test_matmul_parameters_are_those_of_the_leaves_that_read(tied, position, activation):
     config = ModelConfig(
         num_layers=3,
         embed_dim=10,
@@ -126,10 +128,10 @@ def test_a_resumed_run_leaves_one_line_per_kind_and_step(tmp_path):
     assert lines_of(tmp_path) == [*expected, ("train", 3, 2.0), ("train", 4, 2.0), ("validation", 4, 2.0)]
 
 
-def test_what_happens_again_at_the_resumed_step_is_not_written_twice(tmp_path):
+def test_a_repeated_line_at_the_resumed_step_is_not_written(tmp_path):
     with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.write("train", 3, loss=1.0)
-        writer.write("growth", 3, loss=1.0)  # killed here: the checkpoint of step 3 has the model before growth
+        writer.write("growth", 3, loss=1.0)  # the kill: the checkpoint of step 3 has the model before growth
     with MetricsWriter(tmp_path, resume_step=3) as writer:
         writer.write("growth", 3, loss=1.0)
         writer.write("validation", 3, loss=1.0)  # had not been reached
@@ -138,14 +140,14 @@ def test_what_happens_again_at_the_resumed_step_is_not_written_twice(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 25])
-def test_a_half_written_line_is_skipped_and_removed_on_opening(tmp_path, cut):
+def test_an_incomplete_line_is_skipped_and_removed_on_opening(tmp_path, cut):
     train(tmp_path, 0, 1)
     path = tmp_path / "metrics.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"kind": "train", "step": 1, "loss": 1}'[:cut])
+    complete = path.read_bytes()
+    path.write_bytes(complete + b'{"kind": "train", "step": 1, "loss": 1}'[:cut])
     assert lines_of(tmp_path) == [("train", 1, 0.0)]
     MetricsWriter(tmp_path, resume_step=1).close()
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
@@ -210,7 +212,7 @@ def events(workdir: Path) -> list[Event]:
     return out
 
 
-def test_tensorboard_gets_the_numbers_and_hides_what_a_resumed_run_repeats(tmp_path):
+def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path):
     train(tmp_path, 0, 3, value=0.25)
     train(tmp_path, 2, 3, value=0.5)  # in the same second: the first file must not be overwritten
     scalars = [(v.tag, e.step, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
@@ -256,7 +258,7 @@ def on_a_terminal(columns: int) -> str:
     return shown.decode()
 
 
-def test_a_terminal_gets_a_bar_with_stage_loss_speed_and_time_left():
+def test_a_terminal_shows_a_bar_with_stage_loss_speed_and_time():
     shown = on_a_terminal(columns=100)
     assert re.search(r"\rsmall 40/40 \|.*\| \d\d:\d\d < 00:00, loss 2.5000, 12,346 tokens/s", shown)
     assert re.search(r"\rvalidation 2\.4\r\n", shown)

@@ -1,4 +1,14 @@
-"""Parameters, and floating-point operations of a training token, from the configuration alone: no JAX."""
+"""Parameters, and FLOPs of a training token, from the configuration alone: no JAX.
+
+Notation (FLOPs is a count, FLOP/s a rate):
+    N layers, D embed_dim, H heads, G key/value heads, K head_dim, F mlp_dim, V true vocabulary, L length of a sequence
+    M       parameters of one layer's matrices = 2 D H K + 2 D G K + 2 D F (SwiGLU: 3 D F)
+    P       parameters that a token is multiplied with = N M + V D
+    FLOPs of a token, forward and backward = 6 P + 6 N H K L
+
+Example: N = 2, D = 6, H = 4, G = 2, K = 3, F = 5, V = 11, L = 10. M = 144 + 72 + 60 = 276, P = 552 + 66 = 618, and a
+token takes 6 x 618 + 6 x 2 x 4 x 3 x 10 = 3,708 + 1,440 = 5,148 FLOPs.
+"""
 
 from flmjax.config import ConfigError, ModelConfig
 
@@ -17,7 +27,7 @@ def block_matrices(config: ModelConfig) -> int:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """All parameters, padding of the vocabulary included; what count_parameters finds in the tree."""
+    """All parameters, padding of the vocabulary included; equal to count_parameters of the parameter tree."""
     norm = config.embed_dim * (2 if config.norm == "layernorm" and config.bias else 1)
     biases = (config.num_heads + 2 * config.kv_heads) * config.head_dim + 2 * config.embed_dim
     biases += (2 if config.activation == "swiglu" else 1) * config.mlp_dim
@@ -41,11 +51,12 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Model FLOPs of one training token in rows of `length` tokens, by FLOPS_CONVENTION.
+    """Model FLOPs of one training token in sequences of `length` tokens, by FLOPS_CONVENTION.
 
-    A multiplication with P parameters takes 2 P forward and twice that backward (for the input's gradient and for the
-    parameters'): 6 P. One query against s keys takes 2 s H K for QK^T and 2 s H K for AV. Over a causal row s is L / 2
-    in the mean (half of the L x L square), so N layers take N * 4 (L / 2) H K = 2 N H K L forward and 6 N H K L in all.
+    A multiplication with P parameters takes 2 P FLOPs forward and twice that backward (for the gradients of the input
+    and of the parameters): 6 P. One query against s keys takes 2 s H K for QK^T and 2 s H K for AV. In a causal
+    sequence s is L / 2 in the mean (half of the L x L square), so N layers take N * 4 (L / 2) H K = 2 N H K L forward
+    and 6 N H K L in all.
 
     Raises:
         ConfigError: without a vocabulary size.

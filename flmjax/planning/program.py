@@ -17,7 +17,7 @@ class Program:
         peak: most bytes in use at once, as the compiler counts them.
         matmul_flops: FLOPs of the executed matrix products, recomputed ones included.
         collectives: exchanges with other devices.
-        rematerialisations: "involuntary" ones in the partitioner's warnings: arrays gathered whole to be cut anew.
+        rematerialisations: "involuntary" ones in the partitioner's warnings: arrays gathered completely to be cut anew.
         compile_seconds: time of lowering and compilation.
     """
 
@@ -38,6 +38,6 @@ class Program:
         if self.peak <= usable:
             return None
         return (
-            f"{self.name} needs {self.peak / GiB:.1f} GiB a device; of the {chip.memory / GiB:.0f} GiB of a "
-            f"{chip.kind}, programs can use {usable / GiB:.1f}: {self.advice}"
+            f"{self.name} needs {self.peak / GiB:.1f} GiB a device; {chip.kind} has {chip.memory / GiB:.0f} GiB, of "
+            f"which programs can use {usable / GiB:.1f}: {self.advice}"
         )

@@ -5,7 +5,7 @@ import functools
 import io
 import math
 import unicodedata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """The page that a file of report/templates makes of `values`.
 
     Every value is escaped for HTML, and code points that no page may hold are replaced.
@@ -39,7 +39,7 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def printable(value: Any) -> str:
+def printable(value: object) -> str:
     """Text whose unprintable code points (a byte-level model writes them) are U+FFFD; markup stays as it is."""
     if isinstance(value, Markup):
         return value
@@ -59,12 +59,12 @@ def base64_text(image: bytes) -> str:
     return base64.b64encode(image).decode()
 
 
-def finite(value: Any) -> float:
+def finite(value: object) -> float:
     """A number as a float; NaN for what is missing."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def number(value: Any, form: str = ".3f") -> str:
+def number(value: object, form: str = ".3f") -> str:
     """A number in the format `form`; a dash for what is missing."""
     return format(value, form) if math.isfinite(finite(value)) else "-"
 

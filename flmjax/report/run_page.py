@@ -1,4 +1,4 @@
-"""What a run did, on one page: `write_report` turns a workdir into loss.png and report.html."""
+"""The report of a run: `write_report` turns a workdir into loss.png and report.html."""
 
 import json
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def write_report(workdir: Path) -> Path:
     """Write WORKDIR/loss.png and WORKDIR/report.html, a page that needs no other file; returns the page's path.
 
-    A run in progress, without growth or with pieces missing is reported as far as it goes.
+    A run in progress, without growth or with missing files is reported as far as it is known.
 
     Raises:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
@@ -37,11 +37,11 @@ def write_report(workdir: Path) -> Path:
 TINTS = ("#dbe9f6", "#fdebd0", "#dcefdc", "#f0e0f0", "#f7f0c4", "#daf0f0")  # of the stages, in turn
 INK, TRAIN, VALIDATION, GREY = "#22303c", "#1f6fb2", "#c8412b", "#777777"
 LEGEND: Record = {"fontsize": 8, "labelcolor": INK, "edgecolor": "none", "framealpha": 0.7}
-CHANCE = 0.5  # of judging right: a proposition is true or false
+CHANCE = 0.5  # accuracy of a guess: a proposition is true or false
 
 
 def run_figure(run: RunRecord, columns: int) -> "Figure":
-    """Six panels in `columns` columns, two for a desk, one for a phone; with teachers two more, of their rows."""
+    """Six panels in `columns` columns, two for a desk, one for a phone; with teachers two more panels, of teachers."""
     from matplotlib.figure import Figure  # without pyplot: no global state, and the canvas is Agg's
 
     teachers = _has_teachers(run)
@@ -69,8 +69,8 @@ def run_figure(run: RunRecord, columns: int) -> "Figure":
         bits.axhline(run.gzip, color=GREY, linestyle="--", linewidth=1.2, label="gzip -9 of the same text")
     for panel in (loss, compute, bits):
         panel.legend(loc="upper right", **LEGEND)
-    edges = [stage.before["tokens"] for stage in run.stages] + [run.last["tokens"]]
-    sizes = [stage.parameters or math.nan for stage in run.stages]
+    edges = [record.before["tokens"] for record in run.stages] + [run.last["tokens"]]
+    sizes = [record.parameters or math.nan for record in run.stages]
     parameters.stairs(sizes, edges, baseline=None, color=TRAIN, linewidth=2)
     for start, size in zip(edges, sizes, strict=False):
         parameters.annotate(short(size), (start, size), (3, -10), textcoords="offset points", fontsize=8, color=INK)
@@ -83,9 +83,11 @@ def run_figure(run: RunRecord, columns: int) -> "Figure":
 
 
 def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float) -> None:
-    """Title, axes and stages: a tint each, a line where the model grew, the name above (slanted where it is narrow).
+    """Draw title, axes and stages: a tint and a name for each (slanted where it is narrow), a line at each growth.
 
-    About `letters` letters of a stage's name fit over the panel.
+    Args:
+        field: of the metrics on the x axis, "tokens" or "flops".
+        letters: number of letters of stage names that fit over the panel.
     """
     panel.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=22)
     panel.set_xlabel({"tokens": "tokens", "flops": "model FLOPs"}[field], fontsize=9, color=INK)
@@ -98,20 +100,20 @@ def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float
     panel.yaxis.set_major_formatter(lambda value, _: short(value))
     end = run.last[field] or 1
     panel.set_xlim(0, end)
-    for i, stage in enumerate(run.stages):
-        start, stop = stage.before[field], stage.last[field]
+    for i, record in enumerate(run.stages):
+        name, start, stop = record.stage.name, record.before[field], record.last[field]
         panel.axvspan(start, stop, color=TINTS[i % len(TINTS)], linewidth=0, zorder=0)
         if i:
             panel.axvline(start, color=INK, linewidth=0.9, linestyle=":")
         place: Record = {"x": (start + stop) / 2, "ha": "center"}
-        if (stop - start) / end * letters < len(stage.config.name) + 1:
+        if (stop - start) / end * letters < len(name) + 1:
             place = {"x": start, "ha": "left", "rotation": 30, "rotation_mode": "anchor"}
         transform = panel.get_xaxis_transform()
-        panel.text(y=1.02, s=stage.config.name, transform=transform, fontsize=8, color=INK, parse_math=False, **place)
+        panel.text(y=1.02, s=name, transform=transform, fontsize=8, color=INK, parse_math=False, **place)
 
 
 def _draw_teachers(panels: Sequence["Axes"], run: RunRecord, letters: float) -> None:
-    """What the model learns from the teachers' rows: how often it judges right, and the loss of the marks."""
+    """Draw the panels of the teachers' sequences: accuracy of the judgements, and the loss of the marks."""
     judgements, loss = panels
     _frame(judgements, run, "Judgement accuracy", "tokens", letters)
     _frame(loss, run, "Loss of teachers (nats per token)", "tokens", letters)
@@ -136,33 +138,36 @@ def _draw_curve(panel: "Axes", run: RunRecord, x_field: str, y_field: str) -> No
         panel.plot(x, y, "o-", color=VALIDATION, linewidth=1, markersize=4, clip_on=False, label="validation")
 
 
-def _series(records: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Two columns; a missing value is NaN, a gap in the line."""
-    return [record[x] for record in records], [finite(record.get(y)) for record in records]
+def _series(lines: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two fields of the lines; a missing value is NaN, a gap in the curve."""
+    return [line[x] for line in lines], [finite(line.get(y)) for line in lines]
 
 
 def _has_teachers(run: RunRecord) -> bool:
-    return any("judgement_accuracy" in record for record in (*run.train, *run.validation))
+    return any("judgement_accuracy" in line for line in (*run.train, *run.validation))
 
 
 def _train_lines(run: RunRecord, y: str) -> list[Record]:
-    """The train lines to read `y` from. With teachers "loss" is that of the language rows, as in validation, and lines
-    whose batch had no row of y's kind are left out: they are no gap in the curve, as a loss that is not finite is."""
+    """The train lines to read `y` from; with teachers "loss" is that of text, as in validation.
+
+    Lines whose batch had no sequence of y's kind are left out: they are no gap in the curve, as a loss that is not
+    finite is.
+    """
     if not _has_teachers(run):
         return run.train
     name = "language_loss" if y == "loss" else y
-    kept = (record for record in run.train if record["loss"] is None or record[name] is not None)
-    return [{**record, "loss": record["language_loss"]} for record in kept]
+    lines = (line for line in run.train if line["loss"] is None or line[name] is not None)
+    return [{**line, "loss": line["language_loss"]} for line in lines]
 
 
 def smoothed(values: Sequence[float], half: int) -> list[float]:
-    """Mean over up to `half` values on either side, fewer near the ends: no lag. NaN stays a gap and counts nowhere."""
-    out = []
+    """Means over up to `half` values on either side, fewer near the ends: no lag. NaN stays a gap, never counted."""
+    means = []
     for i, value in enumerate(values):
         reach = min(half, i, len(values) - 1 - i)
-        near = [v for v in values[i - reach : i + reach + 1] if math.isfinite(v)]
-        out.append(sum(near) / len(near) if math.isfinite(value) else math.nan)
-    return out
+        window = [v for v in values[i - reach : i + reach + 1] if math.isfinite(v)]
+        means.append(sum(window) / len(window) if math.isfinite(value) else math.nan)
+    return means
 
 
 # ---- page -----------------------------------------------------------------------------------------------------------
@@ -207,13 +212,13 @@ def _boxes(run: RunRecord) -> list[tuple[str, str, str]]:
         relation = f"{abs(share):.1%} {'below' if share < 0 else 'above'}"
         against_gzip = f"bits per byte, {relation} gzip -9 of the same text ({run.gzip:.3f})"
     first, newest = run.stages[0], run.stages[-1]
-    sizes = [short(stage.parameters or math.nan) for stage in (first, newest)]
-    growth = sum(record.get("seconds") or 0.0 for record in run.growth)
+    sizes = [short(record.parameters or math.nan) for record in (first, newest)]
+    growth = sum(line.get("seconds") or 0.0 for line in run.growth)
     boxes = [
         ("Final validation" if step >= total else "Latest validation", number(bits), against_gzip),
         ("Tokens", short(run.last["tokens"]), f"step {step:,} of {total:,}"),
         ("Model FLOPs", short(run.last["flops"], "FLOP"), "forward and backward, all stages"),
-        ("Parameters", " → ".join(dict.fromkeys(sizes)), " → ".join(stage.config.name for stage in run.stages)),
+        ("Parameters", " → ".join(dict.fromkeys(sizes)), " → ".join(record.stage.name for record in run.stages)),
         ("Training time", duration(run.training_seconds), f"updates alone; growth: {duration(growth)} more"),
     ]
     if _has_teachers(run):
@@ -223,21 +228,21 @@ def _boxes(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _judgements(validation: Record) -> tuple[str, str]:
-    """Share that is right and number of a line of validation."""
+    """(accuracy, number) of the judgements of a line of validation."""
     return number(validation.get("judgement_accuracy"), ".1%"), number(validation.get("judged"), ",")
 
 
 def _warnings(run: RunRecord) -> list[str]:
-    """What a reader must know before believing the numbers."""
-    out = []
-    skipped = sum(bool(record.get("skipped_updates")) for record in run.train)  # each skipped update has its line
+    """Lines that a reader must know before the numbers: skipped updates, missing files, steps to come."""
+    warnings = []
+    skipped = sum(bool(line.get("skipped_updates")) for line in run.train)  # each skipped update has its line
     if skipped:
-        out.append(f"Skipped updates (gradient not finite): {skipped}.")
+        warnings.append(f"Skipped updates (gradient not finite): {skipped}.")
     if run.stages[-1].parameters is None:
-        out.append("The vocabulary's size is unknown (no meta.json): no parameters, no cost comparison.")
+        warnings.append("The vocabulary's size is unknown (no meta.json): no parameters, no cost comparison.")
     if run.last["step"] < run.config.total_steps:
-        out.append(f"The run is not finished: {run.last['step']:,} of {run.config.total_steps:,} steps.")
-    return out
+        warnings.append(f"The run is not finished: {run.last['step']:,} of {run.config.total_steps:,} steps.")
+    return warnings
 
 
 def _stage_table(run: RunRecord) -> Table:
@@ -245,21 +250,21 @@ def _stage_table(run: RunRecord) -> Table:
     head += ",val. teacher loss,val. judgements" if _has_teachers(run) else ""
     losses = _train_lines(run, "loss")
     rows = []
-    for stage in run.stages:
-        model, plan = stage.model, stage.config
-        train = latest([record for record in losses if record["stage"] == plan.name])
-        steps, tokens, flops = (stage.last[key] - stage.before[key] for key in ("step", "tokens", "flops"))
-        row = [plan.name, *(str(size) for size in (model.num_layers, model.embed_dim, model.num_heads, model.mlp_dim))]
+    for record in run.stages:
+        stage, model = record.stage, record.stage.model
+        train = latest([line for line in losses if line["stage"] == stage.name])
+        steps, tokens, flops = (record.last[key] - record.before[key] for key in ("step", "tokens", "flops"))
+        row = [stage.name, *(str(size) for size in (model.num_layers, model.embed_dim, model.num_heads, model.mlp_dim))]
         row[3] += f" ({model.kv_heads} kv)" if model.kv_heads != model.num_heads else ""
         row += [
-            number(stage.parameters, ","),
-            f"{steps:,}" + (f" of {plan.steps:,}" if steps < plan.steps else ""),
+            number(record.parameters, ","),
+            f"{steps:,}" + (f" of {stage.config.steps:,}" if steps < stage.config.steps else ""),
         ]
-        row += [f"{plan.batch_size} x {model.max_length}", f"{tokens:,}", short(flops, "FLOP")]
-        row += [number(x) for x in (train.get("loss"), *map(stage.validation.get, ("loss", "bits_per_byte")))]
+        row += [f"{stage.config.batch_size} x {model.max_length}", f"{tokens:,}", short(flops, "FLOP")]
+        row += [number(x) for x in (train.get("loss"), *map(record.validation.get, ("loss", "bits_per_byte")))]
         if _has_teachers(run):
-            accuracy, judged = _judgements(stage.validation)
-            row += [number(stage.validation.get("teacher_loss")), f"{accuracy} of {judged}"]
+            accuracy, judged = _judgements(record.validation)
+            row += [number(record.validation.get("teacher_loss")), f"{accuracy} of {judged}"]
         rows.append(row)
     return Table(head.split(","), rows)
 
@@ -273,34 +278,42 @@ def _saving(run: RunRecord) -> dict[str, str] | None:
         "share": f"{1 - run.last['flops'] / scratch:.1%}",
         "spent": short(run.last["flops"], "FLOP"),
         "scratch": short(scratch, "FLOP"),
-        "stage": run.stages[-1].config.name,
+        "stage": run.stages[-1].stage.name,
         "tokens": f"{run.last['tokens']:,}",
     }
 
 
 def _certificate_table(run: RunRecord) -> Table:
+    """The certificates, and a row for each growth that lacks one."""
     head = "growth,step,result,float32,float64,run,tolerance,max |logit|,loss,KL,gradient norm,compared,family,sizes"
-    rows = []
-    for c in run.certificates:
-        difference = c.get("max_difference") or {}
-        row = [f"{c.get('from_stage')} → {c.get('to_stage')}", f"{c.get('step')}", _verdict(c)]
-        row += [number(difference.get(dtype), ".1e") for dtype in ("float32", "float64")]
-        row += [
-            f"{number(difference.get('run'), '.1e')} ({c.get('run_dtype')})",
-            number(c.get("tolerance"), ".0e"),
-        ]
-        row += [number(c.get("max_logit"), ".2f")]
-        row += [f"{number(c.get('loss_before'), '.4f')} → {number(c.get('loss_after'), '.4f')}"]
-        norms = c.get("gradient_norm") or (None, None)
-        row += [number(c.get("kl"), ".1e"), " → ".join(number(norm, ".3g") for norm in norms)]
-        row += [f"{c.get('rows')} rows, {number(c.get('tokens'), ',')} tokens", f"{c.get('family')}"]
-        rows.append([*row, ", ".join(f"{name} {a} → {b}" for name, (a, b) in (c.get("sizes") or {}).items())])
-    certified = {c.get("step") for c in run.certificates}
-    for record in run.growth:
-        if record["step"] not in certified:
-            change = f"{record.get('from_stage')} → {record['stage']}"
-            rows.append([change, f"{record['step']}", "✗ no certificate", *["-"] * 11])
+    rows = [_certificate_row(certificate) for certificate in run.certificates]
+    certified = {certificate.get("step") for certificate in run.certificates}
+    for line in run.growth:
+        if line["step"] not in certified:
+            change = f"{line.get('from_stage')} → {line['stage']}"
+            rows.append([change, f"{line['step']}", "✗ no certificate", *["-"] * 11])
     return Table(head.split(","), rows)
+
+
+def _certificate_row(c: Record) -> list[str]:
+    difference = c.get("max_difference") or {}
+    norms = c.get("gradient_norm") or (None, None)
+    return [
+        f"{c.get('from_stage')} → {c.get('to_stage')}",
+        f"{c.get('step')}",
+        _verdict(c),
+        number(difference.get("float32"), ".1e"),
+        number(difference.get("float64"), ".1e"),
+        f"{number(difference.get('run'), '.1e')} ({c.get('run_dtype')})",
+        number(c.get("tolerance"), ".0e"),
+        number(c.get("max_logit"), ".2f"),
+        f"{number(c.get('loss_before'), '.4f')} → {number(c.get('loss_after'), '.4f')}",
+        number(c.get("kl"), ".1e"),
+        " → ".join(number(norm, ".3g") for norm in norms),
+        f"{c.get('rows')} sequences, {number(c.get('tokens'), ',')} tokens",
+        f"{c.get('family')}",
+        ", ".join(f"{name} {a} → {b}" for name, (a, b) in (c.get("sizes") or {}).items()),
+    ]
 
 
 def _verdict(certificate: Record) -> str:
@@ -314,13 +327,13 @@ def _verdict(certificate: Record) -> str:
 
 def _samples(run: RunRecord) -> list[dict[str, str]]:
     """The last sample of every stage."""
-    last = {record["stage"]: record for record in run.sample}
+    last = {line["stage"]: line for line in run.sample}
     return [
         {
             "stage": stage,
-            "step": f"{record['step']:,}",
-            "prompt": record.get("prompt") or "",
-            "text": record.get("text") or "",
+            "step": f"{line['step']:,}",
+            "prompt": line.get("prompt") or "",
+            "text": line.get("text") or "",
         }
-        for stage, record in last.items()
+        for stage, line in last.items()
     ]

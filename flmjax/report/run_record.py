@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 
-from flmjax.config import ConfigError, ModelConfig, RunConfig, StageConfig, to_json
+from flmjax.config import ConfigError, RunConfig, Stage, to_json
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
@@ -13,21 +13,38 @@ from flmjax.workdir.paths import read_config
 
 
 @dataclasses.dataclass(frozen=True)
-class StageResult:
-    """What the metrics say of one stage that has begun."""
+class StageRecord:
+    """A stage that has begun, and its lines of metrics.jsonl.
 
-    model: ModelConfig
-    parameters: int | None  # padding of the vocabulary included; None: vocabulary unknown
-    config: StageConfig
-    before: Record  # the line at its start: step, tokens and flops so far
-    last: Record  # the line at its end, or the newest
-    train: Record  # its last train line; without one it has no loss
+    Attributes:
+        stage: of the schedule.
+        parameters: of its model, padding of the vocabulary included; None: the vocabulary size is unknown.
+        before: the line at the stage's start: step, tokens and FLOPs so far.
+        last: the line at its end, or the newest.
+        train, validation: the last line of each kind; without one it has no loss.
+    """
+
+    stage: Stage
+    parameters: int | None
+    before: Record
+    last: Record
+    train: Record
     validation: Record
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A workdir, read. The lists hold the lines of metrics.jsonl of one kind."""
+    """A run read back from its workdir.
+
+    Attributes:
+        config: with the vocabulary size of the prepared data, if that is there.
+        config_json: as stored.
+        train, validation, growth, sample: the lines of metrics.jsonl of each kind.
+        certificates: of every growth so far.
+        gzip: bits per byte of the held-out text under gzip -9; None: unknown.
+        last: the line with the most steps.
+        stages: those that have begun.
+    """
 
     config: RunConfig
     config_json: Record
@@ -36,35 +53,37 @@ class RunRecord:
     growth: list[Record]
     sample: list[Record]
     certificates: list[Record]
-    gzip: float | None  # bits per byte of the held-out text
-    last: Record  # the line with the most steps
-    stages: list[StageResult]
+    gzip: float | None
+    last: Record
+    stages: list[StageRecord]
 
     @property
     def training_seconds(self) -> float:
-        """Time of the updates: each stage's tokens x the mean of 1 / (tokens per second) over its timed lines."""
+        """Seconds of the updates; those that tune a growth count as its time.
+
+        Each stage takes its tokens times the mean of 1 / (tokens per second) over its lines that have a speed.
+        """
         total = 0.0
-        for stage in self.stages:
-            own = [record for record in self.train if record["stage"] == stage.config.name]
-            paces = [1 / record["tokens_per_second"] for record in own if record.get("tokens_per_second")]
-            tokens = stage.last["tokens"] - stage.before["tokens"]
-            # Growth that learns is growth's time.
-            tuning_steps = next(s.tuning_steps for s in self.config.schedule if s.name == stage.config.name)
-            tokens -= tuning_steps * stage.config.batch_size * stage.model.max_length
+        for record in self.stages:
+            stage = record.stage
+            lines = [line for line in self.train if line["stage"] == stage.name]
+            paces = [1 / line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+            tokens = record.last["tokens"] - record.before["tokens"]
+            tokens -= stage.tuning_steps * stage.config.batch_size * stage.model.max_length
             total += tokens * sum(paces) / max(len(paces), 1)
         return total
 
     @property
     def flops_without_growth(self) -> float | None:
-        """FLOPs had the newest stage's model seen all the tokens; None if nothing grew or the vocabulary is unknown."""
-        model = self.stages[-1].model
+        """FLOPs of the newest stage's model on all tokens; None without growth or a known vocabulary size."""
+        model = self.stages[-1].stage.model
         if len(self.stages) < 2 or model.vocab_size is None:
             return None
         return self.last["tokens"] * flops_per_token(model, model.max_length)
 
 
 def read_run(workdir: Path) -> RunRecord:
-    """Read a workdir, of a run in progress too; pieces that are missing are None or empty.
+    """Read a workdir, also of a run in progress; what is missing is None or empty.
 
     Raises:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
@@ -80,7 +99,7 @@ def read_run(workdir: Path) -> RunRecord:
     timed = [record for record in records if record["kind"] in ("train", "validation", "growth")]
     if not timed:
         raise ConfigError(f"{workdir / METRICS_FILE} is absent or empty; the run has not logged anything yet")
-    stages = _stage_results(config, timed)
+    stages = _stage_records(config, timed)
     if not stages:
         raise ConfigError(f"{workdir / METRICS_FILE} names no stage of {workdir / 'config.json'}")
     return RunRecord(
@@ -103,28 +122,27 @@ def _read_json(path: Path) -> Record | None:
         raise ConfigError(f"{path} is not JSON: {error}") from error
 
 
-def _stage_results(config: RunConfig, records: list[Record]) -> list[StageResult]:
-    """One entry per stage that has a line of metrics; a line at a boundary ends one stage and begins the next."""
-    starts = config.stage_starts()
-    results = []
-    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        own = [record for record in records if record["stage"] == stage.name]
-        if not own:
+def _stage_records(config: RunConfig, lines: list[Record]) -> list[StageRecord]:
+    """One entry for each stage with a line of metrics; a line at a boundary ends one stage and begins the next."""
+    records = []
+    for stage in config.schedule:
+        of_stage = [line for line in lines if line["stage"] == stage.name]
+        if not of_stage:
             continue
-        result = StageResult(
-            model=model,
-            parameters=None if model.vocab_size is None else count_parameters(abstract_params(model)[0]),
-            config=stage,
-            before=latest(records, starts[i]),
-            last=latest(records, starts[i + 1]),
-            train=latest([record for record in own if record["kind"] == "train"]),
-            validation=latest([record for record in own if record["kind"] == "validation"]),
+        has_vocabulary = stage.model.vocab_size is not None
+        record = StageRecord(
+            stage=stage,
+            parameters=count_parameters(abstract_params(stage.model)[0]) if has_vocabulary else None,
+            before=latest(lines, stage.start),
+            last=latest(lines, stage.end),
+            train=latest([line for line in of_stage if line["kind"] == "train"]),
+            validation=latest([line for line in of_stage if line["kind"] == "validation"]),
         )
-        results.append(result)
-    return results
+        records.append(record)
+    return records
 
 
-def latest(records: list[Record], step: float = math.inf) -> Record:
-    """The last line at or before `step`; one of step 0 if there is none."""
-    before = [record for record in records if record["step"] <= step]
-    return max(before, key=lambda record: record["step"], default={"step": 0, "tokens": 0, "flops": 0.0})
+def latest(lines: list[Record], step: float = math.inf) -> Record:
+    """The last line at or before `step`; a line of step 0 if there is none."""
+    before = [line for line in lines if line["step"] <= step]
+    return max(before, key=lambda line: line["step"], default={"step": 0, "tokens": 0, "flops": 0.0})

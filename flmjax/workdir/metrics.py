@@ -18,12 +18,12 @@ SURROGATES = "backslashreplace"  # half a UTF-16 pair in a sample becomes a JSON
 class MetricsWriter:
     """Appends to WORKDIR/metrics.jsonl and to the TensorBoard events in WORKDIR/tensorboard.
 
-    A run that goes on from step s has written lines past s before it was cut off; they are removed on opening, so that
-    the file holds one line per kind and step however often the run was interrupted.
+    A run that resumes at step s wrote lines past s before it was interrupted; they are removed on opening, so that the
+    file has one line per kind and step however often the run was interrupted.
 
     Args:
-        workdir: made if absent.
-        resume_step: updates done before this process starts; 0 for a fresh run.
+        workdir: created if absent.
+        resume_step: updates before this process starts; 0 for a fresh run.
 
     Raises:
         ConfigError: if a line of metrics.jsonl that is not the last one is not a metric line.
@@ -34,10 +34,10 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self._repeated = _truncate(workdir, resume_step)
         self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8", errors=SURROGATES)
-        # Imported here: it takes PyTorch along where that is installed.
+        # Not at the top: it imports PyTorch where that is installed.
         from tensorboardX import SummaryWriter
 
-        # tensorboardX names files by the second and overwrites: a quick restart would lose the first one's events.
+        # tensorboardX names files by the second and overwrites: a quick restart would lose the events before it.
         suffix = f".{os.getpid()}.{time.time_ns()}"
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=suffix)
 
@@ -51,7 +51,7 @@ class MetricsWriter:
         """Append one line {"kind": kind, "step": step, **values}; numbers go to TensorBoard too, as kind/name.
 
         Values are numbers, strings or None; arrays of one element count as numbers. JSON has no NaN and no infinity:
-        both become null. What the step resumed from had left in the file already is not written again.
+        both become null. A line that the file already has for the step at which the run resumed is not written again.
         """
         if (kind, step) in self._repeated:
             return
@@ -63,13 +63,13 @@ class MetricsWriter:
                 self._board.add_scalar(f"{kind}/{name}", value, global_step=line["step"])
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close the file and the events."""
         self._file.close()
         self._board.close()
 
 
 def read_metrics(workdir: Path) -> list[Record]:
-    """The lines of WORKDIR/metrics.jsonl in order; [] without the file. A half-written last line is left out.
+    """The lines of WORKDIR/metrics.jsonl in order; [] without the file. An incomplete last line is left out.
 
     Raises:
         ConfigError: naming an earlier line that is not a JSON object with "kind" and "step".
@@ -92,7 +92,7 @@ def read_metrics(workdir: Path) -> list[Record]:
 
 
 def _truncate(workdir: Path, resume_step: int) -> set[tuple[str, int]]:
-    """Remove lines past `resume_step` and a half line; returns (kind, step) of the lines kept at `resume_step`."""
+    """Remove lines past `resume_step` and an incomplete one; returns (kind, step) of the lines at `resume_step`."""
     path = workdir / METRICS_FILE
     kept = [record for record in read_metrics(workdir) if record["step"] <= resume_step]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run, and the clock behind it."""
+"""Progress of a run on a terminal, and the clock of its speed."""
 
 import os
 import sys
@@ -8,25 +8,25 @@ from tqdm import tqdm
 
 
 class Clock:
-    """Time per step, without the step after a restart: that one may compile, or follows an evaluation."""
+    """Speed of training, without the step after a restart, which may compile or follow an evaluation."""
 
     def __init__(self) -> None:
         self._start: float | None = None
         self._steps = 0
 
     def restart(self) -> None:
-        """Forget what was timed."""
+        """Discard the steps timed so far."""
         self._start, self._steps = None, 0
 
     def tick(self) -> None:
-        """A step's result has arrived."""
+        """Count a step, when its result has arrived."""
         if self._start is None:
             self._start = time.monotonic()
         else:
             self._steps += 1
 
     def rate(self, tokens: int) -> float | None:
-        """Tokens per second since the last call, `tokens` a step; None if no whole step was timed."""
+        """Tokens per second since the last call, at `tokens` tokens a step; None if no complete step was timed."""
         if self._start is None or not self._steps:
             return None
         now = time.monotonic()
@@ -36,11 +36,11 @@ class Clock:
 
 
 class ProgressBar:
-    """Stage, step, loss, tokens/s and time left: a bar on a terminal, plain lines where stderr is a file or a pipe.
+    """Stage, step, loss, tokens/s and remaining time: a bar on a terminal, plain lines if stderr is a file or a pipe.
 
     Args:
         total: steps of the run.
-        initial: steps done before this process started.
+        initial: steps before this process started.
     """
 
     def __init__(self, total: int, initial: int = 0) -> None:
@@ -58,7 +58,7 @@ class ProgressBar:
             self._bar.close()
 
     def update(self, step: int, stage: str, loss: float, tokens_per_second: float) -> None:
-        """Show that `step` steps of the run are done; off a terminal every call prints one line."""
+        """Show that `step` steps of the run are complete; without a terminal every call prints one line."""
         numbers = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
         if self._bar is None:
             left = (time.monotonic() - self._start) / max(step - self._initial, 1) * (self._total - step)
@@ -69,7 +69,7 @@ class ProgressBar:
         self._bar.update(step - self._bar.n)
 
     def log(self, text: str) -> None:
-        """Print a line; a bar stays whole below it."""
+        """Print a line; a bar stays intact below it."""
         if self._bar is None:
             print(text, flush=True)
         else:

@@ -1,0 +1,121 @@
+"""Plans of full-size runs: they fit, and the numbers are near the paper's."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flmjax import cli
+from flmjax.hardware import GiB
+from flmjax.planning.layout_search import memory
+
+ROOT = Path(__file__).parents[1]
+
+
+def plan_process(environment: dict[str, str], *flags: str, config: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "flmjax", "plan", f"--config={ROOT}/configs/{config}", *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def flm_101b(tmp_path_factory, compilers):
+    """plan.json of the three stages and both growths on 192 A800s."""
+    folder = tmp_path_factory.mktemp("plan")
+    done = plan_process(compilers, f"--output={folder}", config="flm_101b.py")
+    assert done.returncode == 0, done.stderr
+    assert not re.search("^(WARNING|I0000|E0000)", done.stderr, re.MULTILINE), done.stderr
+    return json.loads((folder / "plan.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_flm_101b_fits_192_a800s_and_gathers_no_parameter(flm_101b):
+    assert flm_101b["refusals"] == []
+    assert flm_101b["is_exact"]
+    last = flm_101b["stages"][-1]["program"]
+    assert 40 < last["peak"] / GiB <= 55
+    assert all(stage["program"]["rematerialisations"] == 0 for stage in flm_101b["stages"])
+    data, tensor, microbatches = 16, 4, 3
+    for stage, (layers, width) in zip(flm_101b["stages"], ((40, 5632), (40, 10240), (80, 10240)), strict=True):
+        sequences = stage["batch_size"] // microbatches // 48
+        largest = {
+            ("bf16", tensor): sequences * 2048 * width * 2,  # activations, cut along their length
+            ("bf16", data): 4 * width**2 * 2 / tensor,  # one layer's largest matrix, never the stack of all layers
+            ("f32", data): 100_256 * width * 4 / tensor,  # the table, which is looked up in float32
+        }
+        exchanges = stage["program"]["collectives"]
+        assert not [x for x in exchanges if x["kind"] in ("all-to-all", "ragged-all-to-all")]
+        gathers = [x for x in exchanges if x["kind"] == "all-gather"]
+        assert all(x["largest"] <= largest[x["dtype"], x["group"]] for x in gathers), gathers
+        gathered = {(x["dtype"], x["group"]): x["bytes"] for x in gathers}
+        once = layers * 12 * width**2 * 2 / tensor * (data - 1) / data
+        assert gathered["bf16", data] == pytest.approx(
+            2 * microbatches * once, rel=0.06
+        )  # forward and backward, and the head
+        assert gathered["f32", data] <= 3.1 * largest["f32", data]
+    for growth in flm_101b["growths"]:
+        assert growth["program"]["rematerialisations"] == 0
+        assert not [x for x in growth["program"]["collectives"] if x["kind"] == "all-gather"]
+        assert growth["program"]["peak"] < 30 * GiB
+    # The largest certificate, beside both states' moments: gradients that are not sharded would make it 130 GiB.
+    assert 35 * GiB < flm_101b["growths"][1]["certificate"]["peak"] < 50 * GiB
+    assert not [x for x in flm_101b["growths"][1]["program"]["collectives"] if x["bytes"] > 1e6]  # depth alone is local
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_the_search_estimates_the_memory_that_is_compiled(flm_101b):
+    _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_101b.py"])
+    for stage, planned in zip(config.schedule, flm_101b["stages"], strict=True):
+        sequences = stage.config.batch_size // stage.config.microbatches
+        estimate = memory(stage.model, config.mesh, sequences, stage.config.microbatches)
+        assert estimate == pytest.approx(planned["program"]["peak"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("remat", "microbatches"), [("dots", 3), ("none", 12)])
+def test_the_search_estimates_what_remat_keeps(compilers, tmp_path, remat, microbatches):
+    flags = [f"--config.model.remat={remat}", f"--config.stages[0].microbatches={microbatches}"]
+    done = plan_process(compilers, *flags, f"--output={tmp_path}", config="flm_16b.py")
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads((tmp_path / "plan.json").read_text())["stages"][0]["program"]["peak"]
+    _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_16b.py", *flags])
+    (stage,) = config.schedule
+    estimate = memory(stage.model, config.mesh, stage.config.batch_size // microbatches, microbatches)
+    assert estimate == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_flm_101b_is_priced_near_the_paper(flm_101b):
+    assert flm_101b["total"]["days"] == pytest.approx(21.54, rel=0.15)  # a roofline, not a measurement
+    assert flm_101b["saved"] == pytest.approx(0.726, abs=0.002)
+    for stage in flm_101b["stages"]:
+        assert stage["tflops"] == pytest.approx(stage["published"]["tflops"], rel=0.15)
+        assert stage["attention"] == "cudnn"
+
+
+@pytest.mark.timeout(400)
+def test_a_step_that_compiles_but_does_not_fit_is_refused(compilers):
+    flags = ("--config.stages[0].microbatches=1", "--config.stages[0].batch_size=9216")
+    done = plan_process(compilers, *flags, config="flm_16b.py")
+    assert done.returncode == 1, done.stderr
+    assert re.search(
+        r"needs \d+\.\d GiB a device; A800 has 80 GiB, .*: take stages\[0\]\.microbatches=2$",
+        done.stderr.strip(),
+    )
+
+
+@pytest.mark.timeout(400)
+def test_without_its_compiler_a_machine_is_planned_on_cpus(own_environment):
+    flags = ["--config.mesh.topology=a800:1x8", "--config.mesh.replica=1", "--config.mesh.fsdp=4"]
+    flags += ["--config.mesh.tensor=2", "--config.model.attention=plain", "--config.stages[0].batch_size=48"]
+    done = plan_process(own_environment, *flags, config="flm_proxy.py")
+    assert done.returncode == 0, done.stderr
+    assert "bytes, memory and times are not those of the machine" in done.stdout
+    assert re.search(r"rematerialisations +0$", done.stdout, re.MULTILINE)
+    assert re.search(r"fits .* unknown$", done.stdout, re.MULTILINE)

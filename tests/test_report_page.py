@@ -1,0 +1,147 @@
+"""The report as a file: one page that needs no other, its pictures, and workdirs that it refuses."""
+
+import base64
+import dataclasses
+import html
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from report_runs import (
+    STAGES,
+    change,
+    make_workdir,
+    read_lines,
+    report,
+    write_lines,
+)
+
+from flmjax.config import (
+    FORMAT,
+    ConfigError,
+    OptimizerConfig,
+    to_json,
+)
+from flmjax.report.page import short
+from flmjax.report.run_page import run_figure, smoothed, write_report
+from flmjax.report.run_record import read_run
+from flmjax.workdir.paths import read_config
+
+
+def test_the_page_needs_no_other_file_and_closes_its_tags(tmp_path):
+    make_workdir(tmp_path)
+    page = report(tmp_path, draw=True)
+    assert page.open == []  # Page checks the order
+    assert [address[:22] for address in page.addresses] == ["data:image/png;base64,"] * 2
+    assert base64.b64decode(page.addresses[1].split(",")[1]) == (tmp_path / "loss.png").read_bytes()
+    source = re.sub(r"base64,[^\"]*", "", (tmp_path / "report.html").read_text())
+    assert not re.search(r"https?:|//|url\(|@import|<script", source)
+
+
+def test_text_is_escaped_and_unprintable_bytes_are_replaced(tmp_path):
+    stages = (dataclasses.replace(STAGES[0], name="<i>$^$ & co"), STAGES[1])
+    make_workdir(tmp_path, stages=stages)
+    page = report(tmp_path, draw=True)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search("<i>|\x00", source)
+    text = html.escape("The <b>bold</b> claim & a \ufffd byte\nof stage large")  # all of it: it goes on from the prompt
+    assert f"<pre><b>The </b>{text}</pre>" in source
+    assert "<i>$^$ & co" in page.table(0)
+
+
+def test_the_config_is_on_the_page(tmp_path):
+    config = make_workdir(tmp_path)
+    report(tmp_path)
+    shown = re.search(r"<summary>config.json</summary><pre>(.*?)</pre>", (tmp_path / "report.html").read_text(), re.S)
+    assert json.loads(html.unescape(shown.group(1))) == json.loads(json.dumps(to_json(config)))
+
+
+def test_the_picture_shows_the_logged_numbers_and_marks_growth(tmp_path):
+    make_workdir(tmp_path)
+    panels = run_figure(read_run(tmp_path), columns=2).axes
+    lines = read_lines(tmp_path)
+    logged = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "validation")}
+    axes = (("tokens", "loss"), ("flops", "loss"), ("tokens", "bits_per_byte"))
+    for panel, (x, y) in zip(panels[:3], axes, strict=True):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
+        for kind, of_kind in logged.items():
+            assert drawn[kind] == [[line[x], line[y]] for line in of_kind]
+    for panel, x in zip(panels, [128, 129_024, 128, 128, 128, 128], strict=True):
+        assert [x, x] in [line.get_xdata() for line in panel.get_lines()]
+        assert {"small", "large"} <= {text.get_text() for text in panel.texts}
+    assert 2.5 in [line.get_ydata()[0] for line in panels[2].get_lines()]
+
+
+def test_the_smoothed_curve_is_a_mean_that_skips_gaps():
+    values = [1.0, 2.0, 6.0, math.nan, 4.0, 0.0]
+    assert smoothed(values, half=1) == pytest.approx([1.0, 3.0, 4.0, math.nan, 2.0, 0.0], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0, "", "0"),
+        (999.4, "", "999"),
+        (999_600, "", "1 M"),
+        (1_234_567, "", "1.23 M"),
+        (101e9, "", "101 B"),
+        (2e9, "FLOP", "2 GFLOP"),
+        (52.76e21, "FLOP", "52.8 ZFLOP"),
+    ],
+)
+def test_large_numbers_are_shortened(value, unit, text):
+    assert short(value, unit) == text
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "why"), [("config.json", "does not exist"), ("metrics.jsonl", "is absent or empty")])
+def test_a_workdir_without_its_files_is_refused_by_name(tmp_path, name, why):
+    make_workdir(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match=f"{re.escape(name)} {why}"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    make_workdir(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "named"), [(1, 1), (99, 99), (None, 1)])
+def test_another_format_is_refused_with_both_numbers(tmp_path, number, named):
+    """A config.json without a number is older than the numbers."""
+    make_workdir(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text()) | {"format": number}
+    (tmp_path / "config.json").write_text(json.dumps({k: x for k, x in stored.items() if x is not None}))
+    with pytest.raises(ConfigError, match=rf"config\.json has format {named}; flmjax .* reads format {FORMAT}"):
+        write_report(tmp_path)
+
+
+def test_a_field_that_a_stored_config_lacks_has_its_default(tmp_path):
+    make_workdir(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["config"]["optimizer"], stored["config"]["model"]["dropout"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read_config(tmp_path) == dataclasses.replace(read_config(tmp_path), optimizer=OptimizerConfig())
+    write_report(tmp_path)
+
+
+def test_metrics_of_another_config_are_refused(tmp_path):
+    make_workdir(tmp_path)
+    change(tmp_path, "train", stage="other")
+    write_lines(tmp_path, [line for line in read_lines(tmp_path) if line["kind"] == "train"])
+    with pytest.raises(ConfigError, match="names no stage"):
+        write_report(tmp_path)
+
+
+def test_importing_the_report_does_not_import_matplotlib():
+    program = "import sys, flmjax.report.run_page; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
