@@ -22,7 +22,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     linears["mlp.down"] = ((F,), (D,))
 
     out: dict[str, tuple[int, ...]] = {"embedding": (V, D)}
-    if config.position == "learned":
+    if not config.is_rotary:
         out["positions"] = (config.max_length, D)
     for name, (inputs, outputs) in linears.items():
         out[f"layers.{name}.kernel"] = (N, *inputs, *outputs)
@@ -101,7 +101,7 @@ def attention(
 ) -> np.ndarray:
     """softmax(q k / sqrt(K)) v over this and earlier places of one segment; query head h reads kv head h // (H/G)."""
     q_BLHK, k_BLGK, v_BLGK = (linear(x_BLD, params[name]) for name in ("query", "key", "value"))
-    if config.position != "learned":
+    if config.is_rotary:
         q_BLHK = rotary(q_BLHK, positions_BL, config, sign=1)
         k_BLGK = rotary(k_BLGK, positions_BL, config, sign=-1)
     place = np.arange(x_BLD.shape[1])
@@ -166,7 +166,7 @@ def logits(
 
     params = nest(leaves)
     x_BLD = config.embedding_multiplier * params["embedding"][tokens]
-    if config.position == "learned":
+    if not config.is_rotary:
         x_BLD = x_BLD + params["positions"][positions_BL]
     for n in range(config.num_layers):
         layer = nest({path: leaf[n] for path, leaf in flatten(params["layers"]).items()})

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from flmjax import cli
-from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.config import ConfigError, GrowthConfig, MeshConfig, MeshShape, ModelConfig, RunConfig, StageConfig
 from flmjax.config.validate import legal_microbatches
 from flmjax.hardware import A800, GiB
 from flmjax.model.flops import num_parameters
@@ -66,11 +66,11 @@ def test_microbatches_divide_the_sequences_of_a_data_shard():
 
 
 def test_microbatches_remat_and_shards_save_memory():
-    mesh = MeshConfig(1, 8, 2)
+    mesh = MeshShape(1, 8, 2)
     full, dots = (dataclasses.replace(MODEL, remat=remat) for remat in ("full", "dots"))
     assert memory(full, mesh, 24, 4) < memory(full, mesh, 48, 2) < memory(full, mesh, 96, 1)
     assert memory(full, mesh, 48, 2) < memory(dots, mesh, 48, 2)
-    assert memory(full, MeshConfig(1, 8, 4), 48, 2) < memory(full, mesh, 48, 2)
+    assert memory(full, MeshShape(1, 8, 4), 48, 2) < memory(full, mesh, 48, 2)
 
 
 def test_state_and_gradients_are_cut_over_all_shards():
@@ -78,18 +78,17 @@ def test_state_and_gradients_are_cut_over_all_shards():
     # Parameters, two moments and gradients in float32, a copy in bfloat16; with microbatches a sum of gradients, too.
     # Beside them a layer's weights, twice, and gradients.
     layer = 12 * 1024**2 * (2 * 2 + 4) / 2
-    assert memory(MODEL, MeshConfig(2, 8, 2), 0, 1) == pytest.approx(18 * parameters / 16 + layer)
-    assert memory(MODEL, MeshConfig(2, 8, 2), 0, 3) == pytest.approx(22 * parameters / 16 + layer)
+    assert memory(MODEL, MeshShape(2, 8, 2), 0, 1) == pytest.approx(18 * parameters / 16 + layer)
+    assert memory(MODEL, MeshShape(2, 8, 2), 0, 3) == pytest.approx(22 * parameters / 16 + layer)
     single = dataclasses.replace(MODEL, dtype="float32")
     layer = 12 * 1024**2 * (2 * 4 + 4) / 2
-    assert memory(single, MeshConfig(2, 8, 2), 0, 1) == pytest.approx(16 * parameters / 16 + layer)
+    assert memory(single, MeshShape(2, 8, 2), 0, 1) == pytest.approx(16 * parameters / 16 + layer)
 
 
 def test_a_second_forward_pass_takes_the_time_of_its_work():
     fast = machine(70, inter_node=1e18, intra_node=1e18)
     full, dots = (
-        seconds(dataclasses.replace(MODEL, remat=remat), 96, 1, MeshConfig(1, 16, 1), fast)
-        for remat in ("full", "dots")
+        seconds(dataclasses.replace(MODEL, remat=remat), 96, 1, MeshShape(1, 16, 1), fast) for remat in ("full", "dots")
     )
     tokens = 96 * 2048 / 16
     products = 2 * 4 * 12 * 1024**2 * tokens / (312e12 * 0.75)
@@ -102,7 +101,7 @@ def test_microbatches_and_remat_take_time():
     slow = machine(70, inter_node=1e9)  # a network that nothing can hide
 
     def step(model, microbatches):
-        return seconds(model, 96, microbatches, MeshConfig(1, 16, 1), slow)
+        return seconds(model, 96, microbatches, MeshShape(1, 16, 1), slow)
 
     assert step(dots, 1) < step(full, 1) < step(full, 3)
     # Weights go out twice and gradients come back once for each microbatch: two more cost twice the first one's.
@@ -154,7 +153,7 @@ class FakeCompiler:
     certificate_peak = 32.0
 
     def __init__(self, config, topology):
-        self.config, self.topology, self.mesh_config = config, topology, config.mesh
+        self.config, self.topology, self.mesh_shape = config, topology, config.mesh
         self.is_exact = True
 
     def attention(self, _):
@@ -185,7 +184,7 @@ def fitted(candidate: Candidate, usable: float, compiler=FakeCompiler, log=print
     return fit(candidate, compiler(candidate.apply(CONFIG), machine(usable)), log)
 
 
-CANDIDATE = Candidate(MeshConfig(1, 8, 2), "full", (1, 1), days=9.0)
+CANDIDATE = Candidate(MeshShape(1, 8, 2), "full", (1, 1), days=9.0)
 
 
 def test_microbatches_increase_until_each_stage_fits():
@@ -256,7 +255,7 @@ def test_a_search_ends_when_enough_layouts_fit(monkeypatch):
 
         @property
         def certificate_peak(self):
-            return 80.0 if self.mesh_config.tensor < 4 else 70.0
+            return 80.0 if self.mesh_shape.tensor < 4 else 70.0
 
     monkeypatch.setattr(layout_search, "Compiler", Narrow)
     by_estimate = estimates(CONFIG, machine(USABLE["cuda"] * 80))
@@ -300,7 +299,7 @@ def test_without_the_machines_compiler_no_layout_is_said_to_fit():
 
 
 def test_the_flags_of_a_layout_make_its_config():
-    candidate = Candidate(MeshConfig(3, 16, 4), "dots", (2, 3, 5), 10.0, int(50 * GiB))
+    candidate = Candidate(MeshShape(3, 16, 4), "dots", (2, 3, 5), 10.0, int(50 * GiB))
     text = layout_table(Search((candidate, dataclasses.replace(candidate, days=12.0)), possible=9, tried=3))
     row = [
         "replica",

@@ -12,6 +12,7 @@ from flmjax import cli
 from flmjax.config import (
     GrowthConfig,
     MeshConfig,
+    MeshShape,
     ModelConfig,
     RunConfig,
     StageConfig,
@@ -125,7 +126,7 @@ class FakeCompiler:
 
     def __init__(self, config, topology):
         self.config, self.topology = config, topology
-        self.mesh_config, self.is_exact, self.assumptions = config.mesh, True, ("an assumption",)
+        self.mesh_shape, self.is_exact, self.assumptions = config.mesh, True, ("an assumption",)
 
     def attention(self, _):
         return "splash"
@@ -172,7 +173,7 @@ def test_remarks_name_the_stage_and_the_work_outside_the_plan():
     model = dataclasses.replace(TINY, embed_dim=5632, head_dim=2816, vocab_size=64, dtype="bfloat16")
     stages = (StageConfig("small", growth=learned), StageConfig("large", growth=learned, embed_dim=10_240, num_heads=4))
     config = RunConfig(model=model, stages=stages)
-    gpu, tpu = (list(remarks(config, MeshConfig(1, 64, 1), platform)) for platform in ("cuda", "tpu"))
+    gpu, tpu = (list(remarks(config, MeshShape(1, 64, 1), platform)) for platform in ("cuda", "tpu"))
     tuned, evaluations = gpu
     assert tuned.startswith("large: of 107 updates 7 tune its growth; ")
     assert "evaluations" in evaluations
@@ -182,9 +183,9 @@ def test_remarks_name_the_stage_and_the_work_outside_the_plan():
         r"replica=2, fsdp=32 avoids it",
         tpu[0],
     )
-    assert list(remarks(config, MeshConfig(2, 32, 1), "tpu")) == gpu
+    assert list(remarks(config, MeshShape(2, 32, 1), "tpu")) == gpu
     single = dataclasses.replace(config, model=dataclasses.replace(model, dtype="float32"))
-    assert list(remarks(single, MeshConfig(1, 64, 1), "tpu")) == gpu  # 88 rows are eleven tiles of float32
+    assert list(remarks(single, MeshShape(1, 64, 1), "tpu")) == gpu  # 88 rows are eleven tiles of float32
 
 
 def test_json_and_page_hold_the_same_numbers(tmp_path):

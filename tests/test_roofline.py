@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from flmjax.config import (
-    MeshConfig,
+    MeshShape,
     ModelConfig,
 )
 from flmjax.hardware import A800, Chip, chip_of
@@ -27,7 +27,7 @@ def test_a_step_time_is_the_sum_of_its_parts():
     time = step_time(
         model,
         A800,
-        MeshConfig(1, 16, 2),
+        MeshShape(1, 16, 2),
         tokens=1e6,
         matmul_flops=312e12,
         attention_flops=312e12,
@@ -51,7 +51,7 @@ def test_on_a_torus_weights_are_hidden_and_tensor_traffic_is_not():
     time = step_time(
         dataclasses.replace(TINY, dtype="bfloat16"),
         chip,
-        MeshConfig(1, 64, 4),
+        MeshShape(1, 64, 4),
         tokens=0.0,
         matmul_flops=chip.bfloat16 * 100,
         attention_flops=0.0,
@@ -76,7 +76,7 @@ def test_on_a_torus_weights_are_hidden_and_tensor_traffic_is_not():
 def test_tensor_traffic_is_that_along_the_last_axis(ring, in_node, is_tensor):
     exchange = Collective("all-gather", "bf16", *ring, in_node, 1, 1e9, 1)
     time = step_time(
-        TINY, A800, MeshConfig(1, 4, 4), tokens=0, matmul_flops=0, attention_flops=0, state_bytes=0,
+        TINY, A800, MeshShape(1, 4, 4), tokens=0, matmul_flops=0, attention_flops=0, state_bytes=0,
         collectives=[exchange],
     )  # fmt: skip
     assert (time.tensor > 0, time.data > 0) == (is_tensor, not is_tensor)

@@ -9,18 +9,11 @@ from typing import Any
 from ml_collections import config_dict
 
 import flmjax
-from flmjax.config.fields import ConfigError, RunConfig, nearest
+from flmjax.config.fields import EXECUTION, ConfigError, RunConfig, nearest
 
 # Of config.json and of checkpoints. It rises when a field or an item is renamed or removed, never when one is added.
 FORMAT = 2
 HEADER = {"version": flmjax.__version__, "format": FORMAT}
-
-# Endings of fields that decide how and where a run computes, not what: they may change when it goes on.
-HOW_IT_RUNS = (
-    *("mesh", "checkpoint", "log_every", "evaluate_every", "evaluation_rows", "data.directory", "data.workers"),
-    *("certificate_rows", "certificate_float64_below", "certificate_tolerance", "sample_prompt", "sample_tokens"),
-    *("model.attention", "model.remat", "model.scan_unroll", "microbatches", "peak_flops"),
-)
 
 
 def to_config_dict(config: Any) -> config_dict.ConfigDict:
@@ -90,15 +83,20 @@ def check_format(stored: Any, name: str) -> None:
 
 
 def differences(stored: Any, current: Any, path: str = "") -> list[str]:
-    """`field: stored -> current` for every field that decides what a run computes and is not the same."""
-    if isinstance(stored, Mapping) and isinstance(current, Mapping):
-        keys = dict.fromkeys([*stored, *current])
-        pairs = [(f"{path}.{key}".strip("."), stored.get(key), current.get(key)) for key in keys]
-    elif isinstance(stored, list | tuple) and isinstance(current, list | tuple) and len(stored) == len(current):
+    """`field: stored -> current` for every field that decides what a run computes and is not the same.
+
+    Args:
+        stored, current: two RunConfigs, or equal parts of them.
+    """
+    pairs: list[tuple[str, Any, Any]]
+    if dataclasses.is_dataclass(stored):
+        names = [field.name for field in dataclasses.fields(stored) if field.metadata != EXECUTION]
+        pairs = [(f"{path}.{name}".strip("."), getattr(stored, name), getattr(current, name)) for name in names]
+    elif isinstance(stored, tuple) and isinstance(current, tuple) and len(stored) == len(current):
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, current, strict=True))]
     else:
         return [] if stored == current else [f"{path}: {stored} -> {current}"]
-    return [line for name, a, b in pairs if not name.endswith(HOW_IT_RUNS) for line in differences(a, b, name)]
+    return [line for name, a, b in pairs for line in differences(a, b, name)]
 
 
 def check_path(path: str) -> None:
@@ -128,6 +126,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, tuple | list):
             value = (value,)
         return tuple(_convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
+    if typing.get_origin(hint) is typing.Literal:  # which of the words it is: validate
+        hint = str
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

@@ -5,11 +5,40 @@ import difflib
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+AttentionBackend = Literal["plain", "fused", "cudnn", "splash"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+Remat = Literal["none", "dots", "full"]
+
+# Metadata of fields that decide how and where a run computes, not what: they may change when a run resumes.
+EXECUTION = MappingProxyType({"role": "execution"})
+# Metadata of fields that decide how numbers are represented: old and new model of a growth may differ in them.
+REPRESENTATION = MappingProxyType({"role": "representation"})
 
 MESH_AXES = ("replica", "fsdp", "tensor")
 STAGE_SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis, all of them known: what validate_mesh makes of a MeshConfig."""
+
+    replica: int
+    fsdp: int
+    tensor: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return self.replica * self.fsdp * self.tensor
+
+    @property
+    def data_shards(self) -> int:
+        """Parts that the sequences of a batch divide into."""
+        return self.replica * self.fsdp
 
 
 class FamilyTraits(NamedTuple):
@@ -58,12 +87,13 @@ class ModelConfig:
     head_dim: int = 32
     mlp_dim: int = 512
     vocab_size: int | None = None  # None: the tokenizer's
-    vocab_multiple: int = 8  # rows of the table are padded to a multiple of this and of the tensor axis
+    # Rows of the table are padded to a multiple of this and of the tensor axis.
+    vocab_multiple: int = dataclasses.field(default=8, metadata=REPRESENTATION)
     max_length: int = 256  # tokens
-    norm: str = "layernorm"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5  # of the first stage; width growth scales it, see RunConfig.stage_models
-    activation: str = "gelu"
-    position: str = "xpos"
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    position: Literal["xpos", "rope", "learned"] = "xpos"
     rope_theta: float = 10_000.0
     xpos_scale_base: float = 512.0
     rotary_dim: int | None = None  # head_dim of the first stage; None: head_dim. Growth keeps its frequencies
@@ -78,15 +108,23 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     base_embed_dim: int | None = None  # muP's base width (model/mup.py); None: standard parametrisation
-    dtype: str = "float32"  # of the matrix multiplications; parameters are always float32
-    attention: str = "plain"  # "fused": by the platform, model/attention.py
-    remat: str = "none"
-    scan_unroll: int = 1  # layers unrolled per iteration of the scan over layers
+    # Of the matrix multiplications; parameters are always float32.
+    dtype: Dtype = dataclasses.field(default="float32", metadata=REPRESENTATION)
+    # "fused": the backend that model/attention.py chooses for the platform.
+    attention: AttentionBackend = dataclasses.field(default="plain", metadata=EXECUTION)
+    remat: Remat = dataclasses.field(default="none", metadata=EXECUTION)
+    # Layers unrolled per iteration of the scan over layers.
+    scan_unroll: int = dataclasses.field(default=1, metadata=EXECUTION)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads, G."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions turn queries and keys (xPos, RoPE); learned positions are added to the embedding."""
+        return self.position != "learned"
 
     @property
     def rotated_dims(self) -> int:
@@ -133,15 +171,21 @@ class DataConfig:
     vocab_size: int = 4096  # pieces to train; read by "sentencepiece" alone
     end_id: int | None = None  # id that ends a document; None: the vocabulary's
     validation_fraction: float = 0.05  # of the documents, chosen by hash; a mixture's own splits come first
-    split_by: str = "text"  # what is hashed: a document's text, or "path", its file within the source (parallel pages)
+    split_by: Literal["text", "path"] = (
+        "text"  # what is hashed: a document's text, or "path", its file within the source (parallel pages)
+    )
     end_of_document: bool = True  # append the end token to each document
     document_attention: bool = False  # True: attention and positions restart at every document
     true_mark: str = "\U0001f608"  # stands for "true" in a teacher's row; the paper does not say which one does
     false_mark: str = "\U0001f621"
     teacher_weight: float = 1.0  # of a teacher's target in the loss; that of text is 1
-    teacher_mixing: str = "mixed"  # in every batch, or "alternating": every batch is wholly text or wholly teacher
-    directory: str | None = None  # of the token files; None: WORKDIR/data
-    workers: int | None = None  # processes that tokenise; None: one per core
+    teacher_mixing: Literal["mixed", "alternating"] = (
+        "mixed"  # in every batch, or "alternating": every batch is wholly text or wholly teacher
+    )
+    # Of the token files; None: WORKDIR/data.
+    directory: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+    # Processes that tokenise; None: one per core.
+    workers: int | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     @property
     def num_sources(self) -> int | None:
@@ -164,14 +208,16 @@ class GrowthConfig:
     """The operator at a stage's start; that of the first stage is what `flmjax grow` uses."""
 
     family: str = "zero"  # growth/families.py says what each is and whether it is exact
-    split: str = "unequal"  # of copies, "duplicate": equal ones stay equal for ever
+    split: Literal["unequal", "equal"] = "unequal"  # of copies, "duplicate": equal ones stay equal for ever
     shrink: float = 0.4  # "perturb": what old matrices are multiplied by
-    moments: str = "carry"  # "reset" forgets Adam's moments
+    moments: Literal["carry", "reset"] = "carry"  # "reset" forgets Adam's moments
     ramp_steps: int = 0  # "mask": updates from the mask's 0 to its 1
-    ramp: str = "linear"  # its shape
+    ramp: Literal["linear", "cosine"] = "linear"  # its shape
     tuning_steps: int = 100  # "learned": updates of the growth matrices
     tuning_learning_rate: float = 1e-3  # Adam's, on the growth matrices
-    rate_policy: str = "continue"  # or "rewarm", "rewind", or "stage": the stage has a schedule of its own
+    rate_policy: Literal["continue", "rewarm", "rewind", "stage"] = (
+        "continue"  # or "rewarm", "rewind", or "stage": the stage has a schedule of its own
+    )
     rewarm_fraction: float = 0.01  # "rewarm": of the stage's steps
     new_warmup_fraction: float = 0.01  # of the stage's steps in which the new weights' rate rises; 0: none
 
@@ -188,11 +234,12 @@ class StageConfig:
     name: str = "stage"
     steps: int = 100  # optimizer updates
     batch_size: int = 8  # sequences per update, over all devices
-    microbatches: int = 1  # the batch is computed in this many parts
+    # The batch is computed in this many parts.
+    microbatches: int = dataclasses.field(default=1, metadata=EXECUTION)
     learning_rate: float = 1e-3  # this and the four below hold for the stages that continue the schedule, too
     final_learning_rate: float = 0.0
     warmup_steps: int = 0
-    schedule: str = "cosine"
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     decay_fraction: float = 0.2  # last part of the stage in which "wsd" decays
     mixture_weights: tuple[float, ...] | None = None  # mixture from this stage on; None: as before
     growth: GrowthConfig = GrowthConfig()
@@ -221,17 +268,24 @@ class RunConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log_every: int = 10  # steps
-    evaluate_every: int = 100  # steps; a stage's end is always evaluated
-    evaluation_rows: int = 64  # validation rows per evaluation
-    certificate_rows: int = 4  # validation rows that a growth point compares logits on
-    certificate_float64_below: int = 20_000_000  # parameters; larger models are not recomputed in float64
-    certificate_tolerance: float = 2e-5  # of max |logit| (at least 1), in float32; a larger difference stops the run
-    sample_prompt: str = "The "
-    sample_tokens: int = 64
-    peak_flops: float | None = None  # FLOP/s per device; None: table of known chips, else measured
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=EXECUTION)
+    checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=EXECUTION)
+    # Steps between lines of training metrics.
+    log_every: int = dataclasses.field(default=10, metadata=EXECUTION)
+    # Steps between evaluations; a stage's end is always evaluated.
+    evaluate_every: int = dataclasses.field(default=100, metadata=EXECUTION)
+    # Validation rows per evaluation.
+    evaluation_rows: int = dataclasses.field(default=64, metadata=EXECUTION)
+    # Validation rows that a growth point compares logits on.
+    certificate_rows: int = dataclasses.field(default=4, metadata=EXECUTION)
+    # Parameters; larger models are not recomputed in float64.
+    certificate_float64_below: int = dataclasses.field(default=20_000_000, metadata=EXECUTION)
+    # Of max |logit| (at least 1), in float32; a larger difference stops the run.
+    certificate_tolerance: float = dataclasses.field(default=2e-5, metadata=EXECUTION)
+    sample_prompt: str = dataclasses.field(default="The ", metadata=EXECUTION)
+    sample_tokens: int = dataclasses.field(default=64, metadata=EXECUTION)
+    # FLOP/s per device; None: table of known chips, else measured.
+    peak_flops: float | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     @functools.cached_property
     def schedule(self) -> "tuple[Stage, ...]":
@@ -271,8 +325,8 @@ class Layout(NamedTuple):
     """How a stage lies on the devices: decides speed and memory, not results."""
 
     mesh: MeshConfig
-    remat: str
-    attention: str
+    remat: Remat
+    attention: AttentionBackend
     microbatches: int
 
 
@@ -324,7 +378,7 @@ def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfi
     """
     embed_dim = sizes.get("embed_dim", model.embed_dim)
     grown = dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)
-    if grown.head_dim == model.head_dim or model.position == "learned" or model.rotary_dim is not None:
+    if grown.head_dim == model.head_dim or not model.is_rotary or model.rotary_dim is not None:
         return grown
     return dataclasses.replace(
         grown, rotary_dim=model.head_dim, rotary_repeat=GROWTH_FAMILIES[family].repeats_frequencies

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import typing
+from typing import Any
 
 from flmjax.config.fields import (
     GROWTH_FAMILIES,
@@ -10,7 +12,7 @@ from flmjax.config.fields import (
     ConfigError,
     DataConfig,
     GrowthConfig,
-    MeshConfig,
+    MeshShape,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -19,21 +21,8 @@ from flmjax.config.fields import (
     split_factor,
 )
 
-NORMS = ("layernorm", "rmsnorm")
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
-POSITIONS = ("xpos", "rope", "learned")
-ATTENTIONS = ("plain", "fused", "cudnn", "splash")
-REMATS = ("none", "dots", "full")
-DTYPES = ("float32", "bfloat16", "float64")
-SCHEDULES = ("constant", "cosine", "wsd")
 VOCABULARIES = ("sentencepiece", "bytes", "cl100k")
-SPLIT_KEYS = ("text", "path")
-TEACHER_MIXING = ("mixed", "alternating")
-RAMPS = ("linear", "cosine")
-SPLITS = ("unequal", "equal")
-MOMENTS = ("carry", "reset")
 SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
-RATE_POLICIES = ("continue", "rewarm", "rewind", "stage")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -47,6 +36,7 @@ def validate(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: one line that names the field, its value and what would do.
     """
+    _validate_choices(config)
     _validate_model(config.model)
     _validate_optimizer(config.optimizer)
     _validate_data(config.data)
@@ -84,16 +74,21 @@ def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{path}='{value}'{nearest(value, choices)}; choices: {', '.join(choices)}")
 
 
+def _validate_choices(config: Any, path: str = "") -> None:
+    """Whether every field whose type is a Literal has one of its words."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}.{field.name}".strip(".")
+        if typing.get_origin(hints[field.name]) is typing.Literal:
+            _choice(name, value, typing.get_args(hints[field.name]))
+        elif dataclasses.is_dataclass(value):
+            _validate_choices(value, name)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for i, entry in enumerate(value):
+                _validate_choices(entry, f"{name}[{i}]")
+
+
 def _validate_model(m: ModelConfig, path: str = "model") -> None:
-    for field, choices in (
-        ("norm", NORMS),
-        ("activation", ACTIVATIONS),
-        ("position", POSITIONS),
-        ("attention", ATTENTIONS),
-        ("remat", REMATS),
-        ("dtype", DTYPES),
-    ):
-        _choice(f"{path}.{field}", getattr(m, field), choices)
     for field in ("num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "max_length", "vocab_multiple"):
         _require(getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive")
     for field in ("rotary_dim", "base_embed_dim"):
@@ -109,7 +104,7 @@ def _validate_model(m: ModelConfig, path: str = "model") -> None:
         m.kv_heads > 0 and m.num_heads % m.kv_heads == 0,
         f"{path}.num_heads={m.num_heads} is not a multiple of num_kv_heads={m.kv_heads}",
     )
-    if m.position != "learned":
+    if m.is_rotary:
         _require(m.head_dim % 2 == 0, f"{path}.head_dim={m.head_dim} must be even for position='{m.position}'")
         _require(
             m.rotated_dims % 2 == 0 and m.rotated_dims <= m.head_dim,
@@ -160,8 +155,6 @@ def _validate_data(d: DataConfig) -> None:
     _require(
         0.0 < d.validation_fraction < 0.5, f"data.validation_fraction={d.validation_fraction} must lie in (0, 0.5)"
     )
-    _choice("data.split_by", d.split_by, SPLIT_KEYS)
-    _choice("data.teacher_mixing", d.teacher_mixing, TEACHER_MIXING)
     _require(
         math.isfinite(d.teacher_weight) and d.teacher_weight > 0,
         f"data.teacher_weight={d.teacher_weight} must be positive",
@@ -189,21 +182,13 @@ def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
         f"{path}: learning_rate={s.learning_rate} must be at least final_learning_rate={s.final_learning_rate} >= 0",
     )
     _require(0 < s.decay_fraction <= 1, f"{path}.decay_fraction={s.decay_fraction} must lie in (0, 1]")
-    _choice(f"{path}.schedule", s.schedule, SCHEDULES)
     _validate_operator(s, f"{path}.growth")
     _validate_weights(f"{path}.mixture_weights", s.mixture_weights, num_sources)
 
 
 def _validate_operator(s: StageConfig, path: str) -> None:
     g = s.growth
-    for field, choices in (
-        ("family", tuple(GROWTH_FAMILIES)),
-        ("split", SPLITS),
-        ("moments", MOMENTS),
-        ("ramp", RAMPS),
-        ("rate_policy", RATE_POLICIES),
-    ):
-        _choice(f"{path}.{field}", getattr(g, field), choices)
+    _choice(f"{path}.family", g.family, tuple(GROWTH_FAMILIES))
     for field in ("shrink", "rewarm_fraction", "new_warmup_fraction"):
         _require(0.0 <= getattr(g, field) <= 1.0, f"{path}.{field}={getattr(g, field)} must lie in [0, 1]")
     _require(g.tuning_steps >= 0, f"{path}.tuning_steps={g.tuning_steps} must not be negative")
@@ -251,8 +236,8 @@ def _validate_growth(old: ModelConfig, new: ModelConfig, path: str) -> None:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
-    """Resolve and check the mesh for `num_devices`: every size divides, the product is the device count.
+def validate_mesh(config: RunConfig, num_devices: int) -> MeshShape:
+    """The mesh for `num_devices`, checked: every size divides, the product is the device count.
 
     Raises:
         ConfigError: naming the leaf's axis, the mesh axis and both numbers.
@@ -260,40 +245,40 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshConfig:
     replica, tensor = config.mesh.replica, config.mesh.tensor
     # A free axis has at least one place.
     fsdp = max(num_devices // (replica * tensor), 1) if config.mesh.fsdp is None else config.mesh.fsdp
-    mesh, places = dataclasses.replace(config.mesh, fsdp=fsdp), replica * fsdp * tensor
-    if places != num_devices:
+    mesh = MeshShape(replica, fsdp, tensor)
+    if mesh.num_devices != num_devices:
         raise ConfigError(
-            f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} has {places} places for {num_devices} devices; "
-            f"{_filling_mesh(config, mesh, num_devices)}"
+            f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} has {mesh.num_devices} places for {num_devices} "
+            f"devices; {_filling_mesh(config, mesh, num_devices)}"
         )
     for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        rows, data_axes = stage.batch_size // stage.microbatches, mesh.replica * fsdp
+        rows, shards = stage.batch_size // stage.microbatches, mesh.data_shards
         _require(
-            rows % data_axes == 0,
-            f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={data_axes}; "
-            f"{_legal_batches(stage, data_axes)}",
+            rows % shards == 0,
+            f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={shards}; "
+            f"{_legal_batches(stage, shards)}",
         )
         check_mesh(model, mesh, f"stages[{i}]")
     return mesh
 
 
-def _filling_mesh(config: RunConfig, mesh: MeshConfig, num_devices: int) -> str:
+def _filling_mesh(config: RunConfig, mesh: MeshShape, num_devices: int) -> str:
     """What would take all devices and divide everything: the mesh that differs in the fewest axes, and least."""
 
-    def distance(other: MeshConfig) -> tuple[int, float]:
+    def distance(other: MeshShape) -> tuple[int, float]:
         ratios = [getattr(other, axis) / getattr(mesh, axis) for axis in MESH_AXES]
         return sum(ratio != 1 for ratio in ratios), sum(abs(math.log(ratio)) for ratio in ratios)
 
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     meshes = [
-        dataclasses.replace(mesh, replica=num_devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+        MeshShape(num_devices // (fsdp * tensor), fsdp, tensor)
         for fsdp in divisors
         for tensor in divisors
         if num_devices % (fsdp * tensor) == 0
     ]
     for other in sorted(meshes, key=distance):
         try:
-            validate_mesh(dataclasses.replace(config, mesh=other), num_devices)
+            validate_mesh(on_mesh(config, other), num_devices)
         except ConfigError:
             continue
         changed = [axis for axis in MESH_AXES if getattr(other, axis) != getattr(mesh, axis)]
@@ -301,24 +286,29 @@ def _filling_mesh(config: RunConfig, mesh: MeshConfig, num_devices: int) -> str:
     return f"no mesh of {num_devices} devices divides these sizes, batches and microbatches"
 
 
-def legal_microbatches(stage: StageConfig, data_axes: int) -> list[int]:
-    """Numbers of parts of a stage's batch whose rows divide over the data axes, few first."""
-    rows, rest = divmod(stage.batch_size, data_axes)
+def on_mesh(config: RunConfig, mesh: MeshShape) -> RunConfig:
+    """The run on another mesh of its machine."""
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **dataclasses.asdict(mesh)))
+
+
+def legal_microbatches(stage: StageConfig, data_shards: int) -> list[int]:
+    """Numbers of microbatches of a stage whose rows divide over the data shards, few first."""
+    rows, rest = divmod(stage.batch_size, data_shards)
     return [] if rest else [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def _legal_batches(stage: StageConfig, data_axes: int) -> str:
+def _legal_batches(stage: StageConfig, data_shards: int) -> str:
     """What would divide instead: other numbers of microbatches, or the next batches."""
-    if counts := legal_microbatches(stage, data_axes):
+    if counts := legal_microbatches(stage, data_shards):
         nearest_count = min(counts, key=lambda k: abs(k - stage.microbatches))
         return f"microbatches={nearest_count} would"
-    unit = data_axes * stage.microbatches
+    unit = data_shards * stage.microbatches
     below = stage.batch_size // unit * unit
     return " or ".join(f"batch_size={size}" for size in (below, below + unit) if size) + " would"
 
 
-def check_mesh(model: ModelConfig, mesh: MeshConfig, path: str) -> None:
-    """Whether every size of a model divides over `mesh`, whose sizes are known.
+def check_mesh(model: ModelConfig, mesh: MeshShape, path: str) -> None:
+    """Whether every size of a model divides over `mesh`.
 
     Raises:
         ConfigError: naming the size, the mesh axis and both numbers.

@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import SIZES, ModelConfig
+from flmjax.config import SIZES, Dtype, ModelConfig
 from flmjax.growth.grow import grow_params
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import masked
@@ -201,7 +201,7 @@ def _compare(growth: Growth, batch: Mapping[str, Any], params: tuple[Any, Any], 
     return numbers if growth.family.ramps else numbers._replace(mask_removed=None)
 
 
-def jit_comparison(growth: Growth, dtype: str, placement: Placement | None = None, gradients: bool = False) -> Any:
+def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = None, gradients: bool = False) -> Any:
     """The jitted program of a certificate: ((old, new) parameters, batch) -> the numbers of a Comparison.
 
     Both models on the old vocabulary: padded ids do not count, and new words have no past to be compared with.

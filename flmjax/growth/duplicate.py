@@ -36,7 +36,7 @@ def cyclic_embed(before: int, after: int, old: ModelConfig, new: ModelConfig) ->
 def same_frequency(before: int, after: int, old: ModelConfig, new: ModelConfig) -> np.ndarray:
     """A copy turns as its source does; where new dimensions do not turn, their source must not either."""
     places = np.arange(after)
-    if new.position == "learned":
+    if not new.is_rotary:
         return places % before
     K = new.rotated_dims
     if new.rotary_repeat:

@@ -31,9 +31,9 @@ def grow_params(params: Any, growth: Growth) -> Any:
 
     def grow_one(path: str, leaf: LeafAxes, x: jax.Array, fresh: jax.Array) -> jax.Array:
         grown = growth.grow_leaf(path, leaf, x, fresh)
-        return (
-            family.finish(leaf, grown, fresh, growth.config) if family.finish and growth.rules_of(path, leaf) else grown
-        )
+        if family.finish is None or not growth.rules_of(path, leaf):
+            return grown
+        return family.finish(leaf, grown, fresh, growth.config)
 
     return map_with_axes(grow_one, abstract_params(growth.old)[1], params, fresh)
 

@@ -23,9 +23,6 @@ from flmjax.growth.rules import (
 )
 from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
 
-# Fields that say how a model computes: they may differ between the old and the new model.
-EXECUTION = ("dtype", "attention", "remat", "scan_unroll", "vocab_multiple")
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Growth:
@@ -87,7 +84,7 @@ class Growth:
             assert source.shape == (after,), (name, source.shape)
             copies = np.where(source < 0, 1, np.bincount(source[source >= 0], minlength=before)[source])
             # Both of a pair that turns together have one share, else their gradients mix.
-            pair = 2 if name == "head_dim" and self.new.position != "learned" else 1
+            pair = 2 if name == "head_dim" and self.new.is_rotary else 1
             own_key = None if key is None else jax.random.fold_in(key, i)
             share = draw_share(source[::pair] // pair, copies[::pair], self.config.split, own_key)
             share = np.repeat(share, pair) if isinstance(share, np.ndarray) else jnp.repeat(share, pair)
@@ -149,7 +146,7 @@ def _check(old: ModelConfig, new: ModelConfig, family: str) -> None:
     derived = ("norm_eps", "rotary_dim", "rotary_repeat")
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if before != after and field.name not in (*SIZES, *EXECUTION, *derived):
+        if before != after and not field.metadata and field.name not in (*SIZES, *derived):
             raise GrowthError(f"growth cannot change {field.name} from {before} to {after}")
     for name in SIZES:
         before, after = (c.kv_heads if name == "num_kv_heads" else getattr(c, name) for c in (old, new))
@@ -162,7 +159,7 @@ def _check(old: ModelConfig, new: ModelConfig, family: str) -> None:
             f"norm_eps must be {expected.norm_eps} after growth, not {new.norm_eps}; take config.resize(old, ...)"
         )
     # The old frequencies stay. Those of new dimensions are free, unless the dimensions are copies.
-    if new.position != "learned" and new.rotated_dims != old.rotated_dims:
+    if new.is_rotary and new.rotated_dims != old.rotated_dims:
         raise GrowthError(
             f"rotary_dim must be {old.rotated_dims} after growth, not {new.rotary_dim}: other frequencies turn the old "
             "dimensions by other angles; take config.resize(old, ...)"

@@ -33,7 +33,7 @@ def num_parameters(config: ModelConfig) -> int:
     biases += (2 if config.activation == "swiglu" else 1) * config.mlp_dim
     layer = block_matrices(config) + 2 * norm + (biases if config.bias else 0)
     tables = config.padded_vocab_size * (1 if config.tied_embedding else 2)
-    tables += config.max_length if config.position == "learned" else 0
+    tables += config.max_length if not config.is_rotary else 0
     return config.num_layers * layer + norm + tables * config.embed_dim
 
 

@@ -26,7 +26,7 @@ def rotation(config: ModelConfig, positions_BL: jax.Array) -> Rotation | None:
     zeta_i = (2i + 0.4 K) / (1.4 K). The centre is max_length // 2 for every sequence, so that cached keys stay valid.
     K is the head's size before it grew (rotary_dim); later dimensions stand still or repeat the first ones.
     """
-    if config.position == "learned":
+    if not config.is_rotary:
         return None
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     K = config.rotated_dims

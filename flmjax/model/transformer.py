@@ -78,7 +78,7 @@ class Transformer(nn.Module):
             ValueError: rows longer than the table of learned positions (its lookup would repeat the last one).
         """
         c = self.config
-        if c.position == "learned" and tokens_BL.shape[1] > c.max_length:
+        if not c.is_rotary and tokens_BL.shape[1] > c.max_length:
             raise ValueError(
                 f"positions ({c.max_length}, {c.embed_dim}): learned positions end there, a row has "
                 f"{tokens_BL.shape[1]} tokens; grow max_length first"
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         # Whole rows on every device of a vocab shard, else the lookup rematerialises the table.
         table_VD = constrain(self.placement, table_VD.astype(c.dtype), "vocab", None)
         x_BLD = constrain(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(table["input"].forward, c.dtype)
-        if c.position == "learned":
+        if not c.is_rotary:
             init = declare(normal, length="index", embed="write")
             positions_CD = self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)
             x_BLD = x_BLD + positions_CD.astype(c.dtype)[positions_BL]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flmjax.config import ConfigError, DataConfig, MeshConfig, RunConfig, Stage
+from flmjax.config import ConfigError, DataConfig, MeshShape, RunConfig, Stage
 from flmjax.config.validate import legal_microbatches, validate_mesh
 from flmjax.data.batch import BatchKind, abstract_batch
 from flmjax.growth.certificate import jit_comparison
@@ -36,7 +36,7 @@ class Compiler:
     Attributes:
         config: of the run, with its vocabulary size.
         topology: the machine.
-        mesh_config: the config's mesh, resolved for the machine.
+        mesh_shape: devices along each axis of the mesh.
         is_exact: False where the machine's compiler is missing. Programs are then compiled for as many fake CPU
             devices: their partitioning is that of the machine, their bytes and times are not.
         kind: optional entries of the batches of training.
@@ -50,7 +50,7 @@ class Compiler:
         jax.config.update("jax_platforms", "cpu")
         self.config = config
         self.topology = topology
-        self.mesh_config: MeshConfig = validate_mesh(config, topology.num_devices)
+        self.mesh_shape: MeshShape = validate_mesh(config, topology.num_devices)
         teachers, self.assumptions = teachers_of(config.data)
         self.kind = BatchKind(segments=config.data.document_attention or teachers, teachers=teachers)
         with captured_stderr():  # backends report the devices that this machine lacks
@@ -59,7 +59,7 @@ class Compiler:
             if devices is None:
                 jax.config.update("jax_num_cpu_devices", topology.num_devices)
             fake_devices = jax.devices()
-        self.mesh = make_mesh(self.mesh_config, fake_devices if devices is None else devices)
+        self.mesh = make_mesh(self.mesh_shape, fake_devices if devices is None else devices)
 
     @property
     def data_shards(self) -> int:

@@ -4,10 +4,11 @@ Every legal layout is estimated by formulas; the best are compiled, with more mi
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator
 
-from flmjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, Stage, StageConfig
-from flmjax.config.validate import REMATS, legal_microbatches, validate_mesh
+from flmjax.config import ConfigError, MeshShape, ModelConfig, Remat, RunConfig, Stage, StageConfig
+from flmjax.config.validate import legal_microbatches, on_mesh, validate_mesh
 from flmjax.hardware import GiB
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.planning import cost
@@ -37,8 +38,8 @@ class Candidate:
         peak: most bytes of a device in any program; None: not compiled.
     """
 
-    mesh: MeshConfig
-    remat: str
+    mesh: MeshShape
+    remat: Remat
     microbatches: tuple[int, ...]
     days: float
     peak: int | None = None
@@ -57,7 +58,7 @@ class Candidate:
             for stage, n in zip(config.stages, self.microbatches, strict=True)
         )
         model = dataclasses.replace(config.model, remat=self.remat)
-        return dataclasses.replace(config, model=model, mesh=self.mesh, stages=stages)
+        return on_mesh(dataclasses.replace(config, model=model, stages=stages), self.mesh)
 
     def __str__(self) -> str:
         return f"{_mesh_words(self.mesh)}, remat {self.remat}"
@@ -87,7 +88,7 @@ def search_layouts(config: RunConfig, log: Log = lambda _: None, tries: int = 3)
     topology = parse_topology(config.mesh.topology)
     candidates = estimates(config, topology)
     fitting: list[Candidate] = []
-    growth_peaks: dict[MeshConfig, int | None] = {}  # growths depend on the mesh alone; None: too large
+    growth_peaks: dict[MeshShape, int | None] = {}  # growths depend on the mesh alone; None: too large
     tried, reason = 0, ""
     for candidate in candidates:
         tried += 1
@@ -204,26 +205,25 @@ def layout_table(search: Search) -> str:
     )
 
 
-def _mesh_words(mesh: MeshConfig) -> str:
+def _mesh_words(mesh: MeshShape) -> str:
     return f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
 
-def _legal(stage: StageConfig, mesh: MeshConfig) -> list[int]:
-    assert mesh.fsdp is not None
-    return legal_microbatches(stage, mesh.replica * mesh.fsdp)
+def _legal(stage: StageConfig, mesh: MeshShape) -> list[int]:
+    return legal_microbatches(stage, mesh.data_shards)
 
 
-def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
+def meshes(config: RunConfig, devices: int) -> Iterator[MeshShape]:
     """Meshes of all `devices` over which the sizes and the batch of every stage divide."""
     for tensor in TENSOR:
         for fsdp in [n for n in range(1, LARGEST_FSDP + 1) if devices % (tensor * n) == 0]:
-            mesh = dataclasses.replace(config.mesh, replica=devices // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
+            mesh = MeshShape(devices // (tensor * fsdp), fsdp, tensor)
             stages = [dataclasses.replace(stage, microbatches=1) for stage in config.stages]
             try:
-                validate_mesh(dataclasses.replace(config, mesh=mesh, stages=tuple(stages)), devices)
+                validate_mesh(on_mesh(dataclasses.replace(config, stages=tuple(stages)), mesh), devices)
             except ConfigError:
                 continue
             yield mesh
@@ -238,7 +238,7 @@ def estimates(config: RunConfig, topology: Topology) -> list[Candidate]:
     candidates = []
     steps = [stage.steps for stage in cost.stage_costs(config)]
     for mesh in meshes(config, topology.num_devices):
-        for remat in REMATS:  # those that recompute less first
+        for remat in typing.get_args(Remat):  # those that recompute less first
             counts, days = [], 0.0
             for stage, updates in zip(config.schedule, steps, strict=True):
                 model, batch_size = dataclasses.replace(stage.model, remat=remat), stage.config.batch_size
@@ -260,7 +260,7 @@ def estimates(config: RunConfig, topology: Topology) -> list[Candidate]:
     return sorted(candidates, key=lambda candidate: candidate.days)
 
 
-def memory(model: ModelConfig, mesh: MeshConfig, sequences: int, microbatches: int) -> float:
+def memory(model: ModelConfig, mesh: MeshShape, sequences: int, microbatches: int) -> float:
     """Bytes of a device, estimated: within a tenth of the compiled peaks of FLM-101B's stages on their meshes.
 
     The sum of the state, the gradients and their sum over microbatches, a copy in the dtype of matrix products; the
@@ -269,9 +269,8 @@ def memory(model: ModelConfig, mesh: MeshConfig, sequences: int, microbatches: i
     Args:
         sequences: of one microbatch, on all devices.
     """
-    assert mesh.fsdp is not None
     width, copied = (2, 2) if model.dtype == "bfloat16" else (4, 0)
-    tokens = sequences * model.max_length / (mesh.replica * mesh.fsdp)  # of a microbatch, on one tensor group
+    tokens = sequences * model.max_length / (mesh.data_shards)  # of a microbatch, on one tensor group
     heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
     outputs = {
         "full": 0,
@@ -287,13 +286,12 @@ def memory(model: ModelConfig, mesh: MeshConfig, sequences: int, microbatches: i
     return state + kept + max(loss, layer)
 
 
-def seconds(model: ModelConfig, batch_size: int, microbatches: int, mesh: MeshConfig, topology: Topology) -> float:
+def seconds(model: ModelConfig, batch_size: int, microbatches: int, mesh: MeshShape, topology: Topology) -> float:
     """Seconds of a step, estimated by `step_time` from the exchanges that compiled programs have.
 
     Args:
         batch_size: sequences of a step.
     """
-    assert mesh.fsdp is not None
     assert model.vocab_size is not None
     tokens = batch_size * model.max_length
     passes = 8 if model.remat == "full" else 6  # FLOPs of a parameter and token
@@ -311,16 +309,13 @@ def seconds(model: ModelConfig, batch_size: int, microbatches: int, mesh: MeshCo
     ).seconds
 
 
-def _exchanges(
-    model: ModelConfig, tokens: int, microbatches: int, mesh: MeshConfig, node_size: int
-) -> list[Collective]:
+def _exchanges(model: ModelConfig, tokens: int, microbatches: int, mesh: MeshShape, node_size: int) -> list[Collective]:
     """The collectives of a step on `tokens` tokens."""
-    assert mesh.fsdp is not None
     weights = 2 * model.num_layers * block_matrices(model) / mesh.tensor  # bytes in bfloat16, of a tensor group
     around = mesh.tensor * mesh.fsdp
     in_node = max(1, min(mesh.fsdp, node_size // mesh.tensor))
     share = (mesh.fsdp - 1) / mesh.fsdp
-    stream = tokens / (mesh.replica * mesh.fsdp) * model.embed_dim * 2 * model.num_layers
+    stream = tokens / (mesh.data_shards) * model.embed_dim * 2 * model.num_layers
     stream *= (mesh.tensor - 1) / mesh.tensor
     exchanges = [
         # Weights are gathered forward and backward, gradients scattered, in every microbatch.

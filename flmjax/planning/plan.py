@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from flmjax.config import MeshConfig
+from flmjax.config import MeshShape
 from flmjax.hardware import PlannableChip
 from flmjax.planning.cost import Bill, Published, StageCost
 from flmjax.planning.program import Program
@@ -75,7 +75,7 @@ class Plan:
     platform: str
     chip: PlannableChip
     devices: int
-    mesh: MeshConfig
+    mesh: MeshShape
     is_exact: bool
     usable: float
     stages: tuple[StagePlan, ...]

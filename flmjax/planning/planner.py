@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from flmjax.config import MeshConfig, RunConfig, Stage
+from flmjax.config import MeshShape, RunConfig, Stage
 from flmjax.hardware import GiB
 from flmjax.model.flops import flops_per_token
 from flmjax.planning import cost
@@ -49,7 +49,7 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
         platform=topology.platform,
         chip=topology.chip,
         devices=topology.num_devices,
-        mesh=compiler.mesh_config,
+        mesh=compiler.mesh_shape,
         is_exact=compiler.is_exact,
         usable=topology.usable,
         stages=tuple(stages),
@@ -57,7 +57,7 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
         total=cost.bill(machine, sum(stage.bill.days for stage in stages)),
         saved=cost.saved_at_equal_tokens([stage.cost.flops for stage in stages], scratch),
         saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
-        remarks=(*remarks(config, compiler.mesh_config, topology.platform), *compiler.assumptions),
+        remarks=(*remarks(config, compiler.mesh_shape, topology.platform), *compiler.assumptions),
     )
 
 
@@ -70,7 +70,7 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
     step = step_time(
         model,
         compiler.topology.chip,
-        compiler.mesh_config,
+        compiler.mesh_shape,
         tokens=tokens / machine.devices,
         matmul_flops=program.matmul_flops,
         attention_flops=attention_flops,
@@ -106,9 +106,8 @@ def growth_plan(compiler: Compiler, stage: Stage, is_last: bool, log: Log) -> Gr
     return dataclasses.replace(growth, certificate=certificate)
 
 
-def remarks(config: RunConfig, mesh: MeshConfig, platform: str) -> Iterator[str]:
+def remarks(config: RunConfig, mesh: MeshShape, platform: str) -> Iterator[str]:
     """Lines on what the sizes of the programs do not show: slow shards, and work that is not in the plan."""
-    assert mesh.fsdp is not None
     for stage in config.schedule:
         width, tile = stage.model.embed_dim, TILE_ROWS[stage.model.dtype]
         rows = width // mesh.fsdp

@@ -23,7 +23,7 @@ takes 2 + 1 - 1 + 0.028 = 2.028 s.
 import dataclasses
 from collections.abc import Sequence
 
-from flmjax.config import MeshConfig, ModelConfig
+from flmjax.config import MeshShape, ModelConfig
 from flmjax.hardware import PlannableChip
 from flmjax.planning.hlo import Collective
 
@@ -95,7 +95,7 @@ def fused_attention_flops(model: ModelConfig, tokens: float) -> float:
 def step_time(
     model: ModelConfig,
     chip: PlannableChip,
-    mesh: MeshConfig,
+    mesh: MeshShape,
     *,
     tokens: float,
     matmul_flops: float,

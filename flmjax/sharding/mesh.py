@@ -1,12 +1,15 @@
 """The device mesh (replica, fsdp, tensor)."""
 
+from collections.abc import Sequence
+
+import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from flmjax.config import MESH_AXES, MeshConfig
+from flmjax.config import MESH_AXES, MeshShape
 
 
-def make_mesh(config: MeshConfig, devices: list) -> Mesh:
-    """Mesh over `devices` in their order; `config` comes from validate_mesh, so its sizes are known and fit."""
-    shape = [getattr(config, axis) for axis in MESH_AXES]
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh over `devices` in their order, as many as `shape` has."""
+    sizes = [getattr(shape, axis) for axis in MESH_AXES]
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -83,13 +83,13 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     if (workdir / "config.json").exists() or latest_whole_step(workdir / "checkpoints") is not None:
         raise ConfigError(f"{workdir} holds a run already; take another --workdir")
     _target(config, found.model)  # refuses before anything is computed
-    mesh_config = validate_mesh(config, jax.device_count())
-    check_mesh(found.model, mesh_config, f"--source={source}")
+    mesh_shape = validate_mesh(config, jax.device_count())
+    check_mesh(found.model, mesh_shape, f"--source={source}")
     data = prepare(config.data, data_directory(config, workdir), progress=True)
     asked, config = config, with_vocabulary(config, data)
     new = _target(config, found.model)
     check_vocabulary(data_directory(found.config, source), data.tokenizer, workdir)
-    mesh = make_mesh(mesh_config, jax.devices())
+    mesh = make_mesh(mesh_shape, jax.devices())
     before, after = (state_spec(model, config.optimizer, mesh) for model in (found.model, new))
     key = growth_key(config, 0)
     growth = Growth(found.model, new, config.stages[0].growth, key)

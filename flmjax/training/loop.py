@@ -53,11 +53,11 @@ def train(config: RunConfig, workdir: Path) -> None:
         ConfigError: a setting, a source or a workdir that does not fit. CheckpointError, GrowthError, TrainingError.
     """
     validate(config)
-    mesh_config = validate_mesh(config, jax.device_count())
+    mesh_shape = validate_mesh(config, jax.device_count())
     claim_workdir(config, workdir)
     data = prepare(config.data, data_directory(config, workdir), progress=True)
     config = with_vocabulary(config, data)
-    mesh = make_mesh(mesh_config, jax.devices())
+    mesh = make_mesh(mesh_shape, jax.devices())
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest_step() or 0
         with MetricsWriter(workdir, step) as writer, ProgressBar(config.total_steps, step) as bar:

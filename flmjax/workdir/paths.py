@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from flmjax.config import ConfigError, RunConfig, differences, from_stored, to_json, to_stored
+from flmjax.config import ConfigError, RunConfig, differences, from_stored, to_stored
 
 
 def data_directory(config: RunConfig, workdir: Path) -> Path:
@@ -15,7 +15,7 @@ def claim_workdir(config: RunConfig, workdir: Path) -> None:
     """Store the config in a new workdir; refuse one that holds a run of another config, naming the fields."""
     path = workdir / "config.json"
     if path.is_file():
-        changed = differences(to_json(read_config(workdir)), to_json(config))
+        changed = differences(read_config(workdir), config)
         if changed:
             raise ConfigError(f"{workdir} holds a run of another config: {'; '.join(changed)}; take another --workdir")
     else:
