@@ -58,6 +58,26 @@ MACHINES = {
     "tpu_v4": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v4:4x8x8"), 9),
     "tpu_v6e": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v6e:16x16"), 9),
 }
+MODEL = ModelConfig(
+    num_layers=40,  # our choice, like the next four: 16B of the paper's several possible shapes
+    embed_dim=5632,
+    num_heads=44,
+    head_dim=128,  # stated for 101B: 10240 / 80
+    mlp_dim=22_528,  # 4 x 5632, GPT-3's
+    vocab_size=100_256,  # stated: cl100k without its control tokens
+    max_length=2048,  # stated
+    norm="layernorm",  # derived: what Tele-FLM's paper lists as changed from FLM
+    activation="gelu",  # derived
+    position="xpos",  # stated
+    bias=True,  # derived
+    tied_embedding=True,  # derived
+    base_embed_dim=256,  # stated: the proxy's width for muP
+    init_std=1.6e-2,  # stated
+    softmax_temperature=2.0,  # stated; that logits are divided by it is derived
+    dtype="bfloat16",  # stated
+    remat="full",  # our choice: what fits, with few microbatches
+    attention="fused",  # stated: FlashAttention
+)
 STAGES = ("16b", "51b")
 # Stated: each stage has a schedule. "zero" is exact, as the paper's operator is at the first step of its ramp.
 OPERATORS = {
@@ -79,74 +99,59 @@ def get_config(argument: str = ""):
 
 
 def _full(growth: GrowthConfig, machine: str) -> RunConfig:
-    mesh, microbatches = MACHINES[machine]
-    # Stated: 6,000 steps of 2160. A TPU slice's 64 data shards do not divide 2160: the same tokens in 5,625 of 2304.
-    batch, steps, warmup = (2160, 6_000, 107) if machine == "a800" else (2304, 5_625, 100)
-    common = {"microbatches": microbatches, "schedule": "cosine", "final_learning_rate": 6e-6}  # stated: cosine to 6e-6
     return RunConfig(
-        model=ModelConfig(
-            num_layers=40,  # our choice, like the next four: 16B of the paper's several possible shapes
-            embed_dim=5632,
-            num_heads=44,
-            head_dim=128,  # stated for 101B: 10240 / 80
-            mlp_dim=22_528,  # 4 x 5632, GPT-3's
-            vocab_size=100_256,  # stated: cl100k without its control tokens
-            max_length=2048,  # stated
-            norm="layernorm",  # derived: what Tele-FLM's paper lists as changed from FLM
-            activation="gelu",  # derived
-            position="xpos",  # stated
-            bias=True,  # derived
-            tied_embedding=True,  # derived
-            base_embed_dim=256,  # stated: the proxy's width for muP
-            init_std=1.6e-2,  # stated
-            softmax_temperature=2.0,  # stated; that logits are divided by it is derived
-            dtype="bfloat16",  # stated
-            remat="full",  # our choice: what fits, with few microbatches
-            attention="fused",  # stated: FlashAttention
-        ),
-        stages=(
-            StageConfig(
-                name="16B",
-                steps=52_000,  # stated, like batch, rate and warm-up of every stage: 245.37B tokens
-                batch_size=2304,
-                learning_rate=4e-4,
-                warmup_steps=2000,  # 4,608,000 samples
-                **common,
-            ),
-            StageConfig(
-                name="51B",
-                steps=8_400,  # 8,400 x 2304 x 2048 = 39.64B tokens
-                batch_size=2304,
-                learning_rate=3.4e-4,
-                warmup_steps=100,  # 230,400 samples
-                growth=_with_ramp(growth, 100),
-                embed_dim=10_240,  # our choice: 51B has 101B's width
-                num_heads=80,
-                mlp_dim=40_960,
-                **common,
-            ),
-            StageConfig(
-                name="101B",
-                steps=steps,
-                batch_size=batch,
-                learning_rate=2e-4,
-                warmup_steps=warmup,  # 230,400 samples
-                growth=_with_ramp(growth, warmup),
-                num_layers=80,  # stated, with width 10240 and 80 heads
-                **common,
-            ),
-        ),
+        model=MODEL,
+        stages=_stages(growth, machine),
         data=DataConfig(
             mixture="flm_c4",  # English : Chinese 53.5 : 46.5, stated; its sources are our choice
             vocabulary="cl100k",
             end_id=1432,  # our choice: three line breaks; no id of the 100,256 is free
         ),
-        mesh=mesh,
+        mesh=MACHINES[machine][0],
         checkpoint=CheckpointConfig(every=250, keep=3),  # our choice, like what follows
         log_every=10,
         evaluate_every=1000,
         evaluation_rows=2304,
         certificate_rows=192,
+    )
+
+
+def _stages(growth: GrowthConfig, machine: str) -> tuple[StageConfig, ...]:
+    # Stated: 6,000 steps of 2160. A TPU slice's 64 data shards do not divide 2160: the same tokens in 5,625 of 2304.
+    batch, steps, warmup = (2160, 6_000, 107) if machine == "a800" else (2304, 5_625, 100)
+    # Stated: cosine to 6e-6.
+    common = {"microbatches": MACHINES[machine][1], "schedule": "cosine", "final_learning_rate": 6e-6}
+    return (
+        StageConfig(
+            name="16B",
+            steps=52_000,  # stated, like batch, rate and warm-up of every stage: 245.37B tokens
+            batch_size=2304,
+            learning_rate=4e-4,
+            warmup_steps=2000,  # 4,608,000 samples
+            **common,
+        ),
+        StageConfig(
+            name="51B",
+            steps=8_400,  # 8,400 x 2304 x 2048 = 39.64B tokens
+            batch_size=2304,
+            learning_rate=3.4e-4,
+            warmup_steps=100,  # 230,400 samples
+            growth=_with_ramp(growth, 100),
+            embed_dim=10_240,  # our choice: 51B has 101B's width
+            num_heads=80,
+            mlp_dim=40_960,
+            **common,
+        ),
+        StageConfig(
+            name="101B",
+            steps=steps,
+            batch_size=batch,
+            learning_rate=2e-4,
+            warmup_steps=warmup,  # 230,400 samples
+            growth=_with_ramp(growth, warmup),
+            num_layers=80,  # stated, with width 10240 and 80 heads
+            **common,
+        ),
     )
 
 
@@ -166,7 +171,7 @@ def _twin(growth: GrowthConfig) -> RunConfig:
     """The run of 101B on one CPU in minutes; every number that differs from the large run's is our choice."""
     run = _full(growth, "a800")
     model = dataclasses.replace(
-        run.model,
+        MODEL,
         num_layers=2,  # 40 / 20
         embed_dim=88,  # 5632 / 64
         num_heads=11,  # 44 / 4
