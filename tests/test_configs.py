@@ -179,7 +179,8 @@ def test_a_run_of_one_size_is_that_stage_of_flm_101b(stage, index, machine):
     assert alone.model.norm_eps == pytest.approx(1e-5 * 5632 / width, rel=1e-12)
 
 
-def test_the_proxy_is_the_16b_at_width_256_with_less_than_100m_parameters():
+def test_the_proxy_is_the_16b_at_width_256():
+    """Like the paper's proxy it has less than 100M parameters."""
     proxy, large = load("flm_proxy"), load("flm_101b", "16b")
     sizes = {"embed_dim": 256, "num_heads": 2, "mlp_dim": 1024}
     (model,) = proxy.stage_models
@@ -188,8 +189,8 @@ def test_the_proxy_is_the_16b_at_width_256_with_less_than_100m_parameters():
     assert num_parameters(model) == 40 * (12 * 256**2 + 13 * 256) + 2 * 256 + 100_256 * 256 < 100e6
     assert parse_topology(proxy.mesh.topology).num_devices == 6 * 8
     assert proxy.data == large.data
-    how = {"name": "16B", "microbatches": large.stages[0].microbatches}
-    assert dataclasses.replace(proxy.stages[0], **how) == large.stages[0]
+    same = {"name": "16B", "microbatches": large.stages[0].microbatches}
+    assert dataclasses.replace(proxy.stages[0], **same) == large.stages[0]
 
 
 # ---- Tele-FLM --------------------------------------------------------------------------------------------------------
@@ -235,7 +236,8 @@ def test_the_strategies_docstring_says_what_they_save():
     assert said == {name: round(100 * saved(load("growth_strategies", name)), 1) for name in STRATEGIES}
 
 
-def test_the_strategies_end_at_one_model_after_equal_tokens_with_equal_rates():
+def test_the_strategies_differ_in_nothing_but_growth():
+    """They end at one model after equal tokens with equal rates."""
     runs = [load("growth_strategies", name) for name in STRATEGIES]
     ends = {tuple(getattr(run.stage_models[-1], size) for size in SIZES) for run in runs}
     assert len(ends) == 1
