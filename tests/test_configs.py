@@ -3,7 +3,10 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,17 @@ def test_the_twin_of_minutes_has_the_runs_stages_and_operators(name, full, twin)
     for field in ("norm", "activation", "position", "bias", "tied_embedding", "softmax_temperature", "init_std"):
         assert getattr(twin.model, field) == getattr(full.model, field)
     assert num_parameters(twin.stage_models[-1]) < 2e6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_twin_of_flm_101b_grows_twice_by_masks(tmp_path, own_environment):
+    steps = [f"--config.stages[{i}].steps=12" for i in (1, 2)]
+    argv = ["train", f"--config={CONFIGS}/flm_101b.py:cpu,mask", "--config.stages[0].steps=30", *steps]
+    subprocess.run([sys.executable, "-m", "flmjax", *argv, f"--workdir={tmp_path}"], env=own_environment, check=True)
+    certificates = [json.loads(path.read_text()) for path in sorted((tmp_path / "certificates").iterdir())]
+    assert [certificate["parameters"][1] for certificate in certificates] == [661_120, 1_279_680]
+    assert all(certificate["max_difference"]["float64"] < 1e-12 for certificate in certificates)
 
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))

@@ -1,5 +1,6 @@
 """The README's blocks: every command parses, what is cheap runs, the Python runs, and every file it names exists."""
 
+import importlib.util
 import json
 import os
 import re
@@ -92,6 +93,8 @@ def test_files_and_extras_that_it_names_exist():
     names += re.findall(r"\]\((launch/[\w.]+)\)", README)
     assert len(names) >= 10
     assert [name for name in names if not (ROOT / name).exists()] == []
+    for module in re.findall(r"`(flmjax(?:\.\w+)+)\.\w+`", README):
+        assert importlib.util.find_spec(module), module
     (extras,) = re.findall(r"^\| install \| extras (.*?):", README, re.MULTILINE)
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert re.findall(r"`([\w-]+)`", extras) == list(pyproject["project"]["optional-dependencies"])

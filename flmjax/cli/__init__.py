@@ -1,4 +1,4 @@
-"""`flmjax COMMAND --config=configs/x.py[:arg] [--config.a.b=v ...] --workdir=DIR`: flags to dataclasses to one call."""
+"""`flmjax COMMAND --config=FILE[:WORDS] [--config.FIELD=VALUE ...] --workdir=DIR`: flags to dataclasses to one call."""
 
 import os
 import sys

@@ -10,8 +10,9 @@ from flmjax.cli.commands import COMMANDS
 from flmjax.cli.parsing import (
     CONFIG,
     OPTIONS,
+    OVERRIDE,
+    USAGE,
     WORKDIR,
-    Option,
     check_command,
     read_config,
     read_flags,
@@ -21,7 +22,6 @@ from flmjax.cli.parsing import (
 from flmjax.config import RunConfig
 
 HELP_FLAGS = ("--help", "-help", "-h")
-OVERRIDE = Option("config.FIELD", "VALUE", "one setting in place of the file's, e.g. '--config.stages[0].steps=50'")
 SETTINGS = "All settings stand in flmjax/config/fields.py; with --config=FILE this help prints those of a file."
 # Commands to paste in the root of a checkout; a command that reads a run stands after the one that writes it.
 EXAMPLES = {
@@ -86,7 +86,7 @@ def _overview() -> str:
     lines = [
         f"{version_text()}: pre-train decoder language models by growing them",
         "",
-        f"usage: flmjax COMMAND {CONFIG.flag} [{OVERRIDE.flag} ...] {WORKDIR.flag}",
+        USAGE,
         "",
         "Commands:",
         *(f"  {name:9}{_first_line(name)}" for name in COMMANDS),

@@ -11,9 +11,6 @@ from flmjax.cli.commands import COMMANDS
 from flmjax.config import ConfigError, RunConfig, check_path, from_config_dict, nearest
 from flmjax.config.validate import validate
 
-USAGE = "usage: flmjax COMMAND --config=configs/x.py[:arg] [--config.a.b=v ...] --workdir=DIR"
-USAGE_GROW = "usage: flmjax grow --config=FILE --source=WORKDIR (--workdir=DIR [--weights-only] | --dry-run)"
-
 
 class Option(NamedTuple):
     """A flag of a command.
@@ -47,7 +44,10 @@ class Option(NamedTuple):
 
 
 CONFIG = Option("config", "FILE[:WORDS]", "configuration file; its docstring lists the words of its argument")
+OVERRIDE = Option("config.FIELD", "VALUE", "one setting in place of the file's, e.g. '--config.stages[0].steps=50'")
 WORKDIR = Option("workdir", "DIR", "folder of the run: config, metrics, checkpoints, certificates, report")
+USAGE = f"usage: flmjax COMMAND {CONFIG.flag} [{OVERRIDE.flag} ...] {WORKDIR.flag}"
+USAGE_GROW = "usage: flmjax grow --config=FILE --source=WORKDIR (--workdir=DIR [--weights-only] | --dry-run)"
 # The flags of each command beside --config and --workdir.
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "train": (),
