@@ -1,14 +1,14 @@
-"""FLM-101B's mixture of data, from your own files: English to Chinese 53.5 : 46.5, instructions mixed in.
+"""FLM-101B's mixture of data, from your files: English to Chinese 53.5 : 46.5, instructions mixed in.
 
-What it reproduces: the shares and the vocabulary (cl100k) of FLM-101B, section 2; which texts the authors had is not
+What it reproduces: the shares and the vocabulary (cl100k) of FLM-101B, section 2; the authors' texts are not
 published. The argument is a folder with four sources, searched for .txt, .md and .jsonl, plain, .gz or .xz:
-    en/, zh/: text. Files of one name in both are taken for translations: both train or both are held out.
+    en/, zh/: text. Files of the same name in both are translations: both train or both are held out.
     en_instructions/, zh_instructions/: JSON lines with "text" (as OIG's) or "instruction", "input", "output" (COIG's).
-The model is the paper's proxy (width 256, 2 heads, depth as 16B): the mixture is tried on it first.
+The model is the paper's proxy (width 256, 2 heads, depth as 16B): try the mixture on it first.
 
 Launch: flmjax prepare --config=configs/bilingual.py:FOLDER --inspect=3 --workdir=runs/bilingual
         flmjax train --config=configs/bilingual.py:FOLDER --workdir=runs/bilingual
-Needs flmjax[data]; one GPU of 24 GB trains it. With TFDS in place of files: --config.data.mixture=flm_c4
+Needs flmjax[data]; one GPU of 24 GB is enough. With TFDS in place of files: --config.data.mixture=flm_c4
 --config.data.mixture_weights=None (C4 and mC4).
 """
 

@@ -1,16 +1,17 @@
-"""eFLM: an FLM that goes on with teacher signals beside text (FLM-101B, sections 2.2 and 4.3).
+"""eFLM: an FLM that continues its training with teacher signals beside text (FLM-101B, sections 2.2 and 4.3).
 
-What it reproduces: the paper goes on from its 16B stage and reports MMLU 27.02 -> 44.50 and C-Eval 27.0 -> 46.1; the
-task data, their share, steps and rate are not published and our choice here. The rows of a teacher are propositions
-that end in a mark, one of two emoji, and the loss is on the mark alone; they are in every batch.
+What it reproduces: the paper continues from its 16B stage and reports MMLU 27.02 -> 44.50 and C-Eval 27.0 -> 46.1. The
+task data, their share, steps and rate are not published; they are our choice. A teacher's sequences are propositions
+that end in a mark, one of two emoji, and the loss is on the mark alone; every batch has some of them.
 
-Launch, two commands: the first copies the newest checkpoint of a 16B run (equal sizes: nothing grows), the second
-trains on; the texts come from TFDS (C4, mC4 and SuperGLUE prepared in ~/tensorflow_datasets).
+Launch, two commands: the first copies the newest checkpoint of a 16B run, `--config=configs/flm_101b.py:16b` (equal
+sizes: nothing grows), the second trains on. The texts come from TFDS (C4, mC4 and SuperGLUE prepared in
+~/tensorflow_datasets).
         flmjax grow --config=configs/eflm_16b.py --source=runs/flm_16b --workdir=runs/eflm_16b
         flmjax train --config=configs/eflm_16b.py --workdir=runs/eflm_16b
 Devices: 192 of 80 GB. 2304 x 2048 = 4.72M tokens an update, 1,000 updates 4.72B: 4.5 hours at the paper's 162 TFLOP/s.
 
-On a CPU the same in small, a single command, 0.7M parameters, minutes on 2 cores:
+Argument: `cpu`, the twin of minutes on 2 cores; a single command trains its 0.7M parameters from random weights:
         flmjax train --config=configs/eflm_16b.py:cpu --workdir=runs/eflm_cpu
 Is a Chinese sentence for beginners or for advanced learners? Judgement accuracy on held-out sentences is 50 % (chance)
 for some 250 steps and ends near 77 %. Needs flmjax[data].
@@ -18,21 +19,19 @@ for some 250 steps and ends near 77 %. Needs flmjax[data].
 
 from flmjax.config import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     MeshConfig,
     ModelConfig,
     RunConfig,
     StageConfig,
+    choose_words,
     to_config_dict,
 )
 
 
-def get_config(arg: str = ""):
-    """The run of 16B, or "cpu": a twin of minutes."""
-    if arg not in ("", "cpu"):
-        raise ConfigError(f"eflm_16b.py takes no argument '{arg}'; choices: cpu")
-    return to_config_dict(_cpu() if arg else _full())
+def get_config(argument: str = ""):
+    """The run of 16B; with the argument "cpu" its twin of minutes."""
+    return to_config_dict(_twin() if choose_words(argument, machine=("cpu",))["machine"] else _full())
 
 
 def _full() -> RunConfig:
@@ -49,7 +48,7 @@ def _full() -> RunConfig:
             softmax_temperature=2.0,  # stated; that logits are divided by it is derived
             dtype="bfloat16",
             remat="full",
-            attention="plain",  # segments of propositions: cuDNN's has none
+            attention="plain",  # each proposition is a document: cuDNN cannot keep documents apart
         ),
         stages=(
             StageConfig(
@@ -68,7 +67,7 @@ def _full() -> RunConfig:
     )
 
 
-def _cpu() -> RunConfig:
+def _twin() -> RunConfig:
     return RunConfig(
         model=ModelConfig(
             num_layers=2,

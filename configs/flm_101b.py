@@ -4,17 +4,39 @@ What it reproduces: the paper's schedule (table 2), block, vocabulary and hyper-
 says whether the paper states it, it is derived from what the paper states, or it is our choice: the structures of 16B
 and 51B are not published. The text is the paper's English and Chinese mixture in kind, not in its documents.
 
-Machines, 2048 tokens a row; memory and days by `flmjax plan --config=configs/flm_101b.py:MACHINE`, at most:
-        a800     192 A800 80 GB (24 nodes of 8)    53 GiB a device    20 days (the paper: 21.5)
-        tpu_v5p  256 chips, 4x8x8                  24 GiB             12 days
-        tpu_v4   256 chips, 4x8x8                  16 GiB             20 days
-        tpu_v6e  256 chips, 16x16                  16 GiB              8 days
+Argument: at most one word of each kind, separated by commas, for example `tpu_v4,16b`.
+    machine   a800 (default), tpu_v5p, tpu_v4, tpu_v6e; or cpu, the twin of minutes (below)
+    stage     without a word all three stages, grown. `16b` and `51b`: the model of that stage alone, from random
+              weights, with the stage's steps, batch and rates.
+              16b: 245.4B tokens. configs/eflm_16b.py continues from this run, and `flmjax grow` makes a larger model
+              of it.
+              51b: a control for the second stage, 39.64B tokens in all; the paper never trained 51B from scratch. The
+              distance between the losses of the two is what the 16B hands on through growth. So few tokens are not
+              enough for a good 51B, and random weights may want a longer warm-up than the grown stage's.
+    operator  zero (default) or mask, the operator of the paper (MSG). The length of the mask's ramp is not published;
+              the stage's warm-up is our choice.
+
+Machines, 2048 tokens a sequence; by `flmjax plan --config=configs/flm_101b.py:MACHINE[,STAGE]`, the memory of a device
+where it is largest, and days. The paper: 21.5 days, of them 9.63 for 16B and 5.37 for 51B.
+                                               all stages         16b               51b
+    a800     192 A800 80 GB (24 nodes of 8)    53 GiB, 20 days    14 GiB, 10 days   30 GiB, 5 days
+    tpu_v5p  256 chips, 4x8x8                  24 GiB, 12 days     8 GiB,  6 days   14 GiB, 3 days
+    tpu_v4   256 chips, 4x8x8                  16 GiB, 20 days     4 GiB, 10 days    9 GiB, 5 days
+    tpu_v6e  256 chips, 16x16                  16 GiB,  8 days     4 GiB,  4 days    9 GiB, 2 days
 
 Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b
+
+The twin of minutes runs on a CPU: the same block, stages and operators, 0.2M -> 0.7M -> 1.3M parameters, bytes of
+Python's documentation. Widths are 1/64 of the run's, steps 1/200, rates ten times as high. It shows that the schedule
+runs, not how good an FLM becomes.
+        flmjax train --config=configs/flm_101b.py:cpu --workdir=runs/flm_cpu
 """
 
+import dataclasses
+
 from flmjax.config import (
+    STAGE_SIZES,
     CheckpointConfig,
     ConfigError,
     DataConfig,
@@ -23,97 +45,163 @@ from flmjax.config import (
     ModelConfig,
     RunConfig,
     StageConfig,
-    nearest,
+    choose_words,
     to_config_dict,
 )
 
-# (mesh, microbatches of the stages). Few and large microbatches: each one gathers all weights twice. Tensor parallelism
-# stays inside a node. Over fsdp 64 a shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a
-# half: a third of 16B's gradients are reduced whole there. 2 x 32 x 4 scatters them, takes 1.3 GiB more and as long.
+# (mesh, microbatches). Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside
+# a node. Over fsdp 64 a shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third
+# of 16B's gradients are reduced without scattering there. 2 x 32 x 4 scatters them, takes 1.3 GiB more and as long.
 MACHINES = {
-    "a800": (MeshConfig(replica=3, fsdp=16, tensor=4, topology="a800:24x8"), (3, 3, 3)),
-    "tpu_v5p": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v5p:4x8x8"), (3, 3, 3)),
-    "tpu_v4": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v4:4x8x8"), (9, 9, 9)),
-    "tpu_v6e": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v6e:16x16"), (9, 9, 9)),
+    "a800": (MeshConfig(replica=3, fsdp=16, tensor=4, topology="a800:24x8"), 3),
+    "tpu_v5p": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v5p:4x8x8"), 3),
+    "tpu_v4": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v4:4x8x8"), 9),
+    "tpu_v6e": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v6e:16x16"), 9),
 }
-STAGE = {"final_learning_rate": 6e-6, "schedule": "cosine"}  # stated: cosine to 6e-6
-OWN = GrowthConfig("zero", rate_policy="stage")  # exact, as the paper's operators; each stage has a schedule, stated
+MODEL = ModelConfig(
+    num_layers=40,  # our choice, like the next four: 16B of the paper's several possible shapes
+    embed_dim=5632,
+    num_heads=44,
+    head_dim=128,  # stated for 101B: 10240 / 80
+    mlp_dim=22_528,  # 4 x 5632, GPT-3's
+    vocab_size=100_256,  # stated: cl100k without its control tokens
+    max_length=2048,  # stated
+    norm="layernorm",  # derived: what Tele-FLM's paper lists as changed from FLM
+    activation="gelu",  # derived
+    position="xpos",  # stated
+    bias=True,  # derived
+    tied_embedding=True,  # derived
+    base_embed_dim=256,  # stated: the proxy's width for muP
+    init_std=1.6e-2,  # stated
+    softmax_temperature=2.0,  # stated; that logits are divided by it is derived
+    dtype="bfloat16",  # stated
+    remat="full",  # our choice: what fits, with few microbatches
+    attention="fused",  # stated: FlashAttention
+)
+STAGES = ("16b", "51b")
+# Stated: each stage has a schedule. "zero" is exact, as the paper's operator is at the first step of its ramp.
+OPERATORS = {
+    "zero": GrowthConfig("zero", rate_policy="stage"),
+    "mask": GrowthConfig("mask", rate_policy="stage"),
+}
 
 
-def get_config(machine: str = "a800"):
-    """The run on one of MACHINES."""
-    if machine not in MACHINES:
-        raise ConfigError(f"flm_101b.py:{machine}{nearest(machine, MACHINES)}; choices: {', '.join(MACHINES)}")
-    mesh, microbatches = MACHINES[machine]
+def get_config(argument: str = ""):
+    """The run; `argument` has at most one word each for the machine, the stage and the operator."""
+    words = choose_words(argument, machine=(*MACHINES, "cpu"), stage=STAGES, operator=OPERATORS)
+    if words["stage"] and words["operator"]:
+        raise ConfigError(
+            f"operator '{words['operator']}' is not read with '{words['stage']}': a run of one stage does not grow"
+        )
+    growth = OPERATORS[words["operator"] or "zero"]
+    run = _twin(growth) if words["machine"] == "cpu" else _full(growth, words["machine"] or "a800")
+    return to_config_dict(_alone(run, STAGES.index(words["stage"])) if words["stage"] else run)
+
+
+def _full(growth: GrowthConfig, machine: str) -> RunConfig:
+    return RunConfig(
+        model=MODEL,
+        stages=_stages(growth, machine),
+        data=DataConfig(
+            mixture="flm_c4",  # English : Chinese 53.5 : 46.5, stated; its sources are our choice
+            vocabulary="cl100k",
+            end_id=1432,  # our choice: three line breaks; no id of the 100,256 is free
+        ),
+        mesh=MACHINES[machine][0],
+        checkpoint=CheckpointConfig(every=250, keep=3),  # our choice, like what follows
+        log_every=10,
+        evaluate_every=1000,
+        evaluation_rows=2304,
+        certificate_rows=192,
+    )
+
+
+def _stages(growth: GrowthConfig, machine: str) -> tuple[StageConfig, ...]:
     # Stated: 6,000 steps of 2160. A TPU slice's 64 data shards do not divide 2160: the same tokens in 5,625 of 2304.
     batch, steps, warmup = (2160, 6_000, 107) if machine == "a800" else (2304, 5_625, 100)
-    return to_config_dict(
-        RunConfig(
-            model=ModelConfig(
-                num_layers=40,  # our choice, like the next four: 16B of the paper's several possible shapes
-                embed_dim=5632,
-                num_heads=44,
-                head_dim=128,  # stated for 101B: 10240 / 80
-                mlp_dim=22_528,  # 4 x 5632, GPT-3's
-                vocab_size=100_256,  # stated: cl100k without its control tokens
-                max_length=2048,  # stated
-                norm="layernorm",  # derived: what Tele-FLM's paper lists as changed from FLM
-                activation="gelu",  # derived
-                position="xpos",  # stated
-                bias=True,  # derived
-                tied_embedding=True,  # derived
-                base_embed_dim=256,  # stated: the proxy's width for muP
-                init_std=1.6e-2,  # stated
-                softmax_temperature=2.0,  # stated; that logits are divided by it is derived
-                dtype="bfloat16",  # stated
-                remat="full",  # our choice: what fits, with few microbatches
-                attention="fused",  # stated: FlashAttention
-            ),
-            stages=(
-                StageConfig(
-                    name="16B",
-                    steps=52_000,  # stated, like batch, rate and warm-up of every stage
-                    batch_size=2304,
-                    microbatches=microbatches[0],
-                    learning_rate=4e-4,
-                    warmup_steps=2000,  # 4,608,000 samples
-                    **STAGE,
-                ),
-                StageConfig(
-                    name="51B",
-                    steps=8_400,
-                    batch_size=2304,
-                    microbatches=microbatches[1],
-                    learning_rate=3.4e-4,
-                    warmup_steps=100,  # 230,400 samples
-                    growth=OWN,
-                    embed_dim=10_240,  # our choice: 51B has 101B's width
-                    num_heads=80,
-                    mlp_dim=40_960,
-                    **STAGE,
-                ),
-                StageConfig(
-                    name="101B",
-                    steps=steps,
-                    batch_size=batch,
-                    microbatches=microbatches[2],
-                    learning_rate=2e-4,
-                    warmup_steps=warmup,  # 230,400 samples
-                    growth=OWN,
-                    num_layers=80,  # stated, with width 10240 and 80 heads
-                    **STAGE,
-                ),
-            ),
-            data=DataConfig(
-                mixture="flm_c4",  # English : Chinese 53.5 : 46.5, stated; its sources are our choice
-                vocabulary="cl100k",
-                end_id=1432,  # our choice: three line breaks; no id of the 100,256 is free
-            ),
-            mesh=mesh,
-            checkpoint=CheckpointConfig(every=250, keep=3),  # our choice, like what follows
-            log_every=10,
-            evaluate_every=1000,
-            evaluation_rows=2304,
-            certificate_rows=192,
+    # Stated: cosine to 6e-6.
+    common = {"microbatches": MACHINES[machine][1], "schedule": "cosine", "final_learning_rate": 6e-6}
+    return (
+        StageConfig(
+            name="16B",
+            steps=52_000,  # stated, like batch, rate and warm-up of every stage: 245.37B tokens
+            batch_size=2304,
+            learning_rate=4e-4,
+            warmup_steps=2000,  # 4,608,000 samples
+            **common,
+        ),
+        StageConfig(
+            name="51B",
+            steps=8_400,  # 8,400 x 2304 x 2048 = 39.64B tokens
+            batch_size=2304,
+            learning_rate=3.4e-4,
+            warmup_steps=100,  # 230,400 samples
+            growth=_with_ramp(growth, 100),
+            embed_dim=10_240,  # our choice: 51B has 101B's width
+            num_heads=80,
+            mlp_dim=40_960,
+            **common,
+        ),
+        StageConfig(
+            name="101B",
+            steps=steps,
+            batch_size=batch,
+            learning_rate=2e-4,
+            warmup_steps=warmup,  # 230,400 samples
+            growth=_with_ramp(growth, warmup),
+            num_layers=80,  # stated, with width 10240 and 80 heads
+            **common,
+        ),
+    )
+
+
+def _with_ramp(growth: GrowthConfig, updates: int) -> GrowthConfig:
+    """The operator; a mask opens over `updates`."""
+    return dataclasses.replace(growth, ramp_steps=updates) if growth.family == "mask" else growth
+
+
+def _alone(run: RunConfig, index: int) -> RunConfig:
+    """The stage `index` of `run` from random weights: its model (the norm's epsilon is that of the grown width)."""
+    stage = run.schedule[index]
+    config = dataclasses.replace(stage.config, growth=GrowthConfig(), **dict.fromkeys(STAGE_SIZES))
+    return dataclasses.replace(run, model=stage.model, stages=(config,), certificate_rows=RunConfig.certificate_rows)
+
+
+def _twin(growth: GrowthConfig) -> RunConfig:
+    """The run of 101B on one CPU in minutes; every number that differs from the large run's is our choice."""
+    run = _full(growth, "a800")
+    model = dataclasses.replace(
+        MODEL,
+        num_layers=2,  # 40 / 20
+        embed_dim=88,  # 5632 / 64
+        num_heads=11,  # 44 / 4
+        head_dim=8,
+        mlp_dim=352,  # 4 x 88
+        vocab_size=257,  # bytes and the end of a document
+        max_length=128,
+        base_embed_dim=88,  # the rates below are for this width
+        dtype="float32",
+        remat="none",
+        scan_unroll=4,
+    )
+    sizes: tuple[dict[str, int], ...] = ({}, {"embed_dim": 160, "num_heads": 20, "mlp_dim": 640}, {"num_layers": 4})
+    stages = tuple(
+        dataclasses.replace(
+            stage,
+            **size,
+            steps=stage.steps // 200,
+            batch_size=24,
+            learning_rate=10 * stage.learning_rate,
+            final_learning_rate=10 * stage.final_learning_rate,
+            warmup_steps=warmup,
+            growth=_with_ramp(stage.growth, 10),
         )
+        for stage, size, warmup in zip(run.stages, sizes, (20, 5, 5), strict=True)
+    )
+    return RunConfig(
+        model=model,
+        stages=stages,
+        data=DataConfig(vocabulary="bytes"),
+        checkpoint=CheckpointConfig(every=100),
+        evaluate_every=50,
     )

@@ -1,12 +1,13 @@
-"""The proxy of FLM-101B's search: 16B at width 256, on which rate, deviation and temperature were found (muP).
+"""The proxy of FLM-101B's search for rate, deviation and temperature (muP): the 16B at width 256.
 
 What it reproduces: one run of the search in arXiv 2309.03852: width 256, 2 heads, depth and all else as 16B, 57.3M
-parameters (the paper: below 100M), 24.6 hours on 6 nodes of 8 A800. The values here are those that the search found;
+parameters (the paper: below 100M), 24.6 hours on 6 nodes of 8 A800. The values below are the result of the search;
 muP carries them to 16B, whose base_embed_dim is this width. How many steps a run of the search had is not published.
 Of each number the comment says whether the paper states it, it is derived, or it is our choice.
 
-Devices: 48 A800 80 GB (6 nodes of 8), every one with the whole model; 11 GiB a device by `flmjax plan`; a day: 52,000
-steps in the paper's 24.6 hours are 32 TFLOP/s of a device. The plan's 6 hours take matrices 256 wide for large ones.
+Devices: 48 A800 80 GB (6 nodes of 8), each with all parameters; 11 GiB a device by `flmjax plan`; a day: 52,000 steps
+in the paper's 24.6 hours are 32 TFLOP/s of a device. The plan says 6 hours: it takes matrices 256 wide to be as fast as
+large ones.
 
 Launch, one run for each point of a grid:
         flmjax train --config=configs/flm_proxy.py --workdir=/shared/proxy_a
@@ -16,49 +17,50 @@ and so on with --config.model.init_std and --config.model.softmax_temperature.
 
 from flmjax.config import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     MeshConfig,
     ModelConfig,
     RunConfig,
     StageConfig,
+    choose_words,
     to_config_dict,
 )
 
+MODEL = ModelConfig(
+    num_layers=40,  # that of our 16B: stated that they are equal
+    embed_dim=256,  # stated
+    num_heads=2,  # stated
+    head_dim=128,  # 256 / 2, that of 16B
+    mlp_dim=1024,  # 4 x 256
+    vocab_size=100_256,  # stated, like all that follows in flm_101b.py with the same mark
+    max_length=2048,  # stated
+    norm="layernorm",  # derived
+    activation="gelu",  # derived
+    position="xpos",  # stated
+    bias=True,  # derived
+    tied_embedding=True,  # derived
+    base_embed_dim=256,  # stated: the width itself, m = 1
+    init_std=1.6e-2,  # stated: result of the search
+    softmax_temperature=2.0,  # stated: result of the search
+    dtype="bfloat16",  # stated
+    remat="full",  # our choice
+    attention="fused",  # stated: FlashAttention
+)
 
-def get_config(arg: str = ""):
-    """The run; there is no argument."""
-    if arg:
-        raise ConfigError(f"flm_proxy.py takes no argument; '{arg}' was given")
+
+def get_config(argument: str = ""):
+    """The run; this file knows no word of an argument."""
+    choose_words(argument)
     return to_config_dict(
         RunConfig(
-            model=ModelConfig(
-                num_layers=40,  # that of our 16B: stated that they are equal
-                embed_dim=256,  # stated
-                num_heads=2,  # stated
-                head_dim=128,  # 256 / 2, that of 16B
-                mlp_dim=1024,  # 4 x 256
-                vocab_size=100_256,  # stated, like all that follows in flm_16b.py with the same mark
-                max_length=2048,  # stated
-                norm="layernorm",  # derived
-                activation="gelu",  # derived
-                position="xpos",  # stated
-                bias=True,  # derived
-                tied_embedding=True,  # derived
-                base_embed_dim=256,  # stated: the width itself, m = 1
-                init_std=1.6e-2,  # stated: found by the search
-                softmax_temperature=2.0,  # stated: found by the search
-                dtype="bfloat16",  # stated
-                remat="full",  # our choice
-                attention="fused",  # stated: FlashAttention
-            ),
+            model=MODEL,
             stages=(
                 StageConfig(
                     name="proxy",
                     steps=52_000,  # our choice, 16B's: compared at the same step on the same data
-                    batch_size=2304,  # that of 16B, 48 rows a device
-                    microbatches=6,  # our choice: 8 rows a device
-                    learning_rate=4e-4,  # stated: found by the search
+                    batch_size=2304,  # that of 16B, 48 sequences a device
+                    microbatches=6,  # our choice: 8 sequences a device
+                    learning_rate=4e-4,  # stated: result of the search
                     final_learning_rate=6e-6,  # that of 16B, like the next two
                     warmup_steps=2000,
                     schedule="cosine",

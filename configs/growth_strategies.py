@@ -1,16 +1,17 @@
 """Four ways to one model of 2.7M parameters, on equal tokens: the strategies of figure 1 of FLM-101B, small.
 
 What it reproduces: the figure's four areas (arXiv 2309.03852): a model that never grows; one that grows in equal steps
-over equal tokens, which saves half if it begins with nothing; one that saves less; one that saves more, as FLM-101B.
-Every number here is our choice. At the right: what each saves of the FLOPs of "none", at equal tokens, 983,040, and
-the validation loss that it ended with, one seed (nats a token):
+over equal tokens, which saves half if its first model is almost nothing; one that saves less; one that saves more, as
+FLM-101B.
+Every number is our choice. The columns at the right: the share of the FLOPs of "none" that a strategy saves at equal
+tokens, 983,040, and its final validation loss with one seed (nats a token):
         none         6 x 192 (layers x width) for 480 updates of 2,048 tokens                  0.0 %   1.787
         linear       five sizes in equal steps of parameters, 96 updates each                 46.9 %   1.935
         moderate     3 x 96, 3 x 192, 6 x 192 for 96, 192 and 192 updates                     36.9 %   1.834
         aggressive   the same sizes for 380, 60 and 40 updates, FLM-101B's shares of tokens   74.1 %   1.992
-Equal tokens are not equal losses: so short a run pays for growing late. The reports of the four runs show it.
+Equal tokens are not equal losses: a run as short as this one loses by late growth, as the four reports show.
 
-Launch, one run for each strategy; the second command prints what it saves and trains nothing:
+Launch, one run for each strategy, the argument; the second command prints the savings and trains nothing:
         flmjax train --config=configs/growth_strategies.py:aggressive --workdir=runs/growth_aggressive
         flmjax plan --config=configs/growth_strategies.py:aggressive --config.mesh.fsdp=1 --cost-only --tflops=0.05
 Devices: a CPU; on 2 cores some 7 minutes for none and 4 for aggressive. Needs flmjax[data] for the Chinese sentences;
@@ -19,13 +20,12 @@ Devices: a CPU; on 2 cores some 7 minutes for none and 4 for aggressive. Needs f
 
 from flmjax.config import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     GrowthConfig,
     ModelConfig,
     RunConfig,
     StageConfig,
-    nearest,
+    choose_words,
     to_config_dict,
 )
 
@@ -49,15 +49,11 @@ GROWTH = GrowthConfig("zero", new_warmup_fraction=0.1)  # exact; the rate of new
 HEAD_DIM = 32  # the same in all sizes: heads are added, none grows
 
 
-def get_config(strategy: str = "aggressive"):
-    """The run of one of STRATEGIES."""
-    if strategy not in STRATEGIES:
-        raise ConfigError(
-            f"growth_strategies.py:{strategy}{nearest(strategy, STRATEGIES)}; choices: {', '.join(STRATEGIES)}"
-        )
+def get_config(argument: str = ""):
+    """The run of one of STRATEGIES; without an argument, of "aggressive"."""
+    strategy = choose_words(argument, strategy=STRATEGIES)["strategy"] or "aggressive"
     stages = []
     for i, (steps, (layers, width, mlp)) in enumerate(STRATEGIES[strategy]):
-        own = {"growth": GROWTH} if i else SCHEDULE
         stages.append(
             StageConfig(
                 name=f"{layers}x{width}x{mlp}",
@@ -67,7 +63,7 @@ def get_config(strategy: str = "aggressive"):
                 embed_dim=width,
                 num_heads=width // HEAD_DIM,
                 mlp_dim=mlp,
-                **own,
+                **({"growth": GROWTH} if i else SCHEDULE),
             )
         )
     return to_config_dict(

@@ -1,7 +1,7 @@
 """Three stages of growth on real text in minutes on a laptop.
 
-What it does: trains a small FLM (LayerNorm, GELU, xPos, biases, tied embedding) on the documentation that ships inside
-the Python interpreter, grows it in width, heads and MLP, trains on, grows it in depth, trains on.
+What it does: it trains a small FLM (LayerNorm, GELU, xPos, biases, tied embedding) on the documentation that ships with
+the Python interpreter, grows it in width, heads and MLP, trains on, grows it in depth and trains on.
 
 Launch: flmjax train --config=configs/quickstart.py --workdir=runs/quickstart
         flmjax train --config=configs/quickstart.py:bilingual ...  (Chinese-English sentences too; needs flmjax[data])
@@ -10,24 +10,21 @@ Launch: flmjax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 from flmjax.config import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     GrowthConfig,
     ModelConfig,
     RunConfig,
     StageConfig,
-    nearest,
+    choose_words,
     to_config_dict,
 )
 
-OWN_RATE = GrowthConfig(rate_policy="stage")
-SOURCES = {"": ("python_docs",), "bilingual": ("python_docs", "hsk")}
+STAGE_RATES = GrowthConfig(rate_policy="stage")  # each stage has a schedule of learning rates
 
 
-def get_config(arg: str = ""):
-    """The run; `arg` is empty or "bilingual"."""
-    if arg not in SOURCES:
-        raise ConfigError(f"quickstart.py takes no argument '{arg}'{nearest(arg, [a for a in SOURCES if a])}")
+def get_config(argument: str = ""):
+    """The run; with the argument "bilingual" it reads Chinese-English sentences too."""
+    bilingual = choose_words(argument, texts=("bilingual",))["texts"]
     model = ModelConfig(
         num_layers=2,
         embed_dim=128,
@@ -48,7 +45,7 @@ def get_config(arg: str = ""):
         learning_rate=2e-3,
         final_learning_rate=1e-3,
         warmup_steps=10,
-        growth=OWN_RATE,
+        growth=STAGE_RATES,
         embed_dim=192,
         num_heads=6,
         mlp_dim=768,
@@ -60,14 +57,14 @@ def get_config(arg: str = ""):
         learning_rate=1.5e-3,
         final_learning_rate=1e-4,
         warmup_steps=10,
-        growth=OWN_RATE,
+        growth=STAGE_RATES,
         num_layers=4,
     )
     return to_config_dict(
         RunConfig(
             model=model,
             stages=(small, wide, deep),
-            data=DataConfig(sources=SOURCES[arg], vocab_size=2048),
+            data=DataConfig(sources=("python_docs", "hsk") if bilingual else ("python_docs",), vocab_size=2048),
             checkpoint=CheckpointConfig(every=100, keep=2),
         )
     )

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: a virtual environment in .venv with this package and the extras named in $extras.
+# The scripts beside this file source it: it makes .venv, an environment with this package and the extras in $extras.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

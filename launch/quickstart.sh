@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Install into .venv and grow a small FLM on real text in three stages: launch/quickstart.sh [WORKDIR] [FLAGS...]
-# The same command again goes on where it stopped. Only Python is needed beforehand.
+# Run the same command again to resume. Only Python is needed beforehand.
 extras= source "$(dirname "$0")/environment.sh"
 exec .venv/bin/flmjax train --config=configs/quickstart.py --workdir="${1:-runs/quickstart}" "${@:2}"

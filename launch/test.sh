@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install into .venv with the test extra; lint, types, tests: launch/test.sh [PYTEST ARGUMENTS...]
-# Without arguments everything but the tests marked slow; `launch/test.sh -m slow` runs those.
+# Install into .venv with the test extra, then run lint, types and tests: launch/test.sh [PYTEST ARGUMENTS...]
+# Without arguments all tests run but those marked slow; `launch/test.sh -m slow` runs the slow ones.
 extras=test source "$(dirname "$0")/environment.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -1,13 +1,19 @@
-"""The command line: every field by flag, every mistake one line with status 2 and nothing written."""
+"""The command line: help, every field by flag, every mistake one line with status 2 and nothing written."""
 
 import dataclasses
 import json
+import shlex
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
 import pytest
 
+import flmjax
 from flmjax import cli
+from flmjax.cli import parsing
+from flmjax.cli.help import EXAMPLES, settings
 from flmjax.config import (
     ConfigError,
     DataConfig,
@@ -41,7 +47,8 @@ def complain(capsys, *argv: str) -> str:
     ("argv", "words"),
     [
         (["tain"], "unknown command 'tain'; did you mean train"),
-        ([], "usage: flmjax COMMAND"),
+        (["help", "tain"], "unknown command 'tain'; did you mean train"),
+        (["train", "--config=configs/nothing.py", "--help"], "no config file 'configs/nothing.py'"),
         (["train", QUICKSTART], "--workdir is missing"),
         (["train", "--workdir=WORKDIR"], "--config is missing"),
         (["train", "--config=configs/nothing.py", "--workdir=WORKDIR"], "no config file 'configs/nothing.py'"),
@@ -77,13 +84,13 @@ def complain(capsys, *argv: str) -> str:
         (["report", "--workdir=WORKDIR"], "config.json"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(capsys, tmp_path, argv, words):  # case J01
+def test_mistakes_are_answered_in_one_line(capsys, tmp_path, argv, words):
     workdir = tmp_path / "run"
     assert words in complain(capsys, *[a.replace("WORKDIR", str(workdir)) for a in argv])
     assert not workdir.exists()
 
 
-def test_a_typo_inside_a_config_file_or_a_dictionary_is_refused(capsys, tmp_path):  # case J01
+def test_a_typo_in_a_config_file_or_a_dictionary_is_refused(capsys, tmp_path):
     file = tmp_path / "typo.py"
     head = "from flmjax.config import *\ndef get_config():\n    config = to_config_dict(RunConfig())\n"
     file.write_text(head + "    config.model.num_layer = 3\n    return config\n")
@@ -97,23 +104,25 @@ def test_a_typo_inside_a_config_file_or_a_dictionary_is_refused(capsys, tmp_path
 
 def fields(cls: type, path: str = "") -> list[tuple[str, typing.Any, typing.Any]]:
     """(path, type, default) of every plain field below a dataclass."""
-    found = []
+    leaves = []
     for field in dataclasses.fields(cls):
         hint = typing.get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(hint):
-            found += fields(hint, f"{path}{field.name}.")
+            leaves += fields(hint, f"{path}{field.name}.")
         elif field.name == "stages":
-            found += fields(StageConfig, f"{path}stages[0].")
+            leaves += fields(StageConfig, f"{path}stages[0].")
         else:
-            found.append((path + field.name, hint, field.default))
-    return found
+            leaves.append((path + field.name, hint, field.default))
+    return leaves
 
 
 def values_for(hint: typing.Any, default: typing.Any) -> list[tuple[str, typing.Any]]:
-    """(what to write, what it means) of values that differ from the default."""
+    """(text of a flag, value that it sets) for values that differ from the default."""
     args = [a for a in typing.get_args(hint) if a is not type(None)]
     if type(None) in typing.get_args(hint):
         return [("None", None), *values_for(args[0], default)]
+    if typing.get_origin(hint) is typing.Literal:
+        return [(word, word) for word in args if word != default]
     if typing.get_origin(hint) is tuple:
         item = values_for(args[0], None)[0]
         return [(f"({item[0]!r},)" if args[0] is str else f"({item[0]},)", (item[1],))]
@@ -128,16 +137,16 @@ def test_every_field_can_be_set_by_flag(tmp_path):
     for path, hint, default in fields(RunConfig):
         for text, value in values_for(hint, default):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cli, "validate", lambda config: config)
+                patch.setattr(parsing, "validate", lambda config: config)
                 _, config, *_ = cli.parse(["train", f"--config={file}", f"--config.{path}={text}", "--workdir=w"])
-            found = config
+            field = config
             for name in path.replace("[0]", ".0").split("."):
-                found = found[int(name)] if name.isdigit() else getattr(found, name)
-            assert found == value, path
+                field = field[int(name)] if name.isdigit() else getattr(field, name)
+            assert field == value, path
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_freeze_and_survive_json(path):  # case J02
+def test_shipped_configs_freeze_and_survive_json(path):
     _, config, *_ = cli.parse(["train", f"--config={path}", "--workdir=w"])
     assert from_config_dict(json.loads(json.dumps(to_json(config)))) == config
     assert from_config_dict(to_config_dict(config)) == config
@@ -145,7 +154,7 @@ def test_shipped_configs_freeze_and_survive_json(path):  # case J02
         config.seed = 1
 
 
-def test_flags_come_from_a_flag_file_too(tmp_path):  # case J02
+def test_flags_come_from_a_flag_file_too(tmp_path):
     (tmp_path / "flags").write_text(f"{QUICKSTART}\n--config.seed=11\n--workdir=elsewhere\n")
     _, config, workdir, _ = cli.parse(["train", f"--flagfile={tmp_path / 'flags'}"])
     assert (config.seed, str(workdir)) == (11, "elsewhere")
@@ -164,7 +173,7 @@ def two_stages(growth, **fields):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
-def test_clip_norm_that_cannot_be_is_refused(value):  # case D23
+def test_clip_norm_that_cannot_be_is_refused(value):
     with pytest.raises(ConfigError, match=r"optimizer.clip_norm=.* must be positive, or None"):
         validate(RunConfig(optimizer=OptimizerConfig(clip_norm=value)))
 
@@ -238,8 +247,8 @@ def test_bad_text_is_named_before_anything_is_trained(capsys, tmp_path, make, wo
     assert not (workdir / "checkpoints").exists() or not list((workdir / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(("command", "goes_on"), [("train", True), ("plan", False)])
-def test_an_interrupted_command_says_whether_it_goes_on(command, goes_on, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("command", "resumes"), [("train", True), ("plan", False)])
+def test_an_interrupted_command_says_whether_it_resumes(command, resumes, monkeypatch, capsys, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -248,4 +257,80 @@ def test_an_interrupted_command_says_whether_it_goes_on(command, goes_on, monkey
     assert cli.main([command, QUICKSTART, *workdir]) == 130
     error = capsys.readouterr().err
     assert error.startswith("flmjax: interrupted")
-    assert ("last checkpoint" in error) == goes_on
+    assert ("resume from the last checkpoint" in error) == resumes
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def screen(capsys, *argv: str) -> list[str]:
+    """The lines that a command prints; it exits with 0 and prints no error."""
+    assert cli.main(list(argv)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out.splitlines()
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"], ["help", "--help"]], ids=" ".join)
+def test_help_is_one_screen_that_names_the_commands(argv, capsys):
+    lines = screen(capsys, *argv)
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    text = "\n".join(lines)
+    assert "flmjax/config/fields.py" in text
+    assert EXAMPLES["train"][0] in text
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in text
+        assert command.__doc__ in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_is_one_screen_with_its_flags(name, capsys):
+    lines = screen(capsys, name, "--help")
+    assert lines == screen(capsys, "help", name) == screen(capsys, name, "-h")
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    text = "\n".join(lines)
+    for option in parsing.OPTIONS[name]:
+        assert f"  {option.flag} " in text
+        assert option.help in text
+    flags = text.split("Flags:")[1]
+    assert ("--config=" in flags) == (name != "report")
+    assert ("--workdir=" in flags) == (name != "plan")
+    for example in EXAMPLES[name]:
+        assert example in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_examples_of_the_help_parse(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for example in EXAMPLES[name]:
+        program, *argv = shlex.split(example)
+        assert program == "flmjax"
+        cli.parse(argv)
+    assert argv[0] == name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_settings_in_the_help_are_flags_that_set_them(path, capsys, tmp_path):
+    """The printed lines, pasted, turn the default config with as many stages into the config of the file."""
+    lines = screen(capsys, "train", f"--config={path}", "--config.seed=3", "--help")
+    flags = shlex.split("\n".join(lines[lines.index("Settings of this config:") + 1 :]))
+    assert "--config.seed=3" in flags
+    assert any(flag.startswith("--config.stages[0].steps=") for flag in flags)
+    config = cli.parse(["train", f"--config={path}", "--config.seed=3", "--workdir=w"]).config
+    assert flags == list(settings(config))
+    default = tmp_path / "default.py"
+    run = f"RunConfig(stages=(StageConfig(),) * {len(config.stages)})"
+    default.write_text(f"from flmjax.config import *\ndef get_config():\n    return to_config_dict({run})\n")
+    assert cli.parse(["train", f"--config={default}", *flags, "--workdir=w"]).config == config
+
+
+def test_the_version_is_printed(capsys):
+    assert screen(capsys, "--version") == [f"flmjax {flmjax.__version__}"]
+
+
+def test_help_does_not_import_jax():
+    argvs = [[], ["--version"], ["train", "--help"], ["help", "plan"], ["train", QUICKSTART, "--help"]]
+    code = f"import sys; from flmjax.cli import main; [main(a) for a in {argvs}]; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)

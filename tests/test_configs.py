@@ -3,12 +3,15 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from flmjax.config import SIZES, ConfigError, RunConfig, from_config_dict
+from flmjax.config import SIZES, STAGE_SIZES, ConfigError, RunConfig, choose_words, from_config_dict
 from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.tokenizers import named_tokenizer
 from flmjax.model.flops import num_parameters
@@ -20,11 +23,18 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 MACHINES = ("a800", "tpu_v5p", "tpu_v4", "tpu_v6e")
 STRATEGIES = ("none", "linear", "moderate", "aggressive")
 ARGUMENTS = {
-    "bilingual": ("", "my/folder"),  # of any name: it has no unknown argument
+    "bilingual": ("", "my/folder"),  # the argument is a folder, no word
     "eflm_16b": ("", "cpu"),
-    "flm_101b": MACHINES,
-    "flm_16b": MACHINES,
-    "flm_51b": MACHINES,
+    "flm_101b": (
+        *MACHINES,
+        *(f"{machine},{stage}" for stage in ("16b", "51b") for machine in MACHINES),
+        "zero",
+        "mask",
+        "cpu",
+        "cpu,16b",
+        "cpu,51b",
+        "cpu,mask",
+    ),
     "flm_proxy": ("",),
     "growth_strategies": STRATEGIES,
     "quickstart": ("", "bilingual"),
@@ -71,10 +81,57 @@ def test_every_argument_gives_a_legal_run_whose_mesh_fits_its_machine(name, argu
 def test_an_unknown_argument_is_refused_and_the_choices_are_named(name):
     with pytest.raises(ConfigError) as refusal:
         module(name).get_config("zzz")
-    message = str(refusal.value).removeprefix(f"{name}.py")
-    assert "zzz" in message
-    for choice in filter(None, ARGUMENTS[name]):
-        assert choice in message
+    message = str(refusal.value)
+    assert "'zzz'" in message
+    for word in filter(None, ",".join(ARGUMENTS[name]).split(",")):
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("tpu_v4p", r"unknown word 'tpu_v4p'; did you mean tpu_v4\?; machine: a800, .*; stage: 16b, 51b; operator: "),
+        ("16B", r"'16B'; did you mean 16b\?"),
+        ("a800,", "unknown word ''"),
+        ("a800,16b,tpu_v4", "'a800' and 'tpu_v4' are both words for the machine; take one"),
+        ("16b,16b", "'16b' and '16b' are both words for the stage"),
+        ("mask,51b", "operator 'mask' is not read with '51b'"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_refused(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        module("flm_101b").get_config(argument)
+
+
+def test_the_order_of_words_does_not_matter():
+    assert load("flm_101b", "16b, tpu_v4") == load("flm_101b", "tpu_v4,16b")
+    assert choose_words("", machine=("a",)) == {"machine": None}
+    assert choose_words("b,x", letter=("a", "b"), other=("x",)) == {"letter": "b", "other": "x"}
+
+
+@pytest.mark.parametrize(("name", "full", "twin"), [("flm_101b", "a800", "cpu"), ("flm_101b", "mask", "cpu,mask")])
+def test_the_twin_of_minutes_has_the_runs_stages_and_operators(name, full, twin):
+    full, twin = load(name, full), load(name, twin)
+    assert [stage.name for stage in twin.stages] == [stage.name for stage in full.stages]
+    for large, small in zip(full.stages, twin.stages, strict=True):
+        ramp = {"ramp_steps": small.growth.ramp_steps}
+        assert dataclasses.replace(large.growth, **ramp) == small.growth
+        grown = [{size for size in STAGE_SIZES if getattr(stage, size) is not None} for stage in (large, small)]
+        assert grown[0] == grown[1]
+    for field in ("norm", "activation", "position", "bias", "tied_embedding", "softmax_temperature", "init_std"):
+        assert getattr(twin.model, field) == getattr(full.model, field)
+    assert num_parameters(twin.stage_models[-1]) < 2e6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_twin_of_flm_101b_grows_twice_by_masks(tmp_path, own_environment):
+    steps = [f"--config.stages[{i}].steps=12" for i in (1, 2)]
+    argv = ["train", f"--config={CONFIGS}/flm_101b.py:cpu,mask", "--config.stages[0].steps=30", *steps]
+    subprocess.run([sys.executable, "-m", "flmjax", *argv, f"--workdir={tmp_path}"], env=own_environment, check=True)
+    certificates = [json.loads(path.read_text()) for path in sorted((tmp_path / "certificates").iterdir())]
+    assert [certificate["parameters"][1] for certificate in certificates] == [661_120, 1_279_680]
+    assert all(certificate["max_difference"]["float64"] < 1e-12 for certificate in certificates)
 
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
@@ -87,14 +144,14 @@ def test_the_launch_command_stands_at_the_top_of_every_file(name):
 
 def test_the_stages_of_flm_101b_are_those_of_the_papers_table():
     config = load("flm_101b", "a800")
-    found = [(s.name, s.steps, s.batch_size, s.learning_rate, s.final_learning_rate) for s in config.stages]
-    assert found == [
+    stages = [(s.name, s.steps, s.batch_size, s.learning_rate, s.final_learning_rate) for s in config.stages]
+    assert stages == [
         ("16B", 52_000, 2304, 4e-4, 6e-6),
         ("51B", 8_400, 2304, 3.4e-4, 6e-6),
         ("101B", 6_000, 2160, 2e-4, 6e-6),
     ]
     assert {s.schedule for s in config.stages} == {"cosine"}
-    # The table counts the warm-up in samples: 4,608,000, 230,400 and 230,400, the last one no whole number of steps.
+    # The table counts the warm-up in samples: 4,608,000, 230,400 and 230,400, the last is no integer number of steps.
     assert [s.warmup_steps for s in config.stages] == [4_608_000 // 2304, 230_400 // 2304, -(-230_400 // 2160)]
     assert config.model.max_length == 2048
     assert [round(cost.tokens / 1e9, 2) for cost in stage_costs(config)] == [245.37, 39.64, 26.54]
@@ -124,19 +181,21 @@ def test_flm_101b_has_the_published_sizes():
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize(("name", "index"), [("flm_16b", 0), ("flm_51b", 1)])
-def test_a_run_of_one_size_is_that_stage_of_flm_101b(name, index, machine):
-    alone, all_of_it = load(name, machine), load("flm_101b", machine)
-    assert alone.stage_models == (all_of_it.stage_models[index],)
+@pytest.mark.parametrize(("stage", "index"), [("16b", 0), ("51b", 1)])
+def test_a_run_of_one_size_is_that_stage_of_flm_101b(stage, index, machine):
+    alone, grown = load("flm_101b", f"{machine},{stage}"), load("flm_101b", machine)
+    assert alone.stage_models == (grown.stage_models[index],)
     sizes = dict.fromkeys(("num_layers", "embed_dim", "mlp_dim", "num_heads"))
-    stage = dataclasses.replace(all_of_it.stages[index], growth=alone.stages[0].growth, **sizes)
-    assert alone.stages == (stage,)
+    assert alone.stages == (dataclasses.replace(grown.stages[index], growth=alone.stages[0].growth, **sizes),)
     for field in ("optimizer", "data", "mesh", "checkpoint", "seed"):
-        assert getattr(alone, field) == getattr(all_of_it, field)
+        assert getattr(alone, field) == getattr(grown, field)
+    width = {"16b": 5632, "51b": 10_240}[stage]
+    assert alone.model.norm_eps == pytest.approx(1e-5 * 5632 / width, rel=1e-12)
 
 
-def test_the_proxy_is_the_16b_at_width_256_with_less_than_100m_parameters():
-    proxy, large = load("flm_proxy"), load("flm_16b")
+def test_the_proxy_is_the_16b_at_width_256():
+    """Like the paper's proxy it has less than 100M parameters."""
+    proxy, large = load("flm_proxy"), load("flm_101b", "16b")
     sizes = {"embed_dim": 256, "num_heads": 2, "mlp_dim": 1024}
     (model,) = proxy.stage_models
     assert dataclasses.replace(large.model, **sizes, vocab_multiple=model.vocab_multiple) == model
@@ -144,8 +203,8 @@ def test_the_proxy_is_the_16b_at_width_256_with_less_than_100m_parameters():
     assert num_parameters(model) == 40 * (12 * 256**2 + 13 * 256) + 2 * 256 + 100_256 * 256 < 100e6
     assert parse_topology(proxy.mesh.topology).num_devices == 6 * 8
     assert proxy.data == large.data
-    how = {"name": "16B", "microbatches": large.stages[0].microbatches}
-    assert dataclasses.replace(proxy.stages[0], **how) == large.stages[0]
+    same = {"name": "16B", "microbatches": large.stages[0].microbatches}
+    assert dataclasses.replace(proxy.stages[0], **same) == large.stages[0]
 
 
 # ---- Tele-FLM --------------------------------------------------------------------------------------------------------
@@ -191,7 +250,8 @@ def test_the_strategies_docstring_says_what_they_save():
     assert said == {name: round(100 * saved(load("growth_strategies", name)), 1) for name in STRATEGIES}
 
 
-def test_the_strategies_end_at_one_model_after_equal_tokens_with_equal_rates():
+def test_the_strategies_differ_in_nothing_but_growth():
+    """They end at one model after equal tokens with equal rates."""
     runs = [load("growth_strategies", name) for name in STRATEGIES]
     ends = {tuple(getattr(run.stage_models[-1], size) for size in SIZES) for run in runs}
     assert len(ends) == 1

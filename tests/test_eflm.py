@@ -17,8 +17,8 @@ CONFIG = Path(__file__).parents[1] / "configs" / "eflm_16b.py"
 def test_judgements_of_held_out_propositions_rise_well_above_chance(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "flmjax", "train", f"--config={CONFIG}:cpu", f"--workdir={tmp_path}/run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1100)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1100)
+    assert process.returncode == 0, process.stderr[-2000:]
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
     accuracy = [line["judgement_accuracy"] for line in lines]
     print([f"{value:.3f}" for value in accuracy])

@@ -2,7 +2,7 @@
 
 `python tests/test_golden.py [WORD...]` writes the files of tests/golden/ whose names hold one of the words, or all of
 them; what changed is read in review:
-    leaves/CONFIG.txt: each parameter of a config's largest stage.
+    leaves/CONFIG[-ARGUMENT].txt: each parameter of a config's largest stage.
     configs/CONFIG.json: each argument of a config, resolved.
     numbers/MODEL.txt: losses, gradient norms and grown parameters of a tiny model, bitwise.
     programs/MODEL-PROGRAM.txt: the lowered text of a tiny model's training step, growth and certificate.
@@ -47,9 +47,12 @@ CL100K_IDS = 100_258
 # ---- leaves ----------------------------------------------------------------------------------------------------------
 
 
-def leaves_text(name: str) -> str:
-    """One line for each parameter of the largest stage of a config without an argument."""
-    config = load(name)
+LEAVES = {**{name: (name, None) for name in ARGUMENTS}, **{f"flm_101b-{s}": ("flm_101b", s) for s in ("16b", "51b")}}
+
+
+def leaves_text(name: str, argument: str | None) -> str:
+    """One line for each parameter of the largest stage of a config."""
+    config = load(name, argument)
     vocabulary = CL100K_IDS if config.data.vocabulary == "cl100k" else config.data.vocab_size
     model = config.stage_models[-1]
     model = dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
@@ -257,7 +260,7 @@ def program_text(name: str, program: str) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 WRITERS: dict[str, Callable[[], str]] = {
-    **{f"leaves/{name}.txt": lambda name=name: leaves_text(name) for name in ARGUMENTS},
+    **{f"leaves/{file}.txt": lambda of=of: leaves_text(*of) for file, of in LEAVES.items()},
     **{f"configs/{name}.json": lambda name=name: config_text(name) for name in ARGUMENTS},
 }
 BITWISE: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""Notebooks run as they are, with small settings, and are stored without outputs."""
+"""Notebooks run unchanged but for small settings, and are stored without outputs."""
 
 import base64
 import os

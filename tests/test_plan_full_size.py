@@ -80,10 +80,10 @@ def test_the_search_estimates_the_memory_that_is_compiled(flm_101b):
 @pytest.mark.parametrize(("remat", "microbatches"), [("dots", 3), ("none", 12)])
 def test_the_search_estimates_what_remat_keeps(compilers, tmp_path, remat, microbatches):
     flags = [f"--config.model.remat={remat}", f"--config.stages[0].microbatches={microbatches}"]
-    done = plan_process(compilers, *flags, f"--output={tmp_path}", config="flm_16b.py")
+    done = plan_process(compilers, *flags, f"--output={tmp_path}", config="flm_101b.py:16b")
     assert done.returncode == 0, done.stderr
     compiled = json.loads((tmp_path / "plan.json").read_text())["stages"][0]["program"]["peak"]
-    _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_16b.py", *flags])
+    _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_101b.py:16b", *flags])
     (stage,) = config.schedule
     estimate = memory(stage.model, config.mesh, stage.config.batch_size // microbatches, microbatches)
     assert estimate == pytest.approx(compiled, rel=0.1)
@@ -102,7 +102,7 @@ def test_flm_101b_is_priced_near_the_paper(flm_101b):
 @pytest.mark.timeout(400)
 def test_a_step_that_compiles_but_does_not_fit_is_refused(compilers):
     flags = ("--config.stages[0].microbatches=1", "--config.stages[0].batch_size=9216")
-    done = plan_process(compilers, *flags, config="flm_16b.py")
+    done = plan_process(compilers, *flags, config="flm_101b.py:16b")
     assert done.returncode == 1, done.stderr
     assert re.search(
         r"needs \d+\.\d GiB a device; A800 has 80 GiB, .*: take stages\[0\]\.microbatches=2$",

@@ -1,4 +1,4 @@
-"""The README's first command, whole: three stages on real text."""
+"""The README's first command with nothing made smaller: three stages on real text."""
 
 import json
 import os

@@ -1,5 +1,6 @@
 """Every setting of a run: `from flmjax.config import RunConfig, ...`, as configs/ does."""
 
+from flmjax.config.arguments import choose_words
 from flmjax.config.convert import (
     FORMAT,
     HEADER,
@@ -59,6 +60,7 @@ __all__ = [
     "StageConfig",
     "check_format",
     "check_path",
+    "choose_words",
     "differences",
     "from_config_dict",
     "from_stored",

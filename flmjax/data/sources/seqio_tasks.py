@@ -27,6 +27,18 @@ try:
 except ImportError as missing:
     raise ConfigError(f"data.mixture needs packages ({missing}); pip install 'flmjax[data]'") from missing
 
+__all__ = [
+    "HAS_JUDGEMENTS",
+    "SUPER_GLUE",
+    "TEXT",
+    "Cl100kVocabulary",
+    "add_teacher_task",
+    "add_text_task",
+    "local_files_source",
+    "seqio",
+    "tf",
+]
+
 # Whether elements have judgements, by the preprocessor that makes them: known without the data set.
 HAS_JUDGEMENTS: dict[Callable, bool] = {}
 TEXT = seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)

@@ -1,0 +1,56 @@
+"""`flmjax COMMAND --config=FILE[:WORDS] [--config.FIELD=VALUE ...] --workdir=DIR`: flags to dataclasses to one call."""
+
+import os
+import sys
+
+from absl import flags, logging
+
+from flmjax.cli.commands import COMMANDS
+from flmjax.cli.help import help_text, version_text, wants_help
+from flmjax.cli.parsing import CommandLine, one_line, parse
+from flmjax.config import ConfigError
+
+__all__ = ["COMMANDS", "CommandLine", "main", "parse", "run"]
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line (without the program's name).
+
+    Returns:
+        The exit status: 0, 1 for an error while the command ran, 2 for a command line that cannot be meant, 130 for an
+        interruption.
+    """
+    try:
+        if argv == ["--version"]:
+            print(version_text())
+            return 0
+        if wants_help(argv):
+            print(help_text(argv))
+            return 0
+        line = parse(argv)
+    except (ConfigError, flags.Error) as error:
+        print(f"flmjax: {one_line(error)}", file=sys.stderr)
+        return 2
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        positional = [x for x in (line.config, line.workdir) if x is not None]
+        COMMANDS[line.command](*positional, **line.options)
+    except ConfigError as error:
+        print(f"flmjax: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        if os.environ.get("FLMJAX_TRACEBACK"):
+            raise
+        print(f"flmjax: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        resume = "; run the same command again to resume from the last checkpoint" if line.command == "train" else ""
+        print(f"flmjax: interrupted{resume}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run() -> None:
+    """Console script."""
+    sys.exit(main(sys.argv[1:]))

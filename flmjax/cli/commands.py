@@ -1,0 +1,102 @@
+"""What each command does: one call per command, with imports inside, so that a typo is answered without JAX."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flmjax.config import ConfigError, RunConfig
+
+
+def train(config: RunConfig, workdir: Path) -> None:
+    """Train the stages of a run, or resume the run of the workdir from its last checkpoint."""
+    from flmjax.report.run_page import write_report
+    from flmjax.training.loop import train as run
+
+    run(config, workdir)
+    print(f"report: {write_report(workdir)}", flush=True)
+
+
+def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
+    """Turn texts into token files, or verify the token files of the workdir."""
+    from flmjax.data.inspection import show_samples, summary
+    from flmjax.data.loader import TrainingStream
+    from flmjax.data.prepare import prepare as run
+    from flmjax.workdir.paths import data_directory
+
+    data = run(config.data, data_directory(config, workdir), progress=True, full_check=True)
+    stream = TrainingStream.of_run(config, data)
+    print(summary(stream), flush=True)
+    for text in show_samples(stream, inspect, sys.stdout.isatty()):
+        print(text, flush=True)
+
+
+def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_only: bool) -> None:
+    """Grow the newest checkpoint of another run into the model of this config's first stage."""
+    from flmjax.training.grow_checkpoint import grow_checkpoint, plan_checkpoint
+
+    if dry_run:
+        print(plan_checkpoint(config, Path(source)), flush=True)
+        return
+    grow_checkpoint(config, Path(source), workdir, weights_only)
+    print(f"{workdir}: checkpoint at step 0; 'flmjax train' with this config and workdir continues from it", flush=True)
+
+
+def plan(
+    config: RunConfig,
+    price: float | None,
+    tflops: float | None,
+    cost_only: bool,
+    search_layout: bool,
+    output: str | None,
+) -> None:
+    """Compile a run ahead of time for a machine and estimate memory, time and price."""
+    from flmjax.planning.topology import TooLargeError
+    from flmjax.report.plan_table import cost_table, plan_table
+    from flmjax.stderr import captured_stderr
+
+    modes = {"--cost-only": cost_only, "--search-layout": search_layout, "--output": output is not None}
+    chosen = [flag for flag, is_set in modes.items() if is_set]
+    if len(chosen) > 1:
+        raise ConfigError(f"{chosen[1]} is not read with {chosen[0]}; take one of them")
+    if tflops is not None and not cost_only:
+        raise ConfigError(f"--tflops={tflops:g} is read with --cost-only alone; a plan estimates the speed")
+    if price is not None and search_layout:
+        raise ConfigError(f"--price={price:g} is not read with --search-layout: the fewest days are the cheapest")
+    for flag, value in (("price", price), ("tflops", tflops)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"--{flag}={value:g} must be a positive number")
+    if cost_only:
+        print(cost_table(config, tflops, price), flush=True)
+        return
+    log = lambda text: print(f"compiling: {text}", file=sys.stderr, flush=True)
+    with captured_stderr():  # the CUDA plugin reports that this machine has no GPU
+        from flmjax.planning.layout_search import layout_table, search_layouts
+        from flmjax.planning.planner import make_plan
+    if search_layout:
+        print(layout_table(search_layouts(config, log)), flush=True)
+        return
+    run_plan = make_plan(config, price, log)
+    print(plan_table(run_plan), flush=True)
+    if output is not None:
+        from flmjax.report.plan_page import write_plan
+
+        print(f"plan: {write_plan(run_plan, Path(output))}", flush=True)
+    if run_plan.refusals:
+        raise TooLargeError(run_plan.refusals[0])
+
+
+def report(workdir: Path) -> None:
+    """Write report.html of a run, finished or not."""
+    from flmjax.report.run_page import write_report
+
+    print(f"report: {write_report(workdir)}", flush=True)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "prepare": prepare,
+    "grow": grow,
+    "plan": plan,
+    "report": report,
+}

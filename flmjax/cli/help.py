@@ -1,0 +1,128 @@
+"""One screen of help: of the program, of each command, and the settings of a config as the flags that set them."""
+
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import flmjax
+from flmjax.cli.commands import COMMANDS
+from flmjax.cli.parsing import (
+    CONFIG,
+    OPTIONS,
+    OVERRIDE,
+    USAGE,
+    WORKDIR,
+    check_command,
+    read_config,
+    read_flags,
+    takes_config,
+    takes_workdir,
+)
+from flmjax.config import RunConfig
+
+HELP_FLAGS = ("--help", "-help", "-h")
+SETTINGS = "All settings stand in flmjax/config/fields.py; with --config=FILE this help prints those of a file."
+# Commands to paste in the root of a checkout; a command that reads a run stands after the one that writes it.
+EXAMPLES = {
+    "train": ("flmjax train --config=configs/quickstart.py --workdir=runs/quickstart",),
+    "prepare": ("flmjax prepare --config=configs/quickstart.py --workdir=runs/quickstart --inspect=3",),
+    "grow": (
+        "flmjax train --config=configs/flm_101b.py:cpu,16b --workdir=runs/small",
+        "flmjax grow --config=configs/flm_101b.py:cpu,51b --source=runs/small --workdir=runs/large",
+    ),
+    "plan": ("flmjax plan --config=configs/flm_101b.py:a800 --cost-only",),
+    "report": (
+        "flmjax train --config=configs/quickstart.py --workdir=runs/quickstart",
+        "flmjax report --workdir=runs/quickstart",
+    ),
+}
+
+
+def wants_help(argv: list[str]) -> bool:
+    """Whether a command line asks for help: no argument, `help`, or --help anywhere."""
+    return not argv or argv[0] == "help" or any(argument in HELP_FLAGS for argument in argv)
+
+
+def help_text(argv: list[str]) -> str:
+    """The help that `argv` asks for.
+
+    Raises:
+        ConfigError or absl.flags.Error: for an unknown command, or a config that cannot be read.
+    """
+    words = [argument for argument in argv if argument not in HELP_FLAGS]
+    if words[:1] == ["help"]:
+        words = words[1:]
+    if not words:
+        return _overview()
+    command = check_command(words[0])
+    text = _command_help(command)
+    if takes_config(command):
+        config = read_config(read_flags(command, words[1:])[0])
+        if config is not None:
+            text += "\n\nSettings of this config:\n" + "\n".join(map(shlex.quote, settings(config)))
+    return text
+
+
+def version_text() -> str:
+    """The line that --version prints."""
+    return f"flmjax {flmjax.__version__}"
+
+
+def settings(config: Any, path: str = "config") -> Iterator[str]:
+    """A flag for each field of a config, `--config.stages[0].steps=240`, with the value of the field."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, name)
+        elif isinstance(config, RunConfig) and field.name == "stages":
+            for i, stage in enumerate(value):
+                yield from settings(stage, f"{name}[{i}]")
+        else:
+            yield f"--{name}={value}"
+
+
+def _overview() -> str:
+    lines = [
+        f"{version_text()}: pre-train decoder language models by growing them",
+        "",
+        USAGE,
+        "",
+        "Commands:",
+        *(f"  {name:9}{_first_line(name)}" for name in COMMANDS),
+        "",
+        "Example, three stages of growth in minutes on a CPU:",
+        f"  {EXAMPLES['train'][0]}",
+        "",
+        "Help:",
+        "  flmjax COMMAND --help                 an example and the flags of a command",
+        "  flmjax COMMAND --config=FILE --help   in addition all settings of the config, with their values",
+        "  flmjax --version                      the version",
+        "",
+        "All settings stand in flmjax/config/fields.py; each of them is a flag.",
+    ]
+    return "\n".join(lines)
+
+
+def _command_help(command: str) -> str:
+    options = list(OPTIONS[command])
+    if takes_workdir(command):
+        options.insert(0, WORKDIR)
+    if takes_config(command):
+        options[:0] = [CONFIG, OVERRIDE]
+    width = max(len(option.flag) for option in options)
+    lines = [
+        f"flmjax {command}: {_first_line(command)}",
+        "",
+        "Example:",
+        *(f"  {example}" for example in EXAMPLES[command]),
+        "",
+        "Flags:",
+        *(f"  {option.flag:{width}}  {option.help}" for option in options),
+        *(["", SETTINGS] if takes_config(command) else []),
+    ]
+    return "\n".join(lines)
+
+
+def _first_line(command: str) -> str:
+    return (COMMANDS[command].__doc__ or "").splitlines()[0]
