@@ -8,7 +8,7 @@ import pytest
 
 from flmjax import cli
 from flmjax.config import ConfigError, GrowthConfig, MeshConfig, MeshShape, ModelConfig, RunConfig, StageConfig
-from flmjax.config.validate import legal_microbatches
+from flmjax.config.validate import legal_microbatches, validate_mesh
 from flmjax.hardware import A800, GiB
 from flmjax.model.flops import num_parameters
 from flmjax.planning import layout_search
@@ -118,8 +118,9 @@ def test_estimates_are_sorted_by_days():
 def test_estimated_memory_is_at_most_a_tenth_too_large():
     most = 0.0
     for candidate in estimates(CONFIG, machine(14.5)):
-        for stage in candidate.apply(CONFIG).schedule:
-            assert stage.layout.mesh == candidate.mesh
+        config = candidate.apply(CONFIG)
+        assert validate_mesh(config, 16) == candidate.mesh
+        for stage in config.schedule:
             microbatches = stage.layout.microbatches
             sequences = stage.config.batch_size // microbatches
             most = max(most, memory(stage.model, candidate.mesh, sequences, microbatches))
@@ -264,7 +265,7 @@ def test_a_search_ends_when_enough_layouts_fit(monkeypatch):
     search = search_layouts(CONFIG, lines.append, tries=2)
     assert (search.possible, search.tried) == (len(by_estimate), wide[1] + 1)
     assert search.tried > 2
-    meshes_of = lambda candidates: {dataclasses.replace(candidate.mesh, topology=None) for candidate in candidates}
+    meshes_of = lambda candidates: {candidate.mesh for candidate in candidates}
     assert meshes_of(search.fitting) == meshes_of(by_estimate[i] for i in wide[:2])
     assert [candidate.days for candidate in search.fitting] == sorted(candidate.days for candidate in search.fitting)
     assert {candidate.peak for candidate in search.fitting} == {70 * GiB}
