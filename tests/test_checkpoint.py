@@ -115,3 +115,18 @@ def test_the_program_does_not_grow_with_depth(one_device_mesh):
         sizes[depth] = len(re.findall(r"^ *(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
     print(f"compiling 48 layers takes {seconds[48] / seconds[6]:.2f} of 6 layers, instructions {sizes}")
     assert sizes[48] <= 1.2 * sizes[6]
+
+
+def test_the_newest_steps_are_kept_and_a_reader_deletes_nothing(one_device_mesh, tmp_path):
+    spec = state_spec(TINY, OptimizerConfig(), one_device_mesh)
+    items = to_items(init_state(spec, 0))
+    folder = tmp_path / "checkpoints"
+    steps = lambda: sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, items, {})
+        checkpoints.wait()
+    assert steps() == [3, 4]
+    with Checkpoints(folder, keep=None) as reader:
+        reader.restore(3, {"params": items["params"]})
+    assert steps() == [3, 4]

@@ -33,11 +33,12 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None) -> None:
         self.directory = directory
         if keep is None:
-            options = ocp.CheckpointManagerOptions(create=False)
+            options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             if jax.process_index() == 0:
                 remove_incomplete(directory)
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+            policy = ocp.checkpoint_managers.LatestN(keep)
+            options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=options,
