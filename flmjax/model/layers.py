@@ -75,7 +75,7 @@ def projection(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def single_cpu_dot(
     x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any, preferred_element_type: Any = None
-):
+) -> jax.Array:
     """lax.dot_general of DenseGeneral, with a weight gradient that XLA's CPU backend multiplies at full speed.
 
     It has a fast kernel for row times column alone: with the smaller factor transposed in memory first, behind a

@@ -202,7 +202,7 @@ def _dataset(task: seqio.Task, split: str) -> tf.data.Dataset:
     return dataset.map(lambda element: {new: element[old] for new, old in kept.items()}).with_options(options)
 
 
-def _steps_to_text(task: seqio.Task) -> list[Callable]:
+def _steps_to_text(task: seqio.Task) -> list[Callable[..., Any]]:
     """The preprocessors of a Task before it tokenises."""
     steps = [step for step in task.preprocessors if not isinstance(step, seqio.CacheDatasetPlaceholder)]
     functions = [_function_of(step) for step in steps]
@@ -214,7 +214,7 @@ def _steps_to_text(task: seqio.Task) -> list[Callable]:
     return steps[:tokenize]
 
 
-def _function_of(step: Callable) -> Callable:
+def _function_of(step: Callable[..., Any]) -> Callable[..., Any]:
     return _function_of(step.func) if isinstance(step, functools.partial) else step
 
 

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Whether elements have judgements, by the preprocessor that makes them: known without the data set.
-HAS_JUDGEMENTS: dict[Callable, bool] = {}
+HAS_JUDGEMENTS: dict[Callable[..., Any], bool] = {}
 TEXT = seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
 
 
