@@ -154,6 +154,13 @@ def test_shipped_configs_freeze_and_survive_json(path):
         config.seed = 1
 
 
+def test_help_into_a_closed_pipe_ends_without_a_traceback():
+    command = f"{sys.executable} -m flmjax train {QUICKSTART} --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("flmjax train")
+    assert done.stderr == ""
+
+
 def test_flags_come_from_a_flag_file_too(tmp_path):
     (tmp_path / "flags").write_text(f"{QUICKSTART}\n--config.seed=11\n--workdir=elsewhere\n")
     _, config, workdir, _ = cli.parse(["train", f"--flagfile={tmp_path / 'flags'}"])
