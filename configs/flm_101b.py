@@ -5,13 +5,13 @@ says whether the paper states it, it is derived from what the paper states, or i
 and 51B are not published. The text is the paper's English and Chinese mixture in kind, not in its documents.
 
 Argument: at most one word of each kind, separated by commas, for example `tpu_v4,16b`.
-    machine   a800 (default), tpu_v5p, tpu_v4, tpu_v6e; or cpu, the twin of minutes (below)
+    machine   a800 (default), tpu_v5p, tpu_v4, tpu_v6e; or cpu, a small twin that runs in minutes (below)
     stage     without a word all three stages, grown. `16b` and `51b`: the model of that stage alone, from random
               weights, with the stage's steps, batch and rates.
               16b: 245.4B tokens. configs/eflm_16b.py continues from this run, and `flmjax grow` makes a larger model
               of it.
               51b: a control for the second stage, 39.64B tokens in all; the paper never trained 51B from scratch. The
-              distance between the losses of the two is what the 16B hands on through growth. So few tokens are not
+              gap to the loss of the grown 51B is the benefit of growth. So few tokens are not
               enough for a good 51B, and random weights may want a longer warm-up than the grown stage's.
     operator  zero (default) or mask, the operator of the paper (MSG). The length of the mask's ramp is not published;
               the stage's warm-up is our choice.
@@ -27,7 +27,7 @@ where it is largest, and days. The paper: 21.5 days, of them 9.63 for 16B and 5.
 Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b
 
-The twin of minutes runs on a CPU: the same block, stages and operators, 0.2M -> 0.7M -> 1.3M parameters, bytes of
+The small twin runs in minutes on a CPU: the same block, stages and operators, 0.2M -> 0.7M -> 1.3M parameters, bytes of
 Python's documentation. Widths are 1/64 of the run's, steps 1/200, rates ten times as high. It shows that the schedule
 runs, not how good an FLM becomes.
         flmjax train --config=configs/flm_101b.py:cpu --workdir=runs/flm_cpu

@@ -285,7 +285,7 @@ def test_leaves_and_configs_are_the_golden_ones(file):
 
 @pytest.mark.parametrize("name", TINY)
 def test_numbers_are_the_golden_ones(name):
-    """Bitwise on the machine and the version of JAX that wrote them, to six digits elsewhere."""
+    """Bitwise on the machine and the version of JAX that wrote them, to four digits elsewhere."""
     golden, text = (GOLDEN / f"numbers/{name}.txt").read_text(), numbers_text(name)
     if machine() == (GOLDEN / "machine.txt").read_text():
         assert text == golden, HOW

@@ -14,7 +14,7 @@ from flmjax.model.flops import num_parameters
 from flmjax.planning import layout_search
 from flmjax.planning.layout_search import (
     Candidate,
-    Search,
+    LayoutSearch,
     estimates,
     fit,
     growth_peak,
@@ -301,7 +301,7 @@ def test_without_the_machines_compiler_no_layout_is_said_to_fit():
 
 def test_the_flags_of_a_layout_make_its_config():
     candidate = Candidate(MeshShape(3, 16, 4), "dots", (2, 3, 5), 10.0, int(50 * GiB))
-    text = layout_table(Search((candidate, dataclasses.replace(candidate, days=12.0)), possible=9, tried=3))
+    text = layout_table(LayoutSearch((candidate, dataclasses.replace(candidate, days=12.0)), possible=9, tried=3))
     row = [
         "replica",
         "3",

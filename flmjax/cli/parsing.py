@@ -121,7 +121,7 @@ def check_command(word: str) -> str:
         ConfigError: for another word, with the nearest names.
     """
     if word not in COMMANDS:
-        raise ConfigError(f"unknown command '{word}'{nearest(word, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        raise ConfigError(f"unknown command '{word}'{nearest(word, COMMANDS)}")
     return word
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple, TypedDict
 import jax
 import numpy as np
 
+from flmjax.config import DataConfig
+
 
 class Batch(TypedDict, total=False):
     """B sequences of L tokens, each of text or of a teacher's propositions: a plain dictionary of arrays.
@@ -47,6 +49,11 @@ class BatchKind(NamedTuple):
 
     segments: bool
     teachers: bool
+
+    @classmethod
+    def of(cls, data: DataConfig, teachers: bool) -> "BatchKind":
+        """The kind of data with these settings, with or without teachers."""
+        return cls(segments=data.document_attention or teachers, teachers=teachers)
 
 
 def abstract_batch(

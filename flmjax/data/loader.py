@@ -25,16 +25,6 @@ from flmjax.data.prepared import Prepared
 STREAM_VERSION = 1  # of the rules in this package that decide sample n
 
 
-def batch_kind(data: DataConfig, prepared: Prepared | None = None) -> BatchKind:
-    """Optional entries of the batches that `data` gives.
-
-    Args:
-        prepared: the prepared data. None: not known yet; a seqio mixture then counts as text without teachers.
-    """
-    teachers = bool(data.teachers) if prepared is None else prepared.marks is not None
-    return BatchKind(segments=data.document_attention or teachers, teachers=teachers)
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainingStream:
     """The endless stream of training rows of a run, and the validation rows of the same data.
@@ -158,7 +148,7 @@ class TrainingStream:
         rows = {source: len(self._rows(source, "train")) for source in self.prepared.sources}
         for source, count in rows.items():
             if count == 0:
-                raise ConfigError(f"data.sources: '{source}' has no training row (one token at most); add text")
+                raise ConfigError(f"source '{source}' has no training row (fewer than two tokens); add text")
         if sum(rows.values()) < batch_size:
             raise ConfigError(
                 f"the training set has {sum(rows.values())} rows of {self.length} tokens, fewer than one batch of "
@@ -196,7 +186,7 @@ class _TextRows:
         self._length = length
         self._end_id = prepared.tokenizer.end_id
         self._document_attention = data.document_attention
-        self._kind = batch_kind(data, prepared)
+        self._kind = BatchKind.of(data, prepared.marks is not None)
         self.full_rows = max(len(self._tokens) - 1, 0) // length
 
     def __len__(self) -> int:

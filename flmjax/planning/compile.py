@@ -39,7 +39,7 @@ class Compiler:
         mesh_shape: devices along each axis of the mesh.
         is_exact: False where the machine's compiler is missing. Programs are then compiled for as many fake CPU
             devices: their partitioning is that of the machine, their bytes and times are not.
-        kind: optional entries of the batches of training.
+        batch_kind: optional entries of the batches of training.
         assumptions: remarks on what could not be known about the data.
     """
 
@@ -52,19 +52,14 @@ class Compiler:
         self.topology = topology
         self.mesh_shape: MeshShape = validate_mesh(config, topology.num_devices)
         teachers, self.assumptions = teachers_of(config.data)
-        self.kind = BatchKind(segments=config.data.document_attention or teachers, teachers=teachers)
+        self.batch_kind = BatchKind.of(config.data, teachers)
         with captured_stderr():  # backends report the devices that this machine lacks
             devices = devices_of(topology)
             self.is_exact = devices is not None
             if devices is None:
                 jax.config.update("jax_num_cpu_devices", topology.num_devices)
-            fake_devices = jax.devices()
-        self.mesh = make_mesh(self.mesh_shape, fake_devices if devices is None else devices)
-
-    @property
-    def data_shards(self) -> int:
-        """Parts that the sequences of a batch divide into: replica x fsdp."""
-        return self.mesh.shape["replica"] * self.mesh.shape["fsdp"]
+            cpu_devices = jax.devices()
+        self.mesh = make_mesh(self.mesh_shape, cpu_devices if devices is None else devices)
 
     def spec(self, stage: Stage) -> StateSpec:
         """The abstract training state of a stage."""
@@ -78,7 +73,7 @@ class Compiler:
             ConfigError: for any other error of the compiler.
         """
         spec, settings = self.spec(stage), stage.config
-        batch = abstract_batch(self.kind, settings.batch_size, stage.model.max_length, batch_sharding(self.mesh))
+        batch = abstract_batch(self.batch_kind, settings.batch_size, stage.model.max_length, batch_sharding(self.mesh))
         return compile_program(
             jit_train_step(spec, stage.layout.microbatches, new_warmup(settings), ramp_of(stage)),
             (spec.abstract, batch, np.float32(0)),
@@ -90,7 +85,7 @@ class Compiler:
     def _step_advice(self, stage: Stage) -> str:
         if stage.layout.remat != "full":
             return "take model.remat='full'"
-        counts = legal_microbatches(stage.config, self.data_shards)
+        counts = legal_microbatches(stage.config, self.mesh_shape.data_shards)
         more = [count for count in counts if count > stage.layout.microbatches]
         return f"take stages[{stage.index}].microbatches={more[0]}" if more else MORE_DEVICES
 
@@ -99,7 +94,7 @@ class Compiler:
         if stage.layout.attention != "fused":
             return stage.layout.attention
         platform = self.mesh.devices.flat[0].platform
-        return choose(platform, stage.model.dtype, self.kind.segments)
+        return choose(platform, stage.model.dtype, self.batch_kind.segments)
 
     def growth(self, stage: Stage) -> Program:
         """The growth from the previous stage into `stage`; raises as `step`."""
@@ -122,14 +117,14 @@ class Compiler:
         assert stage.previous is not None
         config, old, new = self.config, self.spec(stage.previous), self.spec(stage)
         rows = whole_rows(config.certificate_rows, self.mesh)
-        batch = abstract_batch(self.kind, rows, old.config.max_length, batch_sharding(self.mesh))
+        batch = abstract_batch(self.batch_kind, rows, old.config.max_length, batch_sharding(self.mesh))
         program = compile_program(
             jit_comparison(Growth.into(stage), dtype=new.config.dtype, placement=Placement(self.mesh), gradients=True),
             ((old.abstract.params, new.abstract.params), batch),
             self.topology,
             name=f"the certificate of growth {stage.previous.name} -> {stage.name}",
-            advice=f"take certificate_rows={self.data_shards}"
-            if config.certificate_rows > self.data_shards
+            advice=f"take certificate_rows={self.mesh_shape.data_shards}"
+            if config.certificate_rows > self.mesh_shape.data_shards
             else MORE_DEVICES,
         )
         moments = sum(

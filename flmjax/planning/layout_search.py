@@ -65,7 +65,7 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class LayoutSearch:
     """Result of a search.
 
     Attributes:
@@ -79,7 +79,7 @@ class Search:
     tried: int
 
 
-def search_layouts(config: RunConfig, log: Log = lambda _: None, tries: int = 3) -> Search:
+def search_layouts(config: RunConfig, log: Log = lambda _: None, tries: int = 3) -> LayoutSearch:
     """Compile layouts for mesh.topology, the best by estimate first, until `tries` of them fit with all their programs.
 
     Raises:
@@ -100,8 +100,7 @@ def search_layouts(config: RunConfig, log: Log = lambda _: None, tries: int = 3)
                 growth_peaks[candidate.mesh] = growth_peak(compiler, log)
             peak = growth_peaks[candidate.mesh]
             if peak is None:
-                log("  the growths on this mesh are too large")
-                continue
+                raise TooLargeError("the growths on this mesh are too large")
             compiled = fit(candidate, compiler, log)
         except TooLargeError as error:
             reason = str(error)
@@ -115,7 +114,7 @@ def search_layouts(config: RunConfig, log: Log = lambda _: None, tries: int = 3)
         raise ConfigError(
             f"none of the {len(candidates)} layouts that may fit {topology.name} does; of the last one, {reason}"
         )
-    return Search(tuple(sorted(fitting, key=lambda candidate: candidate.days)), len(candidates), tried)
+    return LayoutSearch(tuple(sorted(fitting, key=lambda candidate: candidate.days)), len(candidates), tried)
 
 
 def growth_peak(compiler: Compiler, log: Log) -> int:
@@ -189,7 +188,7 @@ def _require_exact(compiler: Compiler) -> None:
         )
 
 
-def layout_table(search: Search) -> str:
+def layout_table(search: LayoutSearch) -> str:
     """The layouts that fit as a table for a terminal, and the flags of the best."""
     rows = [("mesh", "remat", "microbatches", "days", "peak")]
     for candidate in search.fitting:

@@ -33,9 +33,13 @@ class Program:
     rematerialisations: int
     compile_seconds: float
 
+    def fits(self, usable: float) -> bool:
+        """Whether the peak is at most `usable` bytes."""
+        return self.peak <= usable
+
     def refusal(self, chip: PlannableChip, usable: float) -> str | None:
         """Why the program does not fit, and what to change; None if its peak is at most `usable` bytes of the chip."""
-        if self.peak <= usable:
+        if self.fits(usable):
             return None
         return (
             f"{self.name} needs {self.peak / GiB:.1f} GiB a device; {chip.kind} has {chip.memory / GiB:.0f} GiB, of "

@@ -167,7 +167,7 @@ def savings(flops: float, days: float) -> list[str]:
 
 
 def _exchanges(plan: Plan, programs: Sequence[Program]) -> list[Row]:
-    """Rows of the bytes that a device sends in a step, by kind of collective and link."""
+    """Rows of the bytes that a device sends in each program, by kind of collective and link."""
     amounts: dict[tuple[str, str], list[float]] = {}
     for i, program in enumerate(programs):
         for exchange in program.collectives:
@@ -181,7 +181,7 @@ def _exchanges(plan: Plan, programs: Sequence[Program]) -> list[Row]:
 def _fits(plan: Plan, program: Program) -> str:
     if not plan.is_exact:
         return "unknown"
-    return "yes" if program.peak <= plan.usable else "NO"
+    return "yes" if program.fits(plan.usable) else "NO"
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -265,8 +265,8 @@ def _cost_remarks(costs: Sequence[cost.StageCost], is_paper_speed: bool) -> list
     speed = "days are without pauses"
     if is_paper_speed:
         speed = (
-            f"speeds and {A800.watts:.0f} W a device are of the paper's A800s; {cost.AVAILABILITY:.1%} of the days "
-            "compute, which is derived from its days"
+            f"speeds and {A800.watts:.0f} W a device are those of the paper's A800s; the devices compute "
+            f"{cost.AVAILABILITY:.1%} of the time, a share derived from the paper's days"
         )
     flops = f"FLOPs are without recomputation; with every layer recomputed, {recomputed:.4g} zettaFLOPs"
     return [flops, speed, *cost.tuning_words(costs)]

@@ -33,7 +33,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None) -> None:
         self.directory = directory
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
         else:
             if jax.process_index() == 0:
                 remove_incomplete(directory)

@@ -6,7 +6,7 @@ import pytest
 
 from flmjax.config import ConfigError, DataConfig, ModelConfig, RunConfig
 from flmjax.data.batch import Batch, BatchKind, abstract_batch, global_batch
-from flmjax.data.loader import TrainingStream, batch_kind
+from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import with_vocabulary
 from flmjax.data.sources.documents import Document
@@ -42,7 +42,7 @@ def sharding():
 def test_abstract_batches_have_the_shapes_of_those_on_devices(name, tmp_path, sharding):
     data, kind = KINDS[name]
     training = stream(tmp_path / "data", data)
-    assert batch_kind(training.data) == batch_kind(training.data, training.prepared) == kind
+    assert BatchKind.of(training.data, training.prepared.marks is not None) == kind
     abstract = abstract_batch(kind, 4, LENGTH, sharding)
     token_bytes = training.prepared.tokenizer.token_bytes
     for batch in (next(training.batches(start=0, batch_size=4)), training.validation_rows(2)):
@@ -56,12 +56,10 @@ def test_batch_names_every_entry_and_no_other():
     assert abstract_batch(BatchKind(True, True), 2, 8).keys() == Batch.__annotations__.keys()
 
 
-def test_a_prepared_mixture_says_whether_it_has_teachers(tmp_path):
-    """The settings of a seqio mixture do not say it."""
-    prepared = stream(tmp_path / "data", KINDS["teachers"][0]).prepared
-    mixture = DataConfig(mixture="some_mixture")
-    assert batch_kind(mixture) == BatchKind(segments=False, teachers=False)
-    assert batch_kind(mixture, prepared) == BatchKind(segments=True, teachers=True)
+@pytest.mark.parametrize(("apart", "teachers"), [(False, False), (True, False), (False, True)])
+def test_documents_apart_and_teachers_have_segments(apart, teachers):
+    kind = BatchKind.of(DataConfig(document_attention=apart), teachers)
+    assert kind == BatchKind(segments=apart or teachers, teachers=teachers)
 
 
 def test_attention_that_cannot_keep_propositions_apart_is_refused(tmp_path):
