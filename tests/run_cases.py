@@ -72,6 +72,7 @@ def start(
         when: the point at which the process dies; see driver.py.
         expect: exit status.
     """
+    driver = Path(__file__).parent / "driver.py"
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
@@ -79,8 +80,8 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
         "DRIVER_LOG": str(workdir) + ".batches",
+        "PYTHONPATH": os.pathsep.join([str(driver.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    driver = Path(__file__).parent / "driver.py"
     line = [sys.executable, str(driver), when, command, f"--config={lab / config}", f"--workdir={workdir}"]
     result = subprocess.run([*line, *flags], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == expect, result.stdout + result.stderr
