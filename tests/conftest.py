@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from flmjax.config import MeshConfig, ModelConfig
+from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
 from flmjax.model.transformer import init_params
 from flmjax.sharding.mesh import make_mesh
+from flmjax.training.state import state_spec
+from flmjax.training.step import jit_train_step
 
 TINY = ModelConfig(
     num_layers=2, embed_dim=32, num_heads=4, head_dim=8, mlp_dim=48, vocab_size=61, max_length=16, dtype="float32"
@@ -39,8 +41,20 @@ def one_device_mesh():
 
 
 @pytest.fixture(scope="session")
+def tiny_spec(one_device_mesh):
+    """StateSpec of TINY on one device."""
+    return state_spec(TINY, OptimizerConfig(), one_device_mesh)
+
+
+@pytest.fixture(scope="session")
+def tiny_step(tiny_spec):
+    """The jitted training step of `tiny_spec`, without accumulation."""
+    return jit_train_step(tiny_spec, 1)
+
+
+@pytest.fixture(scope="session")
 def own_environment() -> dict[str, str]:
-    """For a process in a platform's own settings, without this one's eight devices."""
+    """Environment variables of a subprocess with the platform's defaults, without the eight devices of this process."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     kept = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return {**kept, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,10 +1,10 @@
-"""`driver.py WHEN ARGS...`: the command line in a process that dies where a test wants it to.
+"""`driver.py WHEN ARGS...`: the command line in a process that dies at a point that a test chooses.
 
-WHEN: never | batch:N (kill -9 before the N-th update) | saved:N (the same, once what was saved is whole)
+WHEN: never | batch:N (kill -9 before the N-th update) | saved:N (the same, once the last save is complete)
 | growth (inside the growth point, before its certificate) | saving:N (while the N-th save is being written)
 | full:N (from the N-th save on no file may grow past 20 kB)
 | nan:N (from the N-th update on every gradient is not a number).
-Every batch's step and checksum go to DRIVER_LOG; those that growth learns from are steps -1, -2...
+The step and the checksum of every batch go to DRIVER_LOG; batches that tune a growth are steps -1, -2...
 """
 
 import os
@@ -59,10 +59,10 @@ def main() -> int:
         nonlocal saves, checkpoints
         saves, checkpoints = saves + 1, self
         if when == "full" and saves == int(number):
-            self.wait()  # the save before is whole
+            self.wait()  # the save before is complete
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         save(self, step, items, meta)
-        if when == "saving" and saves == int(number):  # the save before is whole now, this one is being written
+        if when == "saving" and saves == int(number):  # the save before is complete, this one is being written
             threading.Timer(0.005, die).start()
 
     loop.run_stage, Checkpoints.save = logged_stage, counted_save

@@ -61,7 +61,7 @@ def nest(leaves: dict[str, np.ndarray]) -> dict:
 def norm(x_BLD: np.ndarray, params: dict, config: ModelConfig) -> np.ndarray:
     """LayerNorm (x - mean) / sqrt(var + eps), population variance; RMSNorm x / sqrt(mean(x^2) + eps)."""
     if config.norm == "layernorm":
-        x_BLD = x_BLD - x_BLD.mean(-1, keepdims=True)  # mean(x^2) is the variance from here on
+        x_BLD = x_BLD - x_BLD.mean(-1, keepdims=True)  # mean(x^2) is now the variance
     y_BLD = x_BLD / np.sqrt((x_BLD**2).mean(-1, keepdims=True) + config.norm_eps) * params["scale"]
     return y_BLD + params["bias"] if "bias" in params else y_BLD
 

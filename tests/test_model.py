@@ -1,4 +1,4 @@
-"""The JAX model against the float64 NumPy model, and what no comparison of outputs shows."""
+"""The JAX model against the float64 NumPy model, and properties that no comparison of outputs shows."""
 
 import functools
 from types import SimpleNamespace
@@ -65,13 +65,13 @@ def test_model_equals_the_oracle(name, segments):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_parameter_tree_is_the_oracles(name):
+def test_parameter_tree_is_that_of_the_oracle(name):
     config = with_fields(TINY, **SETTINGS[name])
     params, axes = abstract_params(config)
-    found = {
+    leaf_shapes = {
         path: leaf.shape for path, leaf in reference.flatten(jax.tree.map(lambda x: np.zeros(x.shape), params)).items()
     }
-    assert found == reference.shapes(config)
+    assert leaf_shapes == reference.shapes(config)
     leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, LeafAxes))
     assert [len(leaf.names) for leaf in leaves] == [x.ndim for x in jax.tree.leaves(params)]
 
@@ -89,7 +89,7 @@ def test_each_token_depends_on_itself_and_the_past_alone():
     tokens = random_batch(config)["tokens"][:1]
 
     def logits_of(table_rows):
-        # Every place its own row of the table, so that the gradient tells places apart.
+        # Each position reads another row of the table, so that the gradient tells positions apart.
         moved = {**params, "embedding": jnp.zeros_like(params["embedding"]).at[: tokens.shape[1]].set(table_rows)}
         places = jnp.arange(tokens.shape[1])[None]
         return jnp.sum(jnp.abs(Transformer(config).apply({"params": moved}, places)[0, :, :61]), axis=-1)
@@ -101,7 +101,8 @@ def test_each_token_depends_on_itself_and_the_past_alone():
 
 
 @pytest.mark.parametrize("implementation", ["plain", "splash"])
-def test_attention_never_leaves_its_segment(implementation):  # case B05
+def test_attention_never_leaves_its_segment(implementation):
+    """A fused kernel that ignores segment ids mixes documents without an error: maxtext#4476."""
     length = 128  # splash works in blocks of 128
     q, k, v = (jax.random.normal(jax.random.key(i), (1, length, 2, 8)) for i in range(3))
     ids = jnp.asarray(np.arange(length) >= 50, jnp.int32)[None] + 1
@@ -128,7 +129,7 @@ def test_splash_equals_plain_attention_and_its_gradients(segments):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), run("plain"), run("splash"))
 
 
-def test_attention_refuses_what_it_cannot_honour():
+def test_unsupported_attention_settings_are_refused():
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ConfigError, match="segment ids"):
         attend(x, x, x, jnp.ones((1, 4), jnp.int32), implementation="cudnn")
@@ -143,25 +144,26 @@ def test_attention_refuses_what_it_cannot_honour():
         ("tpu", "bfloat16", False, "splash"),
         ("tpu", "float32", True, "splash"),
         ("gpu", "bfloat16", False, "cudnn"),
-        ("gpu", "bfloat16", True, "plain"),  # cuDNN's cannot keep documents apart
-        ("gpu", "float32", False, "plain"),  # its kernels are for 16 bits
+        ("gpu", "bfloat16", True, "plain"),  # cuDNN's kernels do not keep documents apart
+        ("gpu", "float32", False, "plain"),  # cuDNN's kernels are for 16 bits
         ("cpu", "bfloat16", False, "plain"),
     ],
 )
-def test_fused_attention_is_what_the_platform_has(platform, dtype, segmented, backend, monkeypatch):
+def test_fused_attention_is_the_kernel_of_the_platform(platform, dtype, segmented, backend, monkeypatch):
     assert choose(platform, dtype, segmented) == backend
-    asked = []
+    chosen = []
     for name in IMPLEMENTATIONS:
-        monkeypatch.setitem(IMPLEMENTATIONS, name, lambda *_, name=name: asked.append(name))
+        monkeypatch.setitem(IMPLEMENTATIONS, name, lambda *_, name=name: chosen.append(name))
     devices = np.array([SimpleNamespace(platform=platform)])
-    placement = SimpleNamespace(mesh=SimpleNamespace(devices=devices))  # of devices that need not be here
+    placement = SimpleNamespace(mesh=SimpleNamespace(devices=devices))
     x = jnp.zeros((1, 4, 2, 8), dtype)
     attend(x, x, x, jnp.ones((1, 4)) if segmented else None, implementation="fused", placement=placement)
-    assert asked == [backend]
+    assert chosen == [backend]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_of_padding_give_finite_outputs_and_gradients(dtype):  # case B06
+def test_rows_of_padding_give_finite_outputs_and_gradients(dtype):
+    """A query with nothing to attend to gives NaN: pytorch/pytorch#131060, huggingface/transformers#26137."""
     config = with_fields(TINY, dtype=dtype)
     batch = random_batch(config, segments=True)
     batch = {**batch, "weights": np.zeros_like(batch["weights"]), "segment_ids": np.zeros_like(batch["segment_ids"])}
@@ -171,7 +173,8 @@ def test_rows_of_padding_give_finite_outputs_and_gradients(dtype):  # case B06
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-def test_norm_is_exact_for_a_large_mean(norm):  # case D02
+def test_norm_is_exact_for_a_large_mean(norm):
+    """The variance as E[x^2] - E[x]^2 cancels: patrick-kidger/equinox#314, keras-team/keras-core#866."""
     config = with_fields(TINY, norm=norm, embed_dim=256, norm_eps=1e-8)
     x = 300 + 0.01 * np.random.default_rng(0).standard_normal((4, 8, 256)).astype(np.float32)
     layer = Norm(config)
@@ -184,7 +187,8 @@ def test_norm_is_exact_for_a_large_mean(norm):  # case D02
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_position_tables_are_float32_whatever_the_dtype(dtype):  # case C02
+def test_position_tables_are_float32_whatever_the_dtype(dtype):
+    """Angles in bfloat16 are the same for neighbouring positions above 256: EleutherAI/gpt-neox#1003."""
     config = with_fields(TINY, dtype=dtype, head_dim=128, max_length=2048, position="rope")
     tables = rotation(config, jnp.arange(2048)[None])
     angle = np.arange(2048)[:, None] * 10_000.0 ** (-np.arange(0, 128, 2) / 128)
@@ -193,7 +197,8 @@ def test_position_tables_are_float32_whatever_the_dtype(dtype):  # case C02
     np.testing.assert_allclose(tables.key_sin[0, :, 0, 1::2], np.sin(angle), atol=5e-4)
 
 
-def test_xpos_scales_around_a_centre_that_does_not_move_with_the_sequence():
+def test_xpos_scales_around_a_fixed_centre():
+    """The centre is max_length // 2, however long the sequence is."""
     config = with_fields(TINY, head_dim=4, max_length=16, xpos_scale_base=2.0)
     long, short = (rotation(config, jnp.arange(n)[None]) for n in (16, 10))
     for full, part in zip(long, short, strict=True):
@@ -225,7 +230,8 @@ def test_parameters_are_counted_by_hand():
     assert count_parameters(abstract_params(TINY)[0]) == by_hand
 
 
-def test_prompts_continue_in_a_batch_as_they_do_alone():  # case B07
+def test_prompts_continue_in_a_batch_as_they_do_alone():
+    """Padding must not change how a short prompt continues: huggingface/transformers#26137."""
     config = with_fields(TINY, max_length=32)
     params = random_params(config)
     prompts = [np.arange(n, dtype=np.int32) * 7 % config.vocab_size for n in (3, 9, 17)]

@@ -1,4 +1,4 @@
-"""The oracle itself, against values worked out by hand. Here a wrong oracle shows, not in a comparison with it."""
+"""The oracle against values worked out by hand: a comparison of the model with the oracle cannot show its errors."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ def test_the_oracle_imports_no_jax():
     assert subprocess.run([sys.executable, "-c", f"import sys; {path}; {code}"], timeout=60).returncode == 0
 
 
-def test_layernorm_divides_by_the_root_of_population_variance_and_epsilon():
+def test_layernorm_divides_by_the_root_of_variance_and_epsilon():
     # mean 2, population variance 1 (sample variance 2), eps 3: (1 - 2) / sqrt(4) = -1/2
     params = {"scale": np.array([2.0, 6.0]), "bias": np.array([1.0, 0.0])}
     y = reference.norm(np.array([1.0, 3.0]), params, change(TINY, norm_eps=3.0))
@@ -74,7 +74,7 @@ def test_rmsnorm_subtracts_no_mean():
     np.testing.assert_allclose(y, [3.0, 8.0])
 
 
-def test_rope_turns_neighbouring_pairs_by_position_times_frequency():
+def test_rope_turns_pairs_by_position_times_frequency():
     # theta 16, K 4: frequencies 1 and 16^(-2/4) = 1/4; place 2 turns by 2 rad and 1/2 rad
     config = change(TINY, position="rope", rope_theta=16.0)
     expected = [-0.4161468365, 0.9092974268, -0.4794255386, 0.8775825619]  # cos 2, sin 2, -sin 1/2, cos 1/2
@@ -82,7 +82,7 @@ def test_rope_turns_neighbouring_pairs_by_position_times_frequency():
         np.testing.assert_allclose(rotate([1, 0, 0, 1], 2, config, sign), expected, atol=1e-10)
 
 
-def test_xpos_scales_queries_down_and_keys_up_from_the_middle_of_the_context():
+def test_xpos_scales_queries_down_and_keys_up_from_the_centre():
     # K 4: zeta = (0 + 1.6) / 5.6 = 2/7 and (2 + 1.6) / 5.6 = 9/14; place 6 is one scale_base past the middle 9 // 2
     config = change(TINY, position="xpos", max_length=9, xpos_scale_base=2.0, rope_theta=1.0)
     turned = np.array([math.cos(6), math.sin(6)])
@@ -186,7 +186,8 @@ def test_layers_run_from_first_to_last():
     np.testing.assert_allclose(reference.logits(params, config, np.array([[1]]))[0, 0, 1], -1.0)
 
 
-def test_multipliers_scale_the_embedding_and_the_logits_but_not_learned_positions():
+def test_multipliers_scale_the_embedding_and_the_logits():
+    """Learned positions are not scaled."""
     # 2 * (1, 3) + (4, 1) = (6, 7), norm with eps 2: -+0.5 / sqrt(0.25 + 2) = -+1/3; dot (1, 3) = 2/3; times 3 / 2 = 1
     config = change(TINY, embedding_multiplier=2.0, output_multiplier=3.0, softmax_temperature=2.0, norm_eps=2.0)
     params = zeros(config)
@@ -194,7 +195,7 @@ def test_multipliers_scale_the_embedding_and_the_logits_but_not_learned_position
     params["positions"][1] = [4.0, 1.0]
     z = reference.logits(params, config, np.array([[0, 2]]))
     np.testing.assert_allclose(z[0, 1], [0, 0, 1, 0, 0, 0, 0, 0], atol=1e-15)
-    # token 2 in place 0 that is told to be at position 1 gives the same
+    # token 2 first in its row, with position 1, gives the same logits
     np.testing.assert_allclose(reference.logits(params, config, np.array([[2]]), positions=np.array([[1]])), z[:, 1:])
 
 

@@ -1,18 +1,16 @@
-"""Whole runs in processes of their own: killed, resumed, starved of disk. A kill costs its last interval at most."""
+"""Runs in subprocesses that are killed, resumed or starved of disk: each costs the last interval at most."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from run_cases import ALTERNATING, BIG, CONFIG, assert_same_run, batches, start
 
 from flmjax.config import ConfigError, MeshConfig, from_config_dict
 from flmjax.data.loader import TrainingStream
@@ -27,59 +25,10 @@ from flmjax.training.state import state_spec
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import read_metrics
 
-CONFIG = """
-from flmjax.config import *
-
-def get_config():
-    model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=32, dropout=0.1)
-    small = StageConfig(name="small", steps=15, batch_size=4, learning_rate=3e-3, schedule="constant")
-    mask = GrowthConfig("mask", ramp_steps=8)
-    large = StageConfig(
-        name="large", steps=15, batch_size=6, microbatches=2, growth=mask, embed_dim=48, num_layers=2
-    )
-    return to_config_dict(RunConfig(
-        model=model,
-        stages=(small, large),
-        data=DataConfig(sources=(r"TEXT",), vocabulary="bytes"),
-        checkpoint=CheckpointConfig(every=5, keep=2),
-        log_every=1,
-        evaluate_every=10,
-        evaluation_rows=8,
-        sample_tokens=8,
-    ))
-"""
-
-
-BIG = """
-from flmjax.config import *
-
-def get_config():
-    model = ModelConfig(
-        num_layers=3, embed_dim=60, num_heads=4, head_dim=20, mlp_dim=80, max_length=40, dropout=0.1,
-        norm_eps=1e-5 * 32 / 60, rotary_dim=16,
-    )
-    stage = StageConfig(name="big", steps=4, batch_size=4, learning_rate=1e-4, schedule="constant")
-    data = DataConfig(sources=(r"TEXT",), vocabulary="bytes")
-    return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
-"""
-
-ALTERNATING = """
-from flmjax.config import *
-
-def get_config():
-    model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=64)
-    stage = StageConfig(name="judge", steps=8, batch_size=4, learning_rate=1e-3, schedule="constant")
-    data = DataConfig(
-        sources=(r"TEXT",), teachers=(r"PROPOSITIONS",), vocabulary="bytes", mixture_weights=(0.5, 0.5),
-        teacher_mixing="alternating",
-    )
-    return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
-"""
-
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A folder with text, a config, a compile cache, and one run that nothing disturbed."""
+    """A folder with text, configs, a compile cache, and the run `straight`, which was not interrupted."""
     folder = tmp_path_factory.mktemp("lab")
     rng = random.Random(0)
     words = [f"w{rng.randrange(1000)}" for _ in range(200)]
@@ -92,60 +41,7 @@ def lab(tmp_path_factory):
     return folder
 
 
-def start(
-    lab: Path,
-    when: str,
-    workdir: Path,
-    *flags: str,
-    expect: int = 0,
-    command: str = "train",
-    config: str = "config.py",
-    devices: int = 1,
-) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(lab / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-        "DRIVER_LOG": str(workdir) + ".batches",
-    }
-    driver = Path(__file__).parent / "driver.py"
-    line = [sys.executable, str(driver), when, command, f"--config={lab / config}", f"--workdir={workdir}"]
-    result = subprocess.run([*line, *flags], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
-
-
-def batches(workdir: Path) -> dict[int, set[str]]:
-    """Checksums of the tokens that each step ever saw."""
-    seen: dict[int, set[str]] = {}
-    for line in Path(str(workdir) + ".batches").read_text().splitlines():
-        step, checksum = line.split()
-        seen.setdefault(int(step), set()).add(checksum)
-    return seen
-
-
-def same_run(a: Path, b: Path) -> None:
-    """Bitwise equal parameters and moments, the same samples at every step, the same metrics but for times."""
-    sums = []
-    for workdir in (a, b):
-        with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
-            assert checkpoints.latest_step() == 30
-            sums.append(checkpoints.meta(30)["checksums"])
-    assert sums[0] == sums[1]
-    assert batches(a) == batches(b)
-    timeless = [
-        [
-            {k: v for k, v in line.items() if k not in ("tokens_per_second", "model_flops_utilization", "seconds")}
-            for line in lines
-        ]
-        for lines in (read_metrics(a), read_metrics(b))
-    ]
-    assert timeless[0] == timeless[1]
-
-
-def test_a_run_writes_what_it_promises(lab):
+def test_a_run_writes_its_files_and_metrics(lab):
     straight = lab / "straight"
     assert sorted(p.name for p in straight.iterdir() if not p.name.startswith(".")) == [
         "certificates", "checkpoints", "config.json", "data", "loss.png", "metrics.jsonl", "report.html", "tensorboard",
@@ -163,16 +59,17 @@ def test_a_run_writes_what_it_promises(lab):
     assert len(set.union(*batches(straight).values())) == 30  # no batch came twice
 
 
-def test_kill_between_saves_loses_nothing(lab):  # case A01
+def test_kill_between_saves_loses_nothing(lab):
+    """Weights must not come back while the data starts over: keras-team/keras#22490, NVIDIA/Megatron-LM#1343."""
     workdir = lab / "killed"
     start(lab, "batch:12", workdir, expect=-9)  # the first 11 steps are done, step 10 is saved
-    # Step 10 was being written when the kill came: whole or not there.
+    # Step 10 was being written when the kill came: it is complete or absent.
     assert re.search(r"resume at step (5|10):", start(lab, "never", workdir).stdout)
-    same_run(lab / "straight", workdir)
+    assert_same_run(lab / "straight", workdir)
 
 
 def test_kill_while_the_mask_opens_loses_nothing(lab):
-    """Steps 15 to 22 are masked; the checkpoint of step 20 holds what is under the mask, whatever it shows."""
+    """Steps 15 to 22 are masked; the checkpoint of step 20 holds the weights under the mask, not the masked ones."""
     workdir = lab / "masked"
     start(lab, "saved:22", workdir, expect=-9)
     with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
@@ -180,12 +77,12 @@ def test_kill_while_the_mask_opens_loses_nothing(lab):
         check_masked_validation(workdir, checkpoints)
     shown = start(lab, "never", workdir).stdout
     assert "resume at step 20:" in shown
-    assert "large 23: the mask is open and gone" in shown
-    same_run(lab / "straight", workdir)
+    assert "large 23: the mask is fully open; training goes on without it" in shown
+    assert_same_run(lab / "straight", workdir)
 
 
 def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
-    """The loss that was reported at step 20 is that of what the mask shows: 5 of 8 steps open."""
+    """The loss reported at step 20 is that of the masked model, whose mask is open by 5 of 8 steps."""
     config = from_config_dict(checkpoints.meta(20)["config"])
     old, new = config.stage_models
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -201,7 +98,7 @@ def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
     assert abs(losses[1] - losses[0]) > 1e-4
 
 
-def test_growth_that_learns_uses_samples_of_its_own(lab):
+def test_learned_growth_consumes_samples_of_the_stage(lab):
     """Three tuning batches before step 15: the stage's batches move on by three, tokens and FLOPs are counted."""
     workdir, growth = lab / "learned", "--config.stages[1].growth"
     flags = [f"{growth}.family=learned", f"{growth}.ramp_steps=0", f"{growth}.tuning_steps=3"]
@@ -225,36 +122,39 @@ def test_kill_inside_the_growth_point_loses_nothing(lab):
     start(lab, "growth", workdir, expect=-9)
     assert not (workdir / "certificates").exists()
     assert "resume at step 15" in start(lab, "never", workdir).stdout
-    same_run(lab / "straight", workdir)
+    assert_same_run(lab / "straight", workdir)
 
 
-def test_kill_while_saving_and_an_empty_folder_cost_one_interval(lab):  # case H02
+def test_kill_while_saving_and_an_empty_folder_cost_one_interval(lab):
+    """A half-written checkpoint must not pass for the newest: google/flax#1200, google/orbax#394."""
     workdir = lab / "killed_saving"
     start(lab, "saving:2", workdir, expect=-9)
     (workdir / "checkpoints" / "12").mkdir()  # Orbax alone would take it for the newest
     result = start(lab, "never", workdir)
     assert "resume at step 5" in result.stdout or "resume at step 10" in result.stdout
     assert f"removed {workdir / 'checkpoints' / '12'}: not a complete checkpoint" in result.stderr
-    same_run(lab / "straight", workdir)
+    assert_same_run(lab / "straight", workdir)
     assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
 
 
-def test_full_disk_stops_the_run_and_spares_the_last_checkpoint(lab):  # case H03
+def test_full_disk_stops_the_run_and_spares_the_last_checkpoint(lab):
+    """A background save that fails must not be ignored: google/orbax#605, keras-team/keras#23609."""
     workdir = lab / "full"
     result = start(lab, "full:2", workdir, expect=1)
     assert "saving in" in result.stderr
     assert len(result.stderr.strip().splitlines()[-1]) < 600
     assert len(batches(workdir)) <= 15  # within one interval of the second save, at step 10
     assert "resume at step 5" in start(lab, "never", workdir).stdout
-    same_run(lab / "straight", workdir)
+    assert_same_run(lab / "straight", workdir)
 
 
-def test_gradients_that_stay_nan_stop_the_run_and_spare_the_last_checkpoint(lab):  # case D04
+def test_nan_gradients_stop_the_run_and_spare_the_last_checkpoint(lab):
+    """Training must not go on without updates: pytorch/pytorch#46849, optax#1746."""
     workdir = lab / "nan"
     result = start(lab, "nan:8", workdir, "--config.optimizer.max_skipped_updates=3", expect=1)
     assert "step 10: update skipped, not finite: embedding" in result.stderr
     assert "(3 in a row); stopped, parameters are those of step 7" in result.stderr
-    assert max(batches(workdir)) <= 11  # one more update was on its way
+    assert max(batches(workdir)) <= 11  # the next update had been started
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest_step() == 5
 
@@ -273,10 +173,10 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_works(lab):
     assert "delete that folder to go on from step 25" in result.stderr
     shutil.rmtree(step)
     start(lab, "never", workdir)
-    same_run(lab / "straight", workdir)
+    assert_same_run(lab / "straight", workdir)
 
 
-def test_a_finished_run_is_left_as_it_is_by_the_same_command(lab):
+def test_the_same_command_leaves_a_finished_run_as_it_is(lab):
     before = (lab / "straight" / "metrics.jsonl").read_text()
     assert "report" in start(lab, "never", lab / "straight").stdout
     assert (lab / "straight" / "metrics.jsonl").read_text() == before
@@ -287,12 +187,13 @@ def test_workdir_of_another_config_is_refused_with_the_fields(lab):
     assert "model.mlp_dim: 48 -> 64; stages[1].steps: 15 -> 20" in result.stderr
 
 
-def test_what_only_says_how_to_run_may_change(lab):
+def test_settings_of_execution_may_change(lab):
     flags = ("--config.stages[1].microbatches=3", "--config.log_every=5", "--config.model.remat=full")
     start(lab, "never", lab / "straight", *flags)
 
 
-def test_learning_rate_and_seed_compile_nothing_anew(lab):  # case I06
+def test_learning_rate_and_seed_compile_nothing_anew(lab):
+    """The same program keeps its key in the compile cache: jax-ml/jax#13325, jax-ml/jax#18819."""
     flags = ("--config.seed=5", "--config.stages[0].learning_rate=1e-3")
     cached = {p.name for p in (lab / "cache").iterdir()}
     start(lab, "never", lab / "reseeded", *flags)
@@ -355,9 +256,9 @@ def test_a_grown_checkpoint_has_its_certificate_and_trains_on(lab, weights_only)
         (["--config.stages[0].growth.family=learned"], "grows in a run, not between runs.*make the larger model", 2),
     ],
 )
-def test_growth_that_cannot_be_is_refused_before_anything_is_written(lab, flags, words, status):
+def test_impossible_growth_is_refused_before_any_file_is_written(lab, flags, words, status):
     workdir = lab / "refused"
-    flags = [f"--source={lab / 'straight'}", *flags]  # of a flag given twice the last counts
+    flags = [f"--source={lab / 'straight'}", *flags]  # of a repeated flag the last one counts
     result = start(lab, "never", workdir, *flags, command="grow", config="big.py", expect=status)
     assert re.search(words, result.stderr), result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -365,7 +266,7 @@ def test_growth_that_cannot_be_is_refused_before_anything_is_written(lab, flags,
     assert not (workdir / "config.json").exists()
 
 
-def test_a_vocabulary_in_which_an_old_id_means_another_word_is_refused(lab):
+def test_a_vocabulary_with_other_words_for_old_ids_is_refused(lab):
     data = lab / "straight" / "data"
     check_vocabulary(data, ByteTokenizer(), Path("new"))
     larger = SimpleNamespace(fingerprint="more", vocab_size=258, end_id=256, decode=ByteTokenizer().decode)
@@ -375,13 +276,13 @@ def test_a_vocabulary_in_which_an_old_id_means_another_word_is_refused(lab):
         check_vocabulary(data, pieces, Path("new"))
 
 
-def test_growth_that_is_killed_leaves_no_workdir_and_starts_anew(lab):
+def test_killed_growth_leaves_no_workdir_and_starts_anew(lab):
     workdir, flags = lab / "cut", [f"--source={lab / 'straight'}"]
     start(lab, "saving:1", workdir, *flags, command="grow", config="big.py", expect=-9)
     assert not (workdir / "config.json").exists()
     result = start(lab, "never", workdir, config="big.py", expect=2)  # never from scratch
     assert "growth that was cut off" in result.stderr
-    for step in (workdir / "checkpoints").glob("[0-9]*"):  # whole, if the kill came late
+    for step in (workdir / "checkpoints").glob("[0-9]*"):  # complete, if the kill came late
         shutil.rmtree(step)
     start(lab, "never", workdir, *flags, command="grow", config="big.py")
     assert (workdir / "config.json").exists()
@@ -398,7 +299,8 @@ def test_growth_goes_to_another_mesh(lab):
     assert "straight: num_heads=2 does not divide over mesh axis tensor=4" in result.stderr
 
 
-def test_a_line_of_alternating_batches_has_the_newest_batch_of_either_kind(lab):
+def test_lines_of_alternating_batches_have_both_kinds(lab):
+    """A line that is written every three steps has the newest batch of language and the newest of teachers."""
     rows = [json.dumps({"proposition": f"{i} is a number", "judgement": i % 2 == 0}) for i in range(300)]
     (lab / "propositions.jsonl").write_text("\n".join(rows))
     config = ALTERNATING.replace("TEXT", str(lab / "text")).replace("PROPOSITIONS", str(lab / "propositions.jsonl"))
@@ -407,13 +309,13 @@ def test_a_line_of_alternating_batches_has_the_newest_batch_of_either_kind(lab):
     start(lab, "never", every, config="alternating.py")
     start(lab, "never", third, "--config.log_every=3", config="alternating.py")
     names = ("language_loss", "bits_per_byte", "teacher_loss", "judgement_accuracy")
-    own = {line["step"]: line for line in read_metrics(every) if line["kind"] == "train"}
-    assert [own[step]["teacher_loss"] is None for step in range(1, 9)] in ([True, False] * 4, [False, True] * 4)
+    every_line = {line["step"]: line for line in read_metrics(every) if line["kind"] == "train"}
+    assert [every_line[step]["teacher_loss"] is None for step in range(1, 9)] in ([True, False] * 4, [False, True] * 4)
     for line in read_metrics(third):
         if line["kind"] == "train":
             step = line["step"]
-            assert line["loss"] == own[step]["loss"]
+            assert line["loss"] == every_line[step]["loss"]
             for name in names:
-                newest = own[step][name] if own[step][name] is not None else own[step - 1][name]
+                newest = every_line[step][name] if every_line[step][name] is not None else every_line[step - 1][name]
                 assert line[name] == newest, (step, name)
             assert None not in [line[name] for name in names]

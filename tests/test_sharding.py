@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_batch, with_fields
+from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import (
     GROWTH_FAMILIES,
@@ -25,12 +25,13 @@ from flmjax.data.batch import global_batch
 from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.learned import expand, first_matrices
+from flmjax.model.transformer import Transformer
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement, batch_sharding
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import gradients, jit_train_step
 
-# 61 words do not divide over anything: rows up to 64 are padding.
+# A vocabulary of 61 divides over no mesh axis: rows up to 64 are padding.
 CONFIG = with_fields(TINY, num_heads=8, num_layers=2)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
@@ -69,11 +70,13 @@ def one_device():
 def test_every_mesh_equals_one_device(shape, one_device):
     """Gradients to 1e-6 of the largest: sums in another order differ by a few float32 roundings (6e-8 each).
 
-    The trace to 1e-4: Adam divides by the root of the second moment, so that roundings of small gradients move whole
-    updates, and 20 steps at a rate of 3e-3 add them up.
+    The trace to 1e-4: Adam divides by the root of the second moment, so that roundings of small gradients change
+    updates by their full size, and 20 steps at a rate of 3e-3 add them up.
+
+    Initial parameters are equal, whatever the mesh: jax-ml/jax#40232, levanter#163.
     """
     start, grads, norm, losses = run(shape)
-    chex.assert_trees_all_equal(start, one_device[0])  # case I03: the seed alone decides
+    chex.assert_trees_all_equal(start, one_device[0])
     largest = max(np.abs(g).max() for g in jax.tree.leaves(one_device[1]))
     chex.assert_trees_all_close(grads, one_device[1], rtol=0, atol=1e-6 * largest)
     np.testing.assert_allclose(norm, one_device[2], rtol=1e-6)
@@ -98,7 +101,7 @@ def test_constraints_reach_the_lowered_program():
 
 
 def growth_program(family, shape, new_shape, old=CONFIG):
-    """(compiled growth of a state on every axis, spec of the old state, spec of the new one)."""
+    """(compiled growth on every axis, StateSpec of the old model, StateSpec of the new model)."""
     new = resize(old, family, embed_dim=64, mlp_dim=96, num_heads=16, head_dim=16, num_layers=3)
     before, after = (
         state_spec(config, OptimizerConfig(), mesh_of(s)) for config, s in ((old, shape), (new, new_shape))
@@ -118,7 +121,7 @@ def grown_on_one_device(family):
 
 
 def trained_state(spec):
-    """Nothing in it is trivial: random parameters and moments, and a count."""
+    """Random parameters, moments and births, and a count of 20: no leaf is trivial."""
     rng = np.random.default_rng(0)
 
     def fill(path, x):
@@ -131,27 +134,27 @@ def trained_state(spec):
 
 
 def gathered(text):
-    """Shapes of all that a program gathers."""
+    """Shapes of the results of all all-gathers in a program."""
     return {tuple(map(int, shape.split(","))) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)}
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
 @pytest.mark.parametrize("family", GROWTH_FAMILIES)
-def test_sharded_growth_equals_the_unsharded_and_gathers_nothing(family, shape):  # facts: T9
+def test_sharded_growth_equals_unsharded_and_gathers_nothing(family, shape):
     compiled, before, after = growth_program(family, shape, shape)
     grown = compiled(trained_state(before))
     assert all(np.abs(np.asarray(x, np.float64)).max() > 0 for x in jax.tree.leaves(grown.opt_state))
     chex.assert_trees_all_close(jax.tree.map(np.asarray, grown), grown_on_one_device(family), rtol=1e-6, atol=1e-7)
-    whole = {x.shape for x in jax.tree.leaves(after.abstract) if x.sharding.is_fully_replicated}
-    if family == "duplicate":  # gains and biases are whole on every device anyway
-        assert gathered(compiled.as_text()) <= whole
+    replicated = {x.shape for x in jax.tree.leaves(after.abstract) if x.sharding.is_fully_replicated}
+    if family == "duplicate":  # gains and biases are replicated on every device
+        assert gathered(compiled.as_text()) <= replicated
     else:
         assert "all-gather" not in compiled.as_text()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_learning_growth_gathers_one_layer_at_a_time(shape):
-    old = with_fields(CONFIG, num_layers=5)  # 5 and 7 divide what has all layers, and nothing else
+    old = with_fields(CONFIG, num_layers=5)  # 5 and 7 divide the sizes of stacks of all layers, and no other size
     new = resize(old, "learned", embed_dim=64, mlp_dim=96, num_heads=16, num_layers=7)
     before, after = (state_spec(config, OptimizerConfig(), mesh_of(shape)).abstract.params for config in (old, new))
     shardings = jax.tree.map(lambda x: x.sharding, after)
@@ -159,10 +162,10 @@ def test_learning_growth_gathers_one_layer_at_a_time(shape):
     matrices = first_matrices(growth)
 
     def gradient(matrices, params, constant, cotangent):
-        def made(matrices):
+        def expanded(matrices):
             return jax.lax.with_sharding_constraint(expand(matrices, params, constant, growth), shardings)
 
-        return jax.vjp(made, matrices)[1](cotangent)
+        return jax.vjp(expanded, matrices)[1](cotangent)
 
     text = jax.jit(gradient).lower(matrices, before, after, after).compile().as_text()
     sizes = [int(np.prod(part)) for part in gathered(text) if len(part) > 2]
@@ -179,9 +182,11 @@ def test_growth_to_another_mesh_is_growth():
         assert jax.tree.leaves(grown.params)[0].sharding.mesh == after.mesh
 
 
-def test_default_mesh_is_all_data(tmp_path):  # case I05
+def test_default_mesh_is_all_data():
+    """Not all devices on the model axis: google-research/t5x#410."""
     run_config = RunConfig(model=CONFIG, stages=(StageConfig(),))
-    assert validate_mesh(run_config, 8) == MeshConfig(replica=1, fsdp=8, tensor=1)
+    shape = validate_mesh(run_config, 8)
+    assert (shape.replica, shape.fsdp, shape.tensor) == (1, 8, 1)
     with pytest.raises(ConfigError, match=r"1 x fsdp 3 x tensor 2 has 6 places for 8 devices; fsdp=4 would"):
         validate_mesh(with_fields(run_config, mesh=MeshConfig(1, 3, 2)), 8)
     for mesh, words in (
@@ -202,22 +207,20 @@ def test_default_mesh_is_all_data(tmp_path):  # case I05
         ({"embed_dim": 31}, "embed_dim=31 does not divide over mesh axis fsdp=2"),
     ],
 )
-def test_sizes_that_do_not_divide_are_named(fields, words):  # case I04
+def test_sizes_that_do_not_divide_are_named(fields, words):
+    """Before compiling, whose error is late and names no setting: jax-ml/jax#27808."""
     config = RunConfig(model=with_fields(CONFIG, **fields), mesh=MeshConfig(1, 2, 4))
     with pytest.raises(ConfigError, match=words):
         validate_mesh(config, 8)
 
 
-def test_vocabulary_that_does_not_divide_is_padded():  # case I04
+def test_vocabulary_that_does_not_divide_is_padded():
     config = RunConfig(model=with_fields(CONFIG, vocab_size=259, vocab_multiple=1), mesh=MeshConfig(1, 2, 4))
     assert config.stage_models[0].padded_vocab_size == 260
 
 
-def test_biases_are_added_once_whatever_the_split(one_device):  # case I07
-    from conftest import random_params
-
-    from flmjax.model.transformer import Transformer
-
+def test_biases_are_added_once_whatever_the_split():
+    """A bias after a contraction over shards must not be summed once a shard: EleutherAI/gpt-neox#1072."""
     params = random_params(CONFIG)
     assert all(np.abs(x).min() > 0 for x in jax.tree.leaves(params["layers"]["mlp"]["down"]["bias"]))
     tokens = random_batch(CONFIG, rows=8)["tokens"]

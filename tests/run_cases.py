@@ -1,0 +1,116 @@
+"""Configs of small runs, and the process that trains or grows them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.metrics import read_metrics
+
+CONFIG = """
+from flmjax.config import *
+
+def get_config():
+    model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=32, dropout=0.1)
+    small = StageConfig(name="small", steps=15, batch_size=4, learning_rate=3e-3, schedule="constant")
+    mask = GrowthConfig("mask", ramp_steps=8)
+    large = StageConfig(
+        name="large", steps=15, batch_size=6, microbatches=2, growth=mask, embed_dim=48, num_layers=2
+    )
+    return to_config_dict(RunConfig(
+        model=model,
+        stages=(small, large),
+        data=DataConfig(sources=(r"TEXT",), vocabulary="bytes"),
+        checkpoint=CheckpointConfig(every=5, keep=2),
+        log_every=1,
+        evaluate_every=10,
+        evaluation_rows=8,
+        sample_tokens=8,
+    ))
+"""
+BIG = """
+from flmjax.config import *
+
+def get_config():
+    model = ModelConfig(
+        num_layers=3, embed_dim=60, num_heads=4, head_dim=20, mlp_dim=80, max_length=40, dropout=0.1,
+        norm_eps=1e-5 * 32 / 60, rotary_dim=16,
+    )
+    stage = StageConfig(name="big", steps=4, batch_size=4, learning_rate=1e-4, schedule="constant")
+    data = DataConfig(sources=(r"TEXT",), vocabulary="bytes")
+    return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
+"""
+ALTERNATING = """
+from flmjax.config import *
+
+def get_config():
+    model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=64)
+    stage = StageConfig(name="judge", steps=8, batch_size=4, learning_rate=1e-3, schedule="constant")
+    data = DataConfig(
+        sources=(r"TEXT",), teachers=(r"PROPOSITIONS",), vocabulary="bytes", mixture_weights=(0.5, 0.5),
+        teacher_mixing="alternating",
+    )
+    return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
+"""
+
+
+def start(
+    lab: Path,
+    when: str,
+    workdir: Path,
+    *flags: str,
+    expect: int = 0,
+    command: str = "train",
+    config: str = "config.py",
+    devices: int = 1,
+) -> subprocess.CompletedProcess:
+    """Run `flmjax COMMAND --config --workdir FLAGS` by driver.py in a process, and assert its exit status.
+
+    Args:
+        lab: folder with the config and the compile cache.
+        when: the point at which the process dies; see driver.py.
+        expect: exit status.
+    """
+    driver = Path(__file__).parent / "driver.py"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(lab / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+        "DRIVER_LOG": str(workdir) + ".batches",
+        "PYTHONPATH": os.pathsep.join([str(driver.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    line = [sys.executable, str(driver), when, command, f"--config={lab / config}", f"--workdir={workdir}"]
+    result = subprocess.run([*line, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result
+
+
+def batches(workdir: Path) -> dict[int, set[str]]:
+    """{step: checksums of its batches}, from DRIVER_LOG; a repeated step has one if its batch was the same."""
+    seen: dict[int, set[str]] = {}
+    for line in Path(str(workdir) + ".batches").read_text().splitlines():
+        step, checksum = line.split()
+        seen.setdefault(int(step), set()).add(checksum)
+    return seen
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Assert equal bits of parameters and moments, equal samples at every step, and equal metrics except times."""
+    sums = []
+    for workdir in (a, b):
+        with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
+            assert checkpoints.latest_step() == 30
+            sums.append(checkpoints.meta(30)["checksums"])
+    assert sums[0] == sums[1]
+    assert batches(a) == batches(b)
+    timeless = [
+        [
+            {k: v for k, v in line.items() if k not in ("tokens_per_second", "model_flops_utilization", "seconds")}
+            for line in lines
+        ]
+        for lines in (read_metrics(a), read_metrics(b))
+    ]
+    assert timeless[0] == timeless[1]

@@ -1,0 +1,49 @@
+"""The cross-entropy and its gradient against their plain formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_batch, with_fields
+
+from flmjax.model.loss import cross_entropy_sum
+
+
+def test_loss_of_bfloat16_states_is_float32_and_exact():
+    """A cross-entropy of bfloat16 logits comes out quantised: optax#1020, google/flax#677."""
+    config = with_fields(TINY, vocab_size=1000, dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 8, 32)) * 3, jnp.bfloat16)
+    table = jnp.asarray(rng.standard_normal((1000, 32)), jnp.bfloat16)
+    targets = rng.integers(0, 1000, (2, 8))
+    loss, _ = cross_entropy_sum(x, table, targets, jnp.ones((2, 8)), config)
+    logits = np.einsum("bld,vd->blv", np.float64(x), np.float64(table))
+    top = np.log(np.exp(logits).sum(-1))
+    exact = (top - np.take_along_axis(logits, targets[..., None], -1)[..., 0]).sum()
+    assert loss.dtype == jnp.float32
+    assert abs(float(loss) - exact) / 16 < 1e-3
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_gradient_of_the_loss_is_that_of_its_plain_formula(chunks):
+    """In one part and, from 2^21 logits on, in several parts of the sequence."""
+    config = with_fields(TINY, vocab_size={1: 61, 4: 2**17 - 3}[chunks])  # and three padded ids
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, 16, 32)), jnp.float32)
+    table = jnp.asarray(rng.standard_normal((config.padded_vocab_size, 32)), jnp.float32)
+    batch = random_batch(config, rows=3)
+
+    def plain(x, table):
+        log_probs = jax.nn.log_softmax((x @ table.T)[..., : config.vocab_size])
+        picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * batch["weights"])
+
+    def ours(x, table):
+        return 3.0 * cross_entropy_sum(x, table, batch["targets"], batch["weights"], config)[0]
+
+    assert f"length={chunks}" in str(jax.make_jaxpr(ours)(x, table))
+    loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, table)
+    expected, expected_gradients = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, table)
+    np.testing.assert_allclose(loss, 3 * expected, rtol=1e-6)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, 3 * expected, rtol=0, atol=2e-6 * 3 * np.abs(expected).max())

@@ -1,0 +1,60 @@
+"""Learning rates over stages and after growth."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import TINY, random_batch
+from step_cases import adam
+
+from flmjax.config import GrowthConfig, StageConfig
+from flmjax.optimizer.schedule import learning_rate, new_warmup
+from flmjax.training.state import init_state
+from flmjax.training.step import jit_train_step
+
+
+def test_learning_rate_counts_updates_over_all_stages(tiny_spec):
+    """Updates, not microbatches: huggingface/accelerate#963, maxtext#3452."""
+    stage_rates = GrowthConfig(rate_policy="stage")
+    stages = (
+        StageConfig(name="a", steps=10, learning_rate=1.0, warmup_steps=4, final_learning_rate=0.1),
+        StageConfig(name="b", steps=10, learning_rate=0.5, schedule="wsd", decay_fraction=0.4, growth=stage_rates),
+        StageConfig(name="c", steps=2, learning_rate=0.3, schedule="constant", growth=stage_rates),
+    )
+    rates = [learning_rate(stages, i) for i in range(22)]
+    np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    np.testing.assert_allclose(rates[4:10], cosine, rtol=1e-6)
+    np.testing.assert_allclose(rates[10:20], [0.5] * 7 + [0.375, 0.25, 0.125], rtol=1e-6)
+    np.testing.assert_allclose(rates[20:], 0.3)
+    with pytest.raises(ValueError, match="schedule ends"):
+        learning_rate(stages, 22)
+    run = jit_train_step(tiny_spec, 4)
+    state = init_state(tiny_spec, 0)
+    for i in range(10):
+        state, _ = run(state, random_batch(TINY, seed=i), np.float32(rates[i]))
+    assert int(adam(state).count) == int(state.step) == 10
+
+
+def test_learning_rate_after_growth_follows_its_policy():
+    def rates(policy, **growth):
+        after = GrowthConfig(rate_policy=policy, **growth)
+        first = StageConfig(name="a", steps=4, learning_rate=1.0, warmup_steps=2, schedule="cosine")
+        stages = (first, StageConfig(name="b", steps=4, growth=after), StageConfig(name="c", steps=2, growth=after))
+        return [learning_rate(stages, i) for i in range(10)]
+
+    def cosine(n, length):
+        return (1 + math.cos(math.pi * n / length)) / 2
+
+    unbroken = [0.5, 1.0, *[cosine(i, 8) for i in range(8)]]
+    np.testing.assert_allclose(rates("continue"), unbroken, rtol=1e-5)
+    warmed = [*unbroken[:4], unbroken[4] / 2, *unbroken[5:]]  # the warm-up is two of four updates, one of two
+    np.testing.assert_allclose(rates("rewarm", rewarm_fraction=0.5), warmed, rtol=1e-5)
+    rewound = [*unbroken[:4], *[cosine(i, 6) for i in range(4)], 1.0, cosine(1, 2)]
+    np.testing.assert_allclose(rates("rewind"), rewound, rtol=1e-5)
+
+
+def test_warm_up_of_new_weights_is_a_share_of_the_stage():
+    stage = StageConfig(steps=1000, growth=GrowthConfig(new_warmup_fraction=0.02))
+    assert new_warmup(stage) == 20
+    assert new_warmup(StageConfig(steps=1000)) == 10
