@@ -73,8 +73,8 @@ def teacher_sums(
 
     Returns:
         "language_loss", "language_weight", "teacher_loss", "teacher_weight": loss in nats and weight of the sequences
-        of text and of the sequences of teachers. "judged": number of decisive targets with a weight. "correct": number of
-        judged targets whose mark has the larger logit of the two (equal logits are wrong).
+        of text and of the sequences of teachers. "judged": number of decisive targets with a weight. "correct": number
+        of judged targets whose mark has the larger logit of the two (equal logits are wrong).
     """
     marks_B2, weight_B = batch["marks"], jnp.sum(batch["weights"], axis=1)
     is_teacher_B = marks_B2[:, 0] != marks_B2[:, 1]

@@ -44,7 +44,7 @@ class LeafAxes(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the parameter maps one axis to another. Gains and biases do not: they have no weight decay, no FSDP."""
+        """Whether the parameter maps one axis to another. Gains and biases do not: no weight decay, no FSDP."""
         return "read" in self.roles or "index" in self.roles
 
 
