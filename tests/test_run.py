@@ -270,7 +270,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_works(lab):
     largest.write_bytes(data)
     result = start(lab, "never", workdir, expect=1)
     assert f"{step} cannot be read" in result.stderr
-    assert "delete that folder to go on from step 25" in result.stderr
+    assert "delete that folder to resume from step 25" in result.stderr
     shutil.rmtree(step)
     start(lab, "never", workdir)
     same_run(lab / "straight", workdir)
