@@ -180,7 +180,7 @@ def test_kill_while_the_mask_opens_loses_nothing(lab):
         check_masked_validation(workdir, checkpoints)
     shown = start(lab, "never", workdir).stdout
     assert "resume at step 20:" in shown
-    assert "large 23: the mask is open and gone" in shown
+    assert "large 23: the growth mask is fully open; training continues without it" in shown
     same_run(lab / "straight", workdir)
 
 
@@ -253,7 +253,7 @@ def test_gradients_that_stay_nan_stop_the_run_and_spare_the_last_checkpoint(lab)
     workdir = lab / "nan"
     result = start(lab, "nan:8", workdir, "--config.optimizer.max_skipped_updates=3", expect=1)
     assert "step 10: update skipped, not finite: embedding" in result.stderr
-    assert "(3 in a row); stopped, parameters are those of step 7" in result.stderr
+    assert "(3 in a row); training stopped with the parameters of step 7" in result.stderr
     assert max(batches(workdir)) <= 11  # one more update was on its way
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest_step() == 5

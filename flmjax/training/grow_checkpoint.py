@@ -69,7 +69,7 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
 
     `workdir` gets the certificate, then a checkpoint at step 0, from which `flmjax train` continues, and last the
     config. If growth is cut off before the config is written, `workdir` is not a workdir yet and growth starts again.
-    Family and settings of the growth are those of the first stage. The state is restored on the new mesh before it grows.
+    The first stage has the family and the settings of the growth. The state is restored on the new mesh, then grown.
 
     Args:
         config: the new run; its data must have the vocabulary that the source was trained with.

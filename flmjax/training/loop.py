@@ -222,7 +222,7 @@ class Run:
             text = f"step {step}: update skipped, not finite: {', '.join(leaves[:3])} ({skipped} in a row)"
             self.bar.log(text)
             if skipped >= self.config.optimizer.max_skipped_updates:
-                raise TrainingError(f"{text}; stopped, parameters are those of step {step - skipped}")
+                raise TrainingError(f"{text}; training stopped with the parameters of step {step - skipped}")
         if "teacher_loss" in metrics:
             of_kinds = {name: float(metrics[name]) for name in METRICS if name not in OF_ALL_ROWS}
             self.newest |= {name: x for name, x in of_kinds.items() if not np.isnan(x)}
