@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from flmjax.config import MeshShape, ModelConfig, OptimizerConfig
 from flmjax.model.transformer import init_params
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import state_spec
@@ -37,7 +37,7 @@ def tiny() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def one_device_mesh():
-    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
 
 
 @pytest.fixture(scope="session")

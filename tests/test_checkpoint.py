@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, random_batch, with_fields
 
 import flmjax
-from flmjax.config import FORMAT, ConfigError, MeshConfig, OptimizerConfig, resize
+from flmjax.config import FORMAT, ConfigError, MeshShape, OptimizerConfig, resize
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import from_items, init_state, state_spec, to_items
 from flmjax.training.step import jit_train_step
@@ -22,7 +22,7 @@ CONFIG = with_fields(TINY, num_heads=8)
 
 
 def spec_on(*shape):
-    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    mesh = make_mesh(MeshShape(*shape), jax.devices()[: int(np.prod(shape))])
     return state_spec(CONFIG, OptimizerConfig(), mesh)
 
 
@@ -70,7 +70,7 @@ def test_weights_are_read_without_the_moments(saved, tmp_path):
 def test_a_model_of_another_size_is_refused_with_leaf_and_shapes(saved):
     """A checkpoint of another size that loads without complaint fails later: google/flax#2436."""
     larger = resize(CONFIG, mlp_dim=64)
-    spec = state_spec(larger, OptimizerConfig(), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+    spec = state_spec(larger, OptimizerConfig(), make_mesh(MeshShape(1, 1, 1), jax.devices()[:1]))
     words = r"layers/mlp/\w+/\w+ has shape \(2.*48.*\), the model \(2.*64.*\).*growth"
     with Checkpoints(saved[0], keep=2) as checkpoints, pytest.raises(CheckpointError, match=words):
         checkpoints.restore(3, to_items(spec.abstract))

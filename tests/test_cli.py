@@ -65,7 +65,7 @@ def complain(capsys, *argv: str) -> str:
         (["train", QUICKSTART, "--config.stages[1].embed_dim=64", "--workdir=WORKDIR"], "smaller than 128"),
         (["train", QUICKSTART, "more", "--workdir=WORKDIR"], "'more' is not a flag"),
         (["train", *CUDNN, "--config.data.document_attention=True"], "'cudnn' cannot keep a row's documents apart"),
-        (["train", *CUDNN, "--config.data.teachers=('hsk_levels',)"], "apart, which data.teachers asks for"),
+        (["train", *CUDNN, "--config.data.teachers=('hsk_levels',)"], "apart, which data.teachers requires"),
         (["prepare", QUICKSTART, "--config.data.vocabulary=cl10k", "--workdir=WORKDIR"], "did you mean cl100k"),
         (
             [
@@ -202,7 +202,10 @@ def test_clip_norm_that_cannot_be_is_refused(value):
         (two_stages(GrowthConfig("mask")), "ramp_steps=0 must be 1 to the stage's steps=100 for family 'mask'"),
         (two_stages(GrowthConfig("perturb", shrink=1.5)), r"growth.shrink=1.5 must lie in \[0, 1\]"),
         (two_stages(GrowthConfig(split="equal")), "split=equal is not read by family 'zero', only by 'duplicate'"),
-        (RunConfig(stages=(StageConfig(growth=GrowthConfig(rate_policy="rewind")),)), "the first stage has its own"),
+        (
+            RunConfig(stages=(StageConfig(growth=GrowthConfig(rate_policy="rewind")),)),
+            "the first stage starts a schedule",
+        ),
         (RunConfig(certificate_tolerance=float("nan")), "certificate_tolerance=nan must be positive"),
         (
             RunConfig(

@@ -26,7 +26,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from test_configs import ARGUMENTS, load
 
-from flmjax.config import GrowthConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, resize, to_json
+from flmjax.config import GrowthConfig, MeshShape, ModelConfig, OptimizerConfig, RunConfig, resize, to_json
 from flmjax.config.validate import validate_mesh
 from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
@@ -193,7 +193,7 @@ def batch_of(tiny: Tiny, seed: int) -> dict[str, np.ndarray]:
 def numbers_text(name: str) -> str:
     """Ten updates with a growth after the fifth: hexadecimal numbers, and checksums of the grown parameters."""
     tiny = TINY[name]
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
     specs = [state_spec(model, OptimizerConfig(), mesh) for model in (tiny.model, tiny.larger)]
     key = jax.random.key(7)
     state = init_state(specs[0], 3)
@@ -237,7 +237,7 @@ PROGRAMS = ("step", "growth", "certificate")
 def program_text(name: str, program: str) -> str:
     """The lowered text on a mesh of 2 x 2 x 2 devices, without names that do not matter to what it computes."""
     tiny = TINY[name]
-    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    mesh = make_mesh(MeshShape(2, 2, 2), jax.devices()[:8])
     old, new = (state_spec(model, OptimizerConfig(), mesh) for model in (tiny.model, tiny.larger))
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch_of(tiny, 0).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))

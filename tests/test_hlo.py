@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from flmjax.config import MeshShape, ModelConfig, OptimizerConfig
 from flmjax.data.batch import BatchKind, abstract_batch
 from flmjax.planning.hlo import collectives, matmul_flops
 from flmjax.sharding.mesh import make_mesh
@@ -153,7 +153,7 @@ def test_gathers_of_a_real_program_are_those_of_its_shardings():
 def test_flops_of_a_step_are_those_counted_by_hand(remat, passes, microbatches):
     sizes = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "head_dim": 12, "mlp_dim": 40, "vocab_size": 64}
     model = ModelConfig(**sizes, max_length=16, remat=remat)
-    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    mesh = make_mesh(MeshShape(1, 2, 2), jax.devices()[:4])
     spec = state_spec(model, OptimizerConfig(), mesh)
     batch = abstract_batch(BatchKind(False, False), 8, 16, batch_sharding(mesh))
     text = jit_train_step(spec, microbatches).lower(spec.abstract, batch, np.float32(0)).compile().as_text()

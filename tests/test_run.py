@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from run_cases import ALTERNATING, BIG, CONFIG, assert_same_run, batches, start
 
-from flmjax.config import ConfigError, MeshConfig, from_config_dict
+from flmjax.config import ConfigError, MeshShape, from_config_dict
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
@@ -77,7 +77,7 @@ def test_kill_while_the_mask_opens_loses_nothing(lab):
         check_masked_validation(workdir, checkpoints)
     shown = start(lab, "never", workdir).stdout
     assert "resume at step 20:" in shown
-    assert "large 23: the mask is fully open; training goes on without it" in shown
+    assert "large 23: the growth mask is fully open; training continues without it" in shown
     assert_same_run(lab / "straight", workdir)
 
 
@@ -85,7 +85,7 @@ def check_masked_validation(workdir: Path, checkpoints: Checkpoints) -> None:
     """The loss reported at step 20 is that of the masked model, whose mask is open by 5 of 8 steps."""
     config = from_config_dict(checkpoints.meta(20)["config"])
     old, new = config.stage_models
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
     params = checkpoints.restore(20, {"params": state_spec(new, config.optimizer, mesh).abstract.params})["params"]
     batch = TrainingStream.of_run(config, load(workdir / "data")).validation_rows(8)
     rows = {**batch, "bytes": np.ones(8, np.float32)}
@@ -153,7 +153,7 @@ def test_nan_gradients_stop_the_run_and_spare_the_last_checkpoint(lab):
     workdir = lab / "nan"
     result = start(lab, "nan:8", workdir, "--config.optimizer.max_skipped_updates=3", expect=1)
     assert "step 10: update skipped, not finite: embedding" in result.stderr
-    assert "(3 in a row); stopped, parameters are those of step 7" in result.stderr
+    assert "(3 in a row); training stopped with the parameters of step 7" in result.stderr
     assert max(batches(workdir)) <= 11  # the next update had been started
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest_step() == 5
@@ -170,7 +170,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_works(lab):
     largest.write_bytes(data)
     result = start(lab, "never", workdir, expect=1)
     assert f"{step} cannot be read" in result.stderr
-    assert "delete that folder to go on from step 25" in result.stderr
+    assert "delete that folder to resume from step 25" in result.stderr
     shutil.rmtree(step)
     start(lab, "never", workdir)
     assert_same_run(lab / "straight", workdir)

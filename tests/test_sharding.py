@@ -15,6 +15,7 @@ from flmjax.config import (
     ConfigError,
     GrowthConfig,
     MeshConfig,
+    MeshShape,
     OptimizerConfig,
     RunConfig,
     StageConfig,
@@ -37,7 +38,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 
 def mesh_of(shape):
-    return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    return make_mesh(MeshShape(*shape), jax.devices()[: int(np.prod(shape))])
 
 
 def run(shape, steps=20):

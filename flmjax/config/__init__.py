@@ -1,4 +1,4 @@
-"""Every setting of a run: `from flmjax.config import RunConfig, ...`, as configs/ does."""
+"""Settings of a run. Config files import them: `from flmjax.config import RunConfig, ...`."""
 
 from flmjax.config.arguments import choose_words
 from flmjax.config.convert import (

@@ -7,14 +7,14 @@ from flmjax.config.fields import ConfigError
 
 
 def choose_words(argument: str, **choices: Iterable[str]) -> dict[str, str | None]:
-    """The word that `argument` has of each kind.
+    """The word of each kind in a config argument.
 
     Args:
         argument: words separated by commas; "" for none.
         choices: for each kind of word (machine, stage, operator, ...) the words that a config file knows.
 
     Returns:
-        For each kind the word of `argument`, or None without a word of that kind.
+        For each kind the word in `argument`; None if it has no word of that kind.
 
     Raises:
         ConfigError: for an unknown word (with the nearest word and the list of all) or two words of one kind.

@@ -1,4 +1,4 @@
-"""Settings to and from ml_collections, JSON and the files of a run."""
+"""Conversion of settings to and from ml_collections, JSON and the files of a run."""
 
 import dataclasses
 import types
@@ -11,13 +11,14 @@ from ml_collections import config_dict
 import flmjax
 from flmjax.config.fields import EXECUTION, ConfigError, RunConfig, nearest
 
-# Of config.json and of checkpoints. It rises when a field or an item is renamed or removed, never when one is added.
+# Format number of config.json and of checkpoints. It rises if a field or an item is renamed or removed, never if one is
+# added.
 FORMAT = 2
 HEADER = {"version": flmjax.__version__, "format": FORMAT}
 
 
 def to_config_dict(config: Any) -> config_dict.ConfigDict:
-    """A locked ConfigDict; fields that may be None take any literal, so that each can be set by flag."""
+    """The settings as a locked ConfigDict. Fields that may be None accept any literal, so that flags can set them."""
     hints = typing.get_type_hints(type(config))
     out = config_dict.ConfigDict()
     for field in dataclasses.fields(config):
@@ -33,10 +34,10 @@ def to_config_dict(config: Any) -> config_dict.ConfigDict:
 
 
 def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str = "config") -> Any:
-    """Inverse of to_config_dict, for plain mappings too.
+    """A dataclass of settings from a ConfigDict or a plain mapping; the inverse of to_config_dict.
 
     Raises:
-        ConfigError: for a key that is no field (with the nearest names) or a value of another type.
+        ConfigError: for a key that is not a field (with the nearest names) or a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -49,44 +50,49 @@ def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str =
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dictionary; from_config_dict reads it back."""
+    """The config as a plain nested dictionary; from_config_dict is the inverse."""
     return dataclasses.asdict(config)
 
 
 def to_stored(config: RunConfig) -> dict[str, Any]:
-    """The config as config.json holds it, with the version and the format that wrote it."""
+    """The content of config.json: the config, and the version and format of flmjax that wrote it."""
     return {**HEADER, "config": to_json(config)}
 
 
-def from_stored(stored: Any, name: str) -> RunConfig:
-    """Inverse of to_stored, for the meta of a checkpoint too; a field that the stored config lacks has its default.
+def from_stored(stored: object, name: str) -> RunConfig:
+    """Config from the content of config.json or the metadata of a checkpoint; the inverse of to_stored.
+
+    A field that the stored config lacks gets its default.
 
     Args:
-        stored: the JSON object of the file `name`.
+        stored: the JSON object.
+        name: the file's name in messages.
 
     Raises:
-        ConfigError: for another format (both numbers), or a config that this version cannot read.
+        ConfigError: for another format (with both numbers), or a config that this version cannot read.
     """
-    check_format(stored, name)
+    stored = check_format(stored, name)
     try:
         return from_config_dict(stored["config"])
     except (ConfigError, KeyError, AttributeError) as error:
         raise ConfigError(f"{name} cannot be read as a config: {error}") from error
 
 
-def check_format(stored: Any, name: str) -> None:
-    """Raise ConfigError with both numbers unless `stored` is of this version's format."""
+def check_format(stored: object, name: str) -> Mapping[str, Any]:
+    """`stored` as a mapping. Raises ConfigError, with both numbers, if it has another format than this version."""
     if not isinstance(stored, Mapping):
         raise ConfigError(f"{name} is no JSON object")
     if (number := stored.get("format", 1)) != FORMAT:
         raise ConfigError(f"{name} has format {number}; flmjax {flmjax.__version__} reads format {FORMAT}")
+    return stored
 
 
-def differences(stored: Any, current: Any, path: str = "") -> list[str]:
-    """`field: stored -> current` for every field that decides what a run computes and is not the same.
+def differences(stored: object, current: object, path: str = "") -> list[str]:
+    """Lines `field: stored -> current` for the fields that differ and decide the results of a run.
 
     Args:
-        stored, current: two RunConfigs, or equal parts of them.
+        stored, current: two RunConfigs, or the same part of both.
+        path: name of the part.
     """
     pairs: list[tuple[str, Any, Any]]
     if dataclasses.is_dataclass(stored):
@@ -106,7 +112,7 @@ def check_path(path: str) -> None:
     for word in path.split("."):
         name = word.split("[")[0]
         if not dataclasses.is_dataclass(hint):
-            raise ConfigError(f"{walked} has no fields; '{name}' was asked for")
+            raise ConfigError(f"{walked} has no fields; '{name}' cannot be one")
         hints = typing.get_type_hints(hint)
         if name not in hints:
             raise ConfigError(f"{walked} has no field '{name}'{nearest(name, hints)}")
@@ -114,7 +120,7 @@ def check_path(path: str) -> None:
         walked += f".{word}"
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
+def _convert(value: object, hint: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping | config_dict.ConfigDict):
             raise ConfigError(f"{path} must be a mapping of fields, not {value!r}")
@@ -126,7 +132,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, tuple | list):
             value = (value,)
         return tuple(_convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
-    if typing.get_origin(hint) is typing.Literal:  # which of the words it is: validate
+    if typing.get_origin(hint) is typing.Literal:  # validate checks that the value is one of the words
         hint = str
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

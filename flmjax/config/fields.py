@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses."""
+"""All settings of a run, as frozen dataclasses."""
 
 import dataclasses
 import difflib
@@ -12,9 +12,9 @@ AttentionBackend = Literal["plain", "fused", "cudnn", "splash"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Remat = Literal["none", "dots", "full"]
 
-# Metadata of fields that decide how and where a run computes, not what: they may change when a run resumes.
+# Metadata of fields that decide how and where a run computes, but not its results: they may change when a run resumes.
 EXECUTION = MappingProxyType({"role": "execution"})
-# Metadata of fields that decide how numbers are represented: old and new model of a growth may differ in them.
+# Metadata of fields that decide how numbers are represented: the old and new model of a growth may differ in them.
 REPRESENTATION = MappingProxyType({"role": "representation"})
 
 MESH_AXES = ("replica", "fsdp", "tensor")
@@ -24,7 +24,7 @@ SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis, all of them known: what validate_mesh makes of a MeshConfig."""
+    """Number of devices along each mesh axis; validate_mesh computes it from a MeshConfig and the device count."""
 
     replica: int
     fsdp: int
@@ -32,21 +32,21 @@ class MeshShape:
 
     @property
     def num_devices(self) -> int:
-        """Devices of the mesh."""
+        """Number of devices in the mesh."""
         return self.replica * self.fsdp * self.tensor
 
     @property
     def data_shards(self) -> int:
-        """Parts that the sequences of a batch divide into."""
+        """Number of parts that the sequences of a batch are split into."""
         return self.replica * self.fsdp
 
 
 class FamilyTraits(NamedTuple):
-    """What the configuration must know of a growth family; growth/families.py has its rules.
+    """Properties of a growth family that the configuration needs; growth/families.py has the family's rules.
 
     Attributes:
-        settings: fields of GrowthConfig that only some families read, and this one does.
-        repeats_frequencies: whether new dimensions of a head are copies, which turn as their sources do.
+        settings: fields of GrowthConfig that this family reads and most families do not.
+        repeats_frequencies: whether new dimensions of a head are copies, which have the frequencies of their sources.
     """
 
     settings: tuple[str, ...] = ()
@@ -66,11 +66,11 @@ GROWTH_FAMILIES: dict[str, FamilyTraits] = {
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be: the message names the field and what would do. The command line exits with 2."""
+    """An invalid setting; the message names the field and a valid value. The command line exits with code 2."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean a, b?` or, without a near name, the whole list."""
+    """End of a message: `; did you mean a, b?` with the nearest names, or all choices if no name is near."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else f"; choices: {', '.join(choices)}"
@@ -78,7 +78,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One pre-norm decoder block; FLM, Tele-FLM, GPT-2 and Llama are settings of it."""
+    """Settings of a pre-norm decoder; FLM, Tele-FLM, GPT-2 and Llama are values of them."""
 
     num_layers: int = 4
     embed_dim: int = 128
@@ -87,18 +87,18 @@ class ModelConfig:
     head_dim: int = 32
     mlp_dim: int = 512
     vocab_size: int | None = None  # None: the tokenizer's
-    # Rows of the table are padded to a multiple of this and of the tensor axis.
+    # The rows of the embedding table are padded to a multiple of this number and of the tensor axis.
     vocab_multiple: int = dataclasses.field(default=8, metadata=REPRESENTATION)
     max_length: int = 256  # tokens
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5  # of the first stage; width growth scales it, see RunConfig.stage_models
+    norm_eps: float = 1e-5  # of the first stage; width growth scales it, see RunConfig.schedule
     activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
     position: Literal["xpos", "rope", "learned"] = "xpos"
     rope_theta: float = 10_000.0
     xpos_scale_base: float = 512.0
-    rotary_dim: int | None = None  # head_dim of the first stage; None: head_dim. Growth keeps its frequencies
+    rotary_dim: int | None = None  # head_dim whose frequencies growth keeps; None: head_dim
     rotary_repeat: bool = (
-        False  # dimensions past rotary_dim: False, they do not turn; True, they repeat its frequencies
+        False  # whether dimensions past rotary_dim repeat the frequencies before it; False: they do not turn
     )
     bias: bool = True
     tied_embedding: bool = True
@@ -108,7 +108,7 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     base_embed_dim: int | None = None  # muP's base width (model/mup.py); None: standard parametrisation
-    # Of the matrix multiplications; parameters are always float32.
+    # Dtype of the matrix multiplications; parameters are always float32.
     dtype: Dtype = dataclasses.field(default="float32", metadata=REPRESENTATION)
     # "fused": the backend that model/attention.py chooses for the platform.
     attention: AttentionBackend = dataclasses.field(default="plain", metadata=EXECUTION)
@@ -118,34 +118,34 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, G."""
+        """Number of key/value heads, G."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def is_rotary(self) -> bool:
-        """Whether positions turn queries and keys (xPos, RoPE); learned positions are added to the embedding."""
+        """Whether positions rotate queries and keys (xPos, RoPE); learned positions are added to the embedding."""
         return self.position != "learned"
 
     @property
     def rotated_dims(self) -> int:
-        """Dimensions of a head whose frequencies are those of a head of just that size."""
+        """Head size K in the formula of the rotary frequencies: head_dim before it grew."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def width_multiplier(self) -> float:
-        """m of muP: embed_dim over the base width; 1 in the standard parametrisation."""
+        """Width multiplier m of muP: embed_dim / base_embed_dim; 1 in the standard parametrisation."""
         return 1.0 if self.base_embed_dim is None else self.embed_dim / self.base_embed_dim
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table; those from vocab_size on never get a gradient and are never sampled."""
+        """Number of rows of the embedding table; rows from vocab_size on never get a gradient and are never sampled."""
         assert self.vocab_size is not None, "vocab_size is filled in from the tokenizer before a model is built"
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on float32 masters; weight decay on matrices only."""
+    """Settings of AdamW. Parameters and moments are float32; weight decay acts on matrices only."""
 
     b1: float = 0.9
     b2: float = 0.95
@@ -157,45 +157,47 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text and teacher signals come from and how they become rows of tokens."""
+    """Sources of text and of teachers, and how they become sequences of tokens."""
 
     sources: tuple[str, ...] = ("python_docs",)  # built-in names (data/sources), files, folders or globs
     teachers: tuple[str, ...] = ()  # FreeLM's propositions (data/sources/freelm.py): TEMPLATE:SOURCE or a .jsonl file
     mixture: str | None = None  # a registered seqio Task or Mixture, in place of sources and teachers
-    task_module: str | None = None  # Python module to import that registers it, as data/sources/seqio_tasks.py does
+    task_module: str | None = None  # Python module that registers data.mixture, such as data/sources/seqio_tasks.py
     # Share of samples per source, then per teacher; None: the rates of data.mixture (its Tasks in the order of their
     # names), or by number of tokens.
     mixture_weights: tuple[float, ...] | None = None
-    vocabulary: str | None = None  # "sentencepiece" (trained here), "bytes", "cl100k" or the path of a SentencePiece
-    # model; None: the mixture's own where it has one, else "sentencepiece"
+    vocabulary: str | None = None  # "sentencepiece" (trained on the sources), "bytes", "cl100k" or the path of a
+    # SentencePiece model; None: the mixture's vocabulary if it has one, else "sentencepiece"
     vocab_size: int = 4096  # pieces to train; read by "sentencepiece" alone
     end_id: int | None = None  # id that ends a document; None: the vocabulary's
-    validation_fraction: float = 0.05  # of the documents, chosen by hash; a mixture's own splits come first
+    validation_fraction: float = 0.05  # share of documents, chosen by hash; splits that a mixture defines come first
     split_by: Literal["text", "path"] = (
-        "text"  # what is hashed: a document's text, or "path", its file within the source (parallel pages)
+        "text"  # hash a document's text, or "path", its file name within the source (parallel pages stay together)
     )
     end_of_document: bool = True  # append the end token to each document
     document_attention: bool = False  # True: attention and positions restart at every document
-    true_mark: str = "\U0001f608"  # stands for "true" in a teacher's row; the paper does not say which one does
-    false_mark: str = "\U0001f621"
-    teacher_weight: float = 1.0  # of a teacher's target in the loss; that of text is 1
-    teacher_mixing: Literal["mixed", "alternating"] = (
-        "mixed"  # in every batch, or "alternating": every batch is wholly text or wholly teacher
+    true_mark: str = (
+        "\U0001f608"  # mark for "true" in a sequence of a teacher; the paper does not say which mark is which
     )
-    # Of the token files; None: WORKDIR/data.
+    false_mark: str = "\U0001f621"
+    teacher_weight: float = 1.0  # loss weight of a target of a teacher; a target of text has 1
+    teacher_mixing: Literal["mixed", "alternating"] = (
+        "mixed"  # text and teachers in every batch, or "alternating": every batch is only text or only teachers
+    )
+    # Folder of the token files; None: WORKDIR/data.
     directory: str | None = dataclasses.field(default=None, metadata=EXECUTION)
     # Processes that tokenise; None: one per core.
     workers: int | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     @property
     def num_sources(self) -> int | None:
-        """Entries of `mixture_weights`; None: the mixture says."""
+        """Number of entries of `mixture_weights`; None if data.mixture decides it."""
         return len(self.sources) + len(self.teachers) if self.mixture is None else None
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; an fsdp of None takes the devices that remain."""
+    """Number of devices along each mesh axis; fsdp=None takes all remaining devices."""
 
     replica: int = 1
     fsdp: int | None = None
@@ -205,43 +207,44 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrowthConfig:
-    """The operator at a stage's start; that of the first stage is what `flmjax grow` uses."""
+    """Settings of the growth at a stage's start; `flmjax grow` uses the settings of the first stage."""
 
-    family: str = "zero"  # growth/families.py says what each is and whether it is exact
-    split: Literal["unequal", "equal"] = "unequal"  # of copies, "duplicate": equal ones stay equal for ever
-    shrink: float = 0.4  # "perturb": what old matrices are multiplied by
+    family: str = "zero"  # a family of growth/families.py, which says whether it is exact
+    split: Literal["unequal", "equal"] = "unequal"  # "duplicate": shares of copies; copies with equal shares stay equal
+    shrink: float = 0.4  # "perturb": factor on old matrices
     moments: Literal["carry", "reset"] = "carry"  # "reset" forgets Adam's moments
-    ramp_steps: int = 0  # "mask": updates from the mask's 0 to its 1
-    ramp: Literal["linear", "cosine"] = "linear"  # its shape
+    ramp_steps: int = 0  # "mask": updates in which the growth mask opens from 0 to 1
+    ramp: Literal["linear", "cosine"] = "linear"  # "mask": shape of the opening
     tuning_steps: int = 100  # "learned": updates of the growth matrices
     tuning_learning_rate: float = 1e-3  # Adam's, on the growth matrices
     rate_policy: Literal["continue", "rewarm", "rewind", "stage"] = (
-        "continue"  # or "rewarm", "rewind", or "stage": the stage has a schedule of its own
+        "continue"  # the schedule before; or "rewarm", "rewind", or "stage": the stage starts a new schedule
     )
-    rewarm_fraction: float = 0.01  # "rewarm": of the stage's steps
-    new_warmup_fraction: float = 0.01  # of the stage's steps in which the new weights' rate rises; 0: none
+    rewarm_fraction: float = 0.01  # "rewarm": share of the stage's steps with warm-up
+    new_warmup_fraction: float = 0.01  # share of the stage's steps with warm-up of new parameters; 0: none
 
     @property
     def traits(self) -> FamilyTraits:
-        """What the configuration knows of the family."""
+        """Properties of the family that the configuration needs."""
         return GROWTH_FAMILIES[self.family]
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage of the schedule. Sizes that are None are those of the stage before (or of the model)."""
+    """Settings of one stage. A size of None is the size of the stage before, or of the model in the first stage."""
 
     name: str = "stage"
     steps: int = 100  # optimizer updates
     batch_size: int = 8  # sequences per update, over all devices
-    # The batch is computed in this many parts.
+    # Number of parts that the batch is computed in, one after another.
     microbatches: int = dataclasses.field(default=1, metadata=EXECUTION)
-    learning_rate: float = 1e-3  # this and the four below hold for the stages that continue the schedule, too
+    # Peak. learning_rate to decay_fraction describe a schedule; stages that continue it read these of its first stage.
+    learning_rate: float = 1e-3
     final_learning_rate: float = 0.0
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    decay_fraction: float = 0.2  # last part of the stage in which "wsd" decays
-    mixture_weights: tuple[float, ...] | None = None  # mixture from this stage on; None: as before
+    decay_fraction: float = 0.2  # "wsd": share of the steps, at the end, with decay
+    mixture_weights: tuple[float, ...] | None = None  # mixture from this stage on; None: no change
     growth: GrowthConfig = GrowthConfig()
     num_layers: int | None = None
     embed_dim: int | None = None
@@ -253,15 +256,15 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Saves are asynchronous; a stage's end is always saved."""
+    """Settings of checkpoints, which are written in the background. The end of a stage is always saved."""
 
     every: int = 100  # steps
-    keep: int = 3
+    keep: int = 3  # newest checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run: one model, its stages, and how to watch it."""
+    """All settings of a run: model, stages, optimizer, data, devices, and how often to report."""
 
     seed: int = 0
     model: ModelConfig = ModelConfig()
@@ -272,19 +275,19 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=EXECUTION)
     # Steps between lines of training metrics.
     log_every: int = dataclasses.field(default=10, metadata=EXECUTION)
-    # Steps between evaluations; a stage's end is always evaluated.
+    # Steps between evaluations; the end of a stage is always evaluated.
     evaluate_every: int = dataclasses.field(default=100, metadata=EXECUTION)
-    # Validation rows per evaluation.
+    # Validation sequences per evaluation.
     evaluation_rows: int = dataclasses.field(default=64, metadata=EXECUTION)
-    # Validation rows that a growth point compares logits on.
+    # Validation sequences for the certificate of a growth.
     certificate_rows: int = dataclasses.field(default=4, metadata=EXECUTION)
-    # Parameters; larger models are not recomputed in float64.
+    # Number of parameters; certificates of larger models have no comparison in float64.
     certificate_float64_below: int = dataclasses.field(default=20_000_000, metadata=EXECUTION)
-    # Of max |logit| (at least 1), in float32; a larger difference stops the run.
+    # Largest difference of float32 logits, relative to max |logit| (at least 1); a larger one stops the run.
     certificate_tolerance: float = dataclasses.field(default=2e-5, metadata=EXECUTION)
     sample_prompt: str = dataclasses.field(default="The ", metadata=EXECUTION)
     sample_tokens: int = dataclasses.field(default=64, metadata=EXECUTION)
-    # FLOP/s per device; None: table of known chips, else measured.
+    # Peak FLOP/s per device; None: from the table of known chips, else measured.
     peak_flops: float | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     @functools.cached_property
@@ -292,7 +295,7 @@ class RunConfig:
         """The stages in order, each with its model, its layout and its steps.
 
         Width growth keeps the function only if the norm's epsilon shrinks with it: eps' = eps d / d' (the new entries
-        add nothing to the sum that the variance divides by d'), so later stages derive theirs from the first.
+        add nothing to the sum that the variance divides by d'), so later stages derive their epsilon from the first.
         """
         schedule: list[Stage] = []
         multiple = math.lcm(self.model.vocab_multiple, self.mesh.tensor)
@@ -313,16 +316,12 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """Steps of all stages."""
+        """Number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
-
-    def stage_starts(self) -> tuple[int, ...]:
-        """First step of every stage; a last entry holds the end of the run."""
-        return tuple(sum(s.steps for s in self.stages[:i]) for i in range(len(self.stages) + 1))
 
 
 class Layout(NamedTuple):
-    """How a stage lies on the devices: decides speed and memory, not results."""
+    """How a stage is computed on the devices: decides speed and memory, but not results."""
 
     mesh: MeshConfig
     remat: Remat
@@ -332,14 +331,14 @@ class Layout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of a run's schedule, with what follows from the stages before it.
+    """A stage of a run's schedule, with the model, layout and steps that follow from the stages before it.
 
     Attributes:
         index: number of stages before it.
         config: the stage's settings.
         model: the configuration of its model.
-        layout: how it lies on the devices.
-        start, end: optimizer updates of the run before the stage, and at its end.
+        layout: how the stage is computed on the devices.
+        start, end: number of updates of the run before the stage, and at its end.
         previous: the stage that it grows from; None for the first.
     """
 
@@ -358,23 +357,27 @@ class Stage:
 
     @property
     def ramp(self) -> range:
-        """Updates during which the mask of this stage's growth opens; empty without a mask."""
+        """Updates of the run during which the stage's growth mask opens; empty without a mask."""
         return range(self.start, self.start + self.config.growth.ramp_steps) if self._reads("ramp_steps") else range(0)
 
     @property
     def tuning_steps(self) -> int:
-        """Batches that this stage's growth learns from before the first update."""
+        """Number of batches that a learned growth reads before the stage's first update; 0 for other families."""
         return self.config.growth.tuning_steps if self._reads("tuning_steps") else 0
+
+    def updates_before(self, step: int) -> int:
+        """Updates of the stage among the first `step` of the run, and those that its growth learns from."""
+        return min(max(step, self.start), self.end) - self.start + self.tuning_steps
 
     def _reads(self, setting: str) -> bool:
         return self.previous is not None and setting in self.config.growth.traits.settings
 
 
 def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfig:
-    """The configuration that `model` has after growth to `sizes`.
+    """The configuration of `model` after growth to `sizes`.
 
-    Width growth divides the norm's epsilon. Growth of the heads keeps the old frequencies: new dimensions do not turn
-    (which other libraries can express as partial rotary), or repeat the old frequencies if they are copies.
+    Width growth scales the norm's epsilon by old / new embed_dim. Growth of head_dim keeps the old frequencies: new
+    dimensions do not turn (partial rotary in other libraries), or repeat the old frequencies if they are copies.
     """
     embed_dim = sizes.get("embed_dim", model.embed_dim)
     grown = dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)
@@ -386,16 +389,18 @@ def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfi
 
 
 def split_factor(old: ModelConfig, new: ModelConfig) -> int:
-    """Parts that each group of query heads splits into, its key and value head copied for each; 1 for none.
+    """Number of parts that each group of query heads splits into; every part gets a copy of the key and value head.
+
+    1 means that groups are not split.
 
     Raises:
-        ConfigError: no splitting followed by adding leads from the old heads to the new ones.
+        ConfigError: if splitting groups and then adding heads and groups cannot produce the new heads.
     """
-    heads_of_group, wanted = old.num_heads // old.kv_heads, new.num_heads // new.kv_heads
-    for parts in range(1, heads_of_group + 1):
-        if heads_of_group % parts == 0 and heads_of_group // parts <= wanted and old.kv_heads * parts <= new.kv_heads:
+    old_heads, new_heads = old.num_heads // old.kv_heads, new.num_heads // new.kv_heads  # query heads of a group
+    for parts in range(1, old_heads + 1):
+        if old_heads % parts == 0 and old_heads // parts <= new_heads and old.kv_heads * parts <= new.kv_heads:
             return parts
     raise ConfigError(
         f"{old.num_heads} query heads in {old.kv_heads} groups cannot become {new.num_heads} in {new.kv_heads}: a "
-        "group can gain heads, be joined by further groups, or split into equal parts that do"
+        "group can gain heads, further groups can be added, or every group can be split into equal parts first"
     )

@@ -1,4 +1,4 @@
-"""Every rule that settings must keep, each checked once: of a run alone, and of a run on a mesh."""
+"""Validation of settings: `validate` checks a run, `validate_mesh` checks it on a number of devices."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from flmjax.config.fields import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    Stage,
     StageConfig,
     nearest,
     split_factor,
@@ -31,10 +32,10 @@ def _require(condition: bool, message: str) -> None:
 
 
 def validate(config: RunConfig) -> RunConfig:
-    """Check every rule that one field or several must keep; returns the config.
+    """The config, checked against every rule that does not depend on the devices.
 
     Raises:
-        ConfigError: one line that names the field, its value and what would do.
+        ConfigError: with one line that names the field, its value and valid values.
     """
     _validate_choices(config)
     _validate_model(config.model)
@@ -43,21 +44,21 @@ def validate(config: RunConfig) -> RunConfig:
     apart = "data.document_attention" if config.data.document_attention else "data.teachers"
     _require(
         config.model.attention != "cudnn" or not (config.data.document_attention or config.data.teachers),
-        f"model.attention='cudnn' cannot keep a row's documents apart, which {apart} asks for; take 'plain'",
+        f"model.attention='cudnn' cannot keep a row's documents apart, which {apart} requires; take 'plain'",
     )
     for axis in MESH_AXES:
         size = getattr(config.mesh, axis)
         _require(size is None or size > 0, f"mesh.{axis}={size} must be positive")
     _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
-    for i, stage in enumerate(config.stages):
-        _validate_stage(stage, f"stages[{i}]", config.data.num_sources)
+    for i, settings in enumerate(config.stages):
+        _validate_stage(settings, f"stages[{i}]", config.data.num_sources)
     _validate_schedule(config.stages)
     names = [stage.name for stage in config.stages]
     _require(len(set(names)) == len(names), f"stages have the same name: {', '.join(names)}")
-    for i, (old, new) in enumerate(zip(config.stage_models, config.stage_models[1:], strict=False), start=1):
-        _validate_growth(old, new, f"stages[{i}]")
-    for i, model in enumerate(config.stage_models):
-        _validate_model(model, f"stages[{i}]")
+    for stage in config.schedule[1:]:
+        _validate_growth(stage)
+    for stage in config.schedule:
+        _validate_model(stage.model, f"stages[{stage.index}]")
     for field in ("log_every", "evaluate_every", "evaluation_rows", "certificate_rows"):
         _require(getattr(config, field) > 0, f"{field}={getattr(config, field)} must be positive")
     _require(config.checkpoint.every > 0, f"checkpoint.every={config.checkpoint.every} must be positive")
@@ -75,7 +76,7 @@ def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _validate_choices(config: Any, path: str = "") -> None:
-    """Whether every field whose type is a Literal has one of its words."""
+    """Check that every field whose type is a Literal has one of its words."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}.{field.name}".strip(".")
@@ -141,7 +142,7 @@ def _validate_data(d: DataConfig) -> None:
     _require(len(set(names)) == len(names), f"data.sources or data.teachers names one twice: {', '.join(names)}")
     _require(
         d.mixture is None or not d.teachers,
-        f"data.teachers={d.teachers} is not read: data.mixture='{d.mixture}' says what the teachers are",
+        f"data.teachers={d.teachers} is not read: data.mixture='{d.mixture}' defines the teachers",
     )
     _require(
         d.task_module is None or d.mixture is not None,
@@ -209,22 +210,24 @@ def _validate_operator(s: StageConfig, path: str) -> None:
 
 
 def _validate_schedule(stages: tuple[StageConfig, ...]) -> None:
-    """A stage that continues a schedule may not bring one: it would be ignored."""
+    """Check that stages that continue a schedule have no schedule settings, which would be ignored."""
     default = StageConfig()
     _require(
         stages[0].growth.rate_policy == default.growth.rate_policy,
-        f"stages[0].growth.rate_policy='{stages[0].growth.rate_policy}' is not read: the first stage has its own",
+        f"stages[0].growth.rate_policy='{stages[0].growth.rate_policy}' is not read: the first stage starts a schedule",
     )
     for i, stage in enumerate(stages[1:], start=1):
         for field in SCHEDULE_FIELDS if stage.growth.rate_policy != "stage" else ():
             _require(
                 getattr(stage, field) == getattr(default, field),
                 f"stages[{i}].{field}={getattr(stage, field)} is not read: stages[{i}].growth.rate_policy="
-                f"'{stage.growth.rate_policy}' goes on with the schedule before it; 'stage' starts this one",
+                f"'{stage.growth.rate_policy}' continues the schedule before it; 'stage' would start this one",
             )
 
 
-def _validate_growth(old: ModelConfig, new: ModelConfig, path: str) -> None:
+def _validate_growth(stage: Stage) -> None:
+    assert stage.previous is not None
+    old, new, path = stage.previous.model, stage.model, f"stages[{stage.index}]"
     for field in STAGE_SIZES:
         before, after = getattr(old, field), getattr(new, field)
         if field == "num_kv_heads":
@@ -237,13 +240,13 @@ def _validate_growth(old: ModelConfig, new: ModelConfig, path: str) -> None:
 
 
 def validate_mesh(config: RunConfig, num_devices: int) -> MeshShape:
-    """The mesh for `num_devices`, checked: every size divides, the product is the device count.
+    """Shape of the run's mesh on `num_devices` devices, checked: every size and every microbatch divides over it.
 
     Raises:
-        ConfigError: naming the leaf's axis, the mesh axis and both numbers.
+        ConfigError: naming the size, the mesh axis and both numbers.
     """
     replica, tensor = config.mesh.replica, config.mesh.tensor
-    # A free axis has at least one place.
+    # fsdp=None takes the remaining devices, but at least one.
     fsdp = max(num_devices // (replica * tensor), 1) if config.mesh.fsdp is None else config.mesh.fsdp
     mesh = MeshShape(replica, fsdp, tensor)
     if mesh.num_devices != num_devices:
@@ -251,19 +254,19 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshShape:
             f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} has {mesh.num_devices} places for {num_devices} "
             f"devices; {_filling_mesh(config, mesh, num_devices)}"
         )
-    for i, (stage, model) in enumerate(zip(config.stages, config.stage_models, strict=True)):
-        rows, shards = stage.batch_size // stage.microbatches, mesh.data_shards
+    for stage in config.schedule:
+        rows, shards = stage.config.batch_size // stage.layout.microbatches, mesh.data_shards
         _require(
             rows % shards == 0,
-            f"stages[{i}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={shards}; "
-            f"{_legal_batches(stage, shards)}",
+            f"stages[{stage.index}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={shards}; "
+            f"{_legal_batches(stage.config, shards)}",
         )
-        check_mesh(model, mesh, f"stages[{i}]")
+        check_mesh(stage.model, mesh, f"stages[{stage.index}]")
     return mesh
 
 
 def _filling_mesh(config: RunConfig, mesh: MeshShape, num_devices: int) -> str:
-    """What would take all devices and divide everything: the mesh that differs in the fewest axes, and least."""
+    """Advice: the valid mesh of all devices that differs in the fewest axes, and there by the smallest factors."""
 
     def distance(other: MeshShape) -> tuple[int, float]:
         ratios = [getattr(other, axis) / getattr(mesh, axis) for axis in MESH_AXES]
@@ -287,18 +290,18 @@ def _filling_mesh(config: RunConfig, mesh: MeshShape, num_devices: int) -> str:
 
 
 def on_mesh(config: RunConfig, mesh: MeshShape) -> RunConfig:
-    """The run on another mesh of its machine."""
+    """The config with another mesh shape; the topology stays."""
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **dataclasses.asdict(mesh)))
 
 
 def legal_microbatches(stage: StageConfig, data_shards: int) -> list[int]:
-    """Numbers of microbatches of a stage whose rows divide over the data shards, few first."""
+    """Numbers of microbatches whose sequences divide over the data shards, in rising order."""
     rows, rest = divmod(stage.batch_size, data_shards)
     return [] if rest else [n for n in range(1, rows + 1) if rows % n == 0]
 
 
 def _legal_batches(stage: StageConfig, data_shards: int) -> str:
-    """What would divide instead: other numbers of microbatches, or the next batches."""
+    """Advice: the nearest number of microbatches that divides, or the nearest batch sizes."""
     if counts := legal_microbatches(stage, data_shards):
         nearest_count = min(counts, key=lambda k: abs(k - stage.microbatches))
         return f"microbatches={nearest_count} would"
@@ -308,7 +311,7 @@ def _legal_batches(stage: StageConfig, data_shards: int) -> str:
 
 
 def check_mesh(model: ModelConfig, mesh: MeshShape, path: str) -> None:
-    """Whether every size of a model divides over `mesh`.
+    """Check that every size of a model divides over `mesh`.
 
     Raises:
         ConfigError: naming the size, the mesh axis and both numbers.

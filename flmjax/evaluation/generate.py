@@ -1,8 +1,7 @@
-"""Text from a model."""
+"""Sampling of text from a model."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +9,30 @@ import numpy as np
 
 from flmjax.config import ModelConfig
 from flmjax.model.transformer import forward
+from flmjax.sharding.axes import Params
 
 
 def generate(
-    params: Any,
+    params: Params,
     config: ModelConfig,
     prompts: Sequence[np.ndarray],
     num_tokens: int,
     key: jax.Array,
     temperature: float = 0.8,
 ) -> list[np.ndarray]:
-    """Continue each prompt (P,) by up to `num_tokens` tokens; the whole of each stays within max_length.
+    """Continue each prompt by up to `num_tokens` tokens, as far as max_length allows.
 
-    A prompt's continuation does not depend on those beside it: rows are filled from the left, and what is right of a
-    place is never seen from it. Every token is one forward pass over the whole window: meant for a look at a model,
-    not for serving it.
+    The continuation of a prompt does not depend on the other prompts: sequences are padded on the right, and attention
+    is causal. Each token takes a forward pass over the full window; this is meant for inspection, not for serving.
 
     Args:
-        temperature: of sampling; 0 takes the most probable token.
+        params: float32 parameters.
+        prompts: ids (P,) of each prompt, at least one; cut to max_length - 1.
+        key: key of the sampling; a token's draw depends on the key and the token's position.
+        temperature: divisor of the logits; 0 takes the most probable token.
 
     Returns:
-        ids (P + new,) of each, the prompt included; padded ids have no probability.
+        ids (P + new,) of each sequence, prompt included. Padded ids are never sampled.
     """
     cut = [np.asarray(prompt, np.int32)[: config.max_length - 1] for prompt in prompts]
     starts = np.array([len(prompt) for prompt in cut], np.int32)
@@ -44,7 +46,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _generate(
-    params: Any,
+    params: Params,
     window_BL: jax.Array,
     starts_B: jax.Array,
     num_tokens: jax.Array,
@@ -60,6 +62,8 @@ def _generate(
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, places_B)
         sampled_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV / jnp.maximum(temperature, 1e-6))
         token_B = jnp.where(temperature > 0, sampled_B, jnp.argmax(logits_BV, axis=-1))
-        return window_BL.at[rows_B, places_B].set(token_B.astype(jnp.int32), mode="drop")  # past the end: nowhere
+        return window_BL.at[rows_B, places_B].set(
+            token_B.astype(jnp.int32), mode="drop"
+        )  # positions past the end are dropped
 
     return jax.lax.fori_loop(0, num_tokens, body, window_BL)

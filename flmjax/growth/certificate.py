@@ -1,4 +1,4 @@
-"""Proof that a growth kept the function: logits, losses and gradients of both models on real tokens."""
+"""Growth certificate: logits, losses and gradients of the models before and after growth, compared on real tokens."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from flmjax.growth.ramp import masked
 from flmjax.growth.rules import GrowthError
 from flmjax.model.loss import divisor, token_cross_entropy
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
-from flmjax.sharding.axes import path_name
+from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.rules import Placement, tree_shardings
 
-MAX_KL = 1e-3  # nats a token, in the run's dtype; bfloat16 itself makes about 1e-5
+MAX_KL = 1e-3  # nats a token, in the run's dtype; the rounding of bfloat16 alone causes about 1e-5
 
 
 class GrowthPoint(NamedTuple):
-    """When a run grows: the update that it stands at, and the names of the stages before and after."""
+    """A growth in a run's history: the number of updates before it, and the names of the stages before and after it."""
 
     step: int
     from_stage: str
@@ -35,17 +35,19 @@ class GrowthPoint(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What a growth point prints and stores.
+    """Result of comparing the models before and after growth; a growth point prints and stores it.
 
     Attributes:
-        claim: what the family promises (families.py); `exact` says whether that includes the same function.
-        max_difference: max |logit before - logit after| over the old vocabulary in the "run"'s dtype, "float32" and
-            "float64" (None: not recomputed).
+        claim: the family's claim in words (families.py).
+        exact: whether the family claims that the function stays the same.
+        max_difference: max |logit before - logit after| over the old vocabulary, computed in the "run"'s dtype, in
+            "float32" and in "float64" (None: not recomputed).
         max_logit: max |logit before|.
-        mask_removed: of a mask, fully open against gone, max |difference| in the widest dtype; else None.
-        kl: mean KL(before || after) in nats a token, in the run's dtype, as losses and norms of the gradient are.
-        tolerance: of the float32 difference, absolute.
-        failure: why this growth is not what it claims; None: it is.
+        mask_removed: max |difference| of logits between the fully open growth mask and no mask, in the widest dtype
+            that was computed; None for a growth without a mask.
+        kl: mean KL(before || after) in nats a token; like losses and gradient norms it is computed in the run's dtype.
+        tolerance: largest float32 difference that is accepted, absolute.
+        failure: why the growth does not keep its claim; None if it does.
     """
 
     step: int
@@ -70,11 +72,11 @@ class Certificate:
     failure: str | None = None
 
     def check(self) -> None:
-        """Stop a growth that is not what it claims.
+        """Refuse a growth that does not keep its claim.
 
         Raises:
-            GrowthError: a difference over the tolerance, or not a number, from a family that claims exactness; or a
-                model that cannot learn.
+            GrowthError: if the family claims exactness and a difference exceeds the tolerance or is NaN, or if the
+                grown model cannot learn.
         """
         if self.failure is not None:
             raise GrowthError(
@@ -83,7 +85,7 @@ class Certificate:
             )
 
     def save(self, directory: Path) -> Path:
-        """Write step_NNNNNNNN.json."""
+        """Write step_NNNNNNNN.json in `directory` and return its path."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"step_{self.step:08d}.json"
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -97,7 +99,11 @@ class Certificate:
             if value is not None
         )
         failure = "" if self.failure is None else f"; FAILED: {self.failure}"
-        removed = "" if self.mask_removed is None else f"; without the mask, once open, {self.mask_removed:.2g}"
+        removed = (
+            ""
+            if self.mask_removed is None
+            else f"; removing the open growth mask changes logits by at most {self.mask_removed:.2g}"
+        )
         return (
             f"growth certificate at step {self.step}: {self.from_stage} -> {self.to_stage} by '{self.family}' "
             f"({self.claim}); {sizes}; parameters {self.parameters[0]:,} -> {self.parameters[1]:,}; "
@@ -108,7 +114,7 @@ class Certificate:
 
 
 def certify(
-    params: tuple[Any, Any],
+    params: tuple[Params, Params],
     growth: Growth,
     batch: Mapping[str, Any],
     point: GrowthPoint,
@@ -117,19 +123,20 @@ def certify(
     float64_below: int = 20_000_000,
     tolerance: float = 2e-5,
 ) -> Certificate:
-    """Compare both models on `batch` (tokens, targets, weights (B, L); segment_ids, positions if packed so).
-
-    Raises:
-        AssertionError: of chex, naming the leaf, for trees that are not of the growth's models.
+    """Compare the models before and after growth on `batch`.
 
     Args:
-        params: float32 trees before and after growth. In float64 the growth is repeated from the first of them, or,
-            where it was tuned, the second is converted.
-        growth: with its key.
-        point: when, and between which stages.
-        placement: activations' sharding; the batch's rows must divide over its data axes.
-        float64_below: parameters of the new model up to which the float64 comparison is made.
-        tolerance: of the float32 difference, in parts of max |logit| (at least 1).
+        params: float32 parameters before and after growth. For the comparison in float64 the growth is repeated from
+            the first tree; after a learned growth the second tree is converted instead.
+        growth: the growth, with its key.
+        batch: tokens, targets and loss weights (B, L); segment_ids and positions (B, L) if documents are kept apart.
+        point: step and stage names of the growth.
+        placement: the activations' sharding; the batch's sequences must divide over its data axes.
+        float64_below: largest number of parameters of the new model for which the float64 comparison is computed.
+        tolerance: largest float32 difference that is accepted, relative to max |logit| (at least 1).
+
+    Raises:
+        AssertionError: of chex, naming the leaf, for parameters that do not have the shapes of the growth's models.
     """
     old, new, family = growth.old, growth.new, growth.family
     for tree, model in zip(params, (old, new), strict=True):
@@ -150,7 +157,7 @@ def certify(
     sizes = {name: (getattr(old, name), getattr(new, name)) for name in SIZES}
     claim = family.claim
     if family.is_exact and old.vocab_size != new.vocab_size:
-        claim += ", given a word of the old vocabulary"
+        claim += ", for the words of the old vocabulary"
     failure = _learning_failure(in_run, params)
     if failure is None and family.is_exact:
         failure = exactness_failure(single.difference, removed, in_run.kl, limit, new.dtype)
@@ -176,8 +183,8 @@ def certify(
     )
 
 
-def _in_float64(params: tuple[Any, Any], growth: Growth) -> tuple[Any, Any]:
-    """Both trees in float64: the second one grown again from the first, or, where it was tuned, converted."""
+def _in_float64(params: tuple[Params, Params], growth: Growth) -> tuple[Params, Params]:
+    """Both trees in float64: the second is grown again from the first, or converted after a learned growth."""
     to_double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))
     before = to_double(params[0])
     if growth.family.tunes:
@@ -186,7 +193,7 @@ def _in_float64(params: tuple[Any, Any], growth: Growth) -> tuple[Any, Any]:
 
 
 class Comparison(NamedTuple):
-    """Numbers of two models in one dtype; those of gradients 0 unless asked for."""
+    """Differences and losses of two models, computed in one dtype; the gradient norms are 0 if not requested."""
 
     difference: float
     max_logit: float
@@ -196,40 +203,41 @@ class Comparison(NamedTuple):
     gradient_norms: tuple[float, float]
 
 
-def _compare(growth: Growth, batch: Mapping[str, Any], params: tuple[Any, Any], **how: Any) -> Comparison:
-    numbers = Comparison(*jax.tree.map(float, jit_comparison(growth, **how)(params, batch)))
+def _compare(growth: Growth, batch: Mapping[str, Any], params: tuple[Params, Params], **settings: Any) -> Comparison:
+    numbers = Comparison(*jax.tree.map(float, jit_comparison(growth, **settings)(params, batch)))
     return numbers if growth.family.ramps else numbers._replace(mask_removed=None)
 
 
 def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = None, gradients: bool = False) -> Any:
-    """The jitted program of a certificate: ((old, new) parameters, batch) -> the numbers of a Comparison.
+    """The jitted program of a certificate: ((old, new) parameters, batch) -> the fields of a Comparison.
 
-    Both models on the old vocabulary: padded ids do not count, and new words have no past to be compared with.
+    Both models are compared on the old vocabulary: padded ids are left out, and so are new words, which have no logits
+    before growth.
     """
-    # The plain attention in every dtype: a fused kernel's own rounding is not what is asked about. Every layer is
-    # recomputed, however the model trains: all rows are in memory at once, and two models.
+    # Attention is "plain" in every dtype: the rounding of a fused kernel would hide the difference that growth makes.
+    # Remat is "full", whatever the model trains with: all sequences and two models are in memory at once.
     old, is_masked = growth.old, growth.family.ramps
     before, after = (
         dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, growth.new)
     )
 
-    def logits(params: Any, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+    def logits(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
         y_BLV = forward(params, config, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
         return jnp.where(real_ids(old), y_BLV[..., : old.padded_vocab_size], -jnp.inf)
 
-    def loss(params: Any, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
+    def loss(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
         if config is after and is_masked:
             params = masked(params, growth, 0.0)
         y_BLV = logits(params, config, batch)
         loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
         return _weighted_mean(loss_BL, batch["weights"]), (y_BLV, log_probs_BLV)
 
-    def compare(params: tuple[Any, Any], batch: Mapping[str, jax.Array]) -> Any:
+    def compare(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Any:
         results = []
         for p, config in zip(params, (before, after), strict=True):
             if gradients:
                 (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(p, config, batch)
-                if placement is not None:  # pinned, else the partitioner keeps them whole
+                if placement is not None:  # pinned, else the partitioner may not shard them
                     grads = jax.lax.with_sharding_constraint(
                         grads, tree_shardings(placement.mesh, abstract_params(config)[1])
                     )
@@ -253,33 +261,38 @@ def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = N
             (norm_a, norm_b),
         )
 
-    # Not donated, not cached: a growth point runs it once, so that on a CPU compiling it is what takes the time.
+    # A growth point runs the program once: on a CPU compiling it costs more than running it, so it is not optimised.
     device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
     quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return jax.jit(compare, compiler_options=quick)
 
 
 def exactness_failure(difference: float, removed: float | None, kl: float, limit: float, dtype: str) -> str | None:
-    """Why a growth is not exact, or None.
+    """Reason why a growth is not exact; None if it is.
 
     Args:
-        difference: max |difference| of float32 logits. removed: of logits with the mask fully open and gone.
-        kl: KL divergence in nats a token, computed in `dtype`. limit: of both differences.
+        difference: max |difference| of float32 logits before and after growth.
+        removed: max |difference| of logits with the growth mask fully open and without it; None if there is no mask.
+        kl: KL divergence in nats a token, computed in `dtype`.
+        limit: largest value that is accepted for both differences.
     """
     for name, value, bound in (
         ("max |difference| of float32 logits", difference, limit),
-        ("max |difference| of logits when the mask goes", removed, limit),
+        ("max |difference| of logits when the growth mask is removed", removed, limit),
         (f"KL divergence in {dtype}", kl, MAX_KL),
     ):
         try:
             chex.assert_trees_all_close(0.0 if value is None else value, 0.0, rtol=0, atol=bound)
-        except AssertionError:  # of NaN, too
+        except AssertionError:  # also raised for NaN
             return f"is not exact: {name} {value:.3g} exceeds {bound:.3g}"
     return None
 
 
-def _learning_failure(in_run: Comparison, params: tuple[Any, Any]) -> str | None:
-    """A tied embedding of zeros under xPos, for one, has no gradient, and an exact growth keeps it so."""
+def _learning_failure(in_run: Comparison, params: tuple[Params, Params]) -> str | None:
+    """Reason why the grown model cannot learn; None if it can.
+
+    Example: a tied embedding of zeros under xPos has no gradient, and an exact growth keeps the zeros.
+    """
     norm = in_run.gradient_norms[1]
     if not math.isfinite(norm):
         return f"has a gradient that is not finite: its norm is {norm}, and was {in_run.gradient_norms[0]}"
@@ -292,8 +305,8 @@ def _learning_failure(in_run: Comparison, params: tuple[Any, Any]) -> str | None
         if old.ndim > 1 and path[-1].key != "bias" and not (jnp.any(old) or jnp.any(new))
     ]
     return (
-        "makes a model that cannot learn, its gradient is 0 everywhere: matrices of zeros are "
-        f"{', '.join(zeros) or 'none'}; 'perturb' would fill them"
+        "produces a model that cannot learn, because its gradient is 0 everywhere; matrices of zeros: "
+        f"{', '.join(zeros) or 'none'}; family 'perturb' would fill them"
     )
 
 

@@ -1,12 +1,15 @@
-"""The duplicate family: new units are copies that share what their source did. Exact at any size.
+"""The duplicate family: new units are copies, and all copies of a unit share its effect. Exact at any size.
 
-Readers of a copied unit take a share of its weight each (Net2Net, bert2BERT); drawn unequal, so that copies part: equal
-ones get equal gradients for ever (LEMON). The residual stream divides copies by the root of their number, so that the
-sum of squares, and with it epsilon's factor, is that of the zero family. Depth, words and places grow as there.
-The gradients of copies follow from the chain rule: what writes a copy gets its share, what reads one gets all. On the
-residual stream that holds for the direct path; through a norm's denominator copies get equal parts, which unequal
-shares of the moments cannot tell apart. Sharded, a device receives up to 3x the bytes of its part of the new state
-(16B to 51B on 192 devices: 2.8x, the zero family 2.2x), from neighbours; no leaf is gathered.
+Parameters that read a copied unit are multiplied by a share; the shares of a unit's copies sum to 1 (Net2Net,
+bert2BERT). Shares are drawn unequal, since copies with equal shares get equal gradients and stay equal (LEMON). Entries
+of the residual stream are divided by the root of their number of copies, so that the sum of squares, and with it the
+factor of epsilon, is the same as in the zero family. Depth, vocabulary and length grow as in the zero family, but new
+words start as the mean of the old words.
+The gradients of copies follow from the chain rule: parameters that write a copy get its share of the old gradient,
+parameters that read a copy get the old gradient. On the residual stream this holds for the direct path; through a
+norm's denominator copies get equal parts, which the shares of the moments do not represent. On a sharded model each
+device receives up to 3x the bytes of its part of the new state (16B to 51B on 192 devices: 2.8x, the zero family 2.2x),
+from neighbours; no leaf is gathered.
 """
 
 import math
@@ -22,33 +25,37 @@ from flmjax.sharding.axes import LeafAxes
 
 
 def cyclic(before: int, after: int, old: ModelConfig, new: ModelConfig) -> np.ndarray:
-    """0 ... n-1, 0 ... n-1, ..."""
+    """Sources 0 ... n-1, 0 ... n-1, ... of an axis whose places are copied in order."""
     return np.arange(after) % before
 
 
 def cyclic_embed(before: int, after: int, old: ModelConfig, new: ModelConfig) -> np.ndarray:
-    """LayerNorm's mean stays only if all entries have equally many copies: whole copies, the rest is their mean."""
+    """Sources of the residual width. LayerNorm's mean is kept only if all entries have equally many copies: the entries
+    that are left after the last complete copy have no source and hold the mean."""
     places = np.arange(after)
-    whole = after - after % before if new.norm == "layernorm" else after
-    return np.where(places < whole, places % before, -1)
+    complete = after - after % before if new.norm == "layernorm" else after
+    return np.where(places < complete, places % before, -1)
 
 
 def same_frequency(before: int, after: int, old: ModelConfig, new: ModelConfig) -> np.ndarray:
-    """A copy turns as its source does; where new dimensions do not turn, their source must not either."""
+    """Sources of head_dim: each has the frequency of its copy, or does not turn if the copy does not."""
     places = np.arange(after)
     if not new.is_rotary:
         return places % before
     K = new.rotated_dims
     if new.rotary_repeat:
         return np.where(places < before, places, places % K)
-    if before == K:  # nothing stands still yet: no dimension can be copied
+    if before == K:  # every old dimension turns: none can be the source of one that does not
         return at_the_end(before, after, old, new)
     return np.where(places < before, places, K + (places - K) % (before - K))
 
 
 def embed(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Residual width, r = d/d', c copies with shares a. A tied embedding reads what it writes: the last norm's gain
-    carries the shares that it cannot carry itself, and the width that muP divides logits by."""
+    """Rule of the residual width: r = d/d', `copies` with shares a.
+
+    A tied embedding is read and written, so it cannot carry the shares: the last norm's gain carries them, and also the
+    factor by which muP divides the logits.
+    """
     r, width = d.old.embed_dim / d.new.embed_dim, logit_growth(d.old, d.new)
     root, gain, a = np.sqrt(d.copies), np.sqrt(r * d.copies), d.share
     tied = {
@@ -69,12 +76,12 @@ def embed(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
 
 
 def hidden(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """MLP units, query heads, groups."""
+    """Rule of MLP units, query heads and groups of query heads."""
     return {"write": Rule("fresh", 1.0, d.share), "read": Rule("zero", d.share, 1.0)}[role]
 
 
 def head_dim(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Size of the heads: keys and the output share; queries take back sqrt(K')."""
+    """Rule of head_dim: keys and the output projection take shares; queries take back the factor of sqrt(K')."""
     root: Any = math.sqrt(d.new.head_dim / d.old.head_dim)
     return {
         "query": Rule("fresh", root, d.share / root),
@@ -85,7 +92,7 @@ def head_dim(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
 
 
 def mean(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """New words start as the mean of the old ones."""
+    """Rule of the vocabulary: new words start as the mean of the old words."""
     return Rule("mean")
 
 

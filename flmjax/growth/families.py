@@ -1,4 +1,4 @@
-"""All families: a rule for each axis, and what may be claimed of the result."""
+"""The table of growth families: the rule of each axis, and the claim about the grown model."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -11,20 +11,20 @@ from flmjax.growth.rules import AxisRule
 from flmjax.sharding.axes import LeafAxes
 
 EXACT = "exact"
-EXACT_AT_FIRST = "exact until its mask opens"
+EXACT_AT_FIRST = "exact until its growth mask opens"
 INEXACT = "not exact"
 TUNED = "not exact: tuned from an exact start"
 
 
 class Family(NamedTuple):
-    """A way to grow.
+    """One kind of growth.
 
     Attributes:
-        summary: one line.
+        summary: one line for tables and help.
         claim: EXACT, EXACT_AT_FIRST, TUNED or INEXACT.
-        axes: the rule of each dimension.
-        finish: (leaf, grown parameter, fresh parameter, growth's config) -> parameter, after all dimensions have grown.
-        ramps: whether a mask opens during the first updates (ramp.py).
+        axes: the rule of each dimension by its name.
+        finish: (leaf, grown parameter, fresh parameter, growth's config) -> parameter; after all dimensions have grown.
+        ramps: whether a growth mask opens during the first updates (ramp.py).
         tunes: whether the larger parameters are tuned on batches of text (learned.py).
     """
 
@@ -37,26 +37,30 @@ class Family(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the grown model is the same function."""
+        """Whether the grown model computes the same function as the old model."""
         return self.claim in (EXACT, EXACT_AT_FIRST)
 
     @property
     def needs_training(self) -> str | None:
-        """Why it grows within a run alone, in words; None: also between runs."""
+        """Reason why the family grows only within a run; None if it also grows a checkpoint between runs."""
         if self.ramps:
-            return "its mask opens while the model trains"
+            return "its growth mask opens while the model trains"
         return "it learns from batches of text" if self.tunes else None
 
 
 FAMILIES: Mapping[str, Family] = {
-    "zero": Family("new units are not read yet", EXACT, zero.AXES),
-    "duplicate": Family("new units are copies that share what their source did", EXACT, duplicate.AXES),
-    "mask": Family("new weights are fresh and fade in (MSG)", EXACT_AT_FIRST, masks.AXES, ramps=True),
-    "stack": Family("the stack of layers again on top (G_stack); other axes as zero", INEXACT, depth.STACK),
-    "interleave": Family("each layer again after itself; other axes as zero", INEXACT, depth.INTERLEAVE),
-    "middle": Family("the middle layers again (MIDAS); other axes as zero", INEXACT, depth.MIDDLE),
-    "perturb": Family("shrink, pad, perturb", INEXACT, perturb.AXES, perturb.perturb),
-    "learned": Family("the growth matrices are tuned by gradient (LiGO)", TUNED, zero.AXES, tunes=True),
+    "zero": Family("new units are fresh, and the parameters that read them start at 0", EXACT, zero.AXES),
+    "duplicate": Family("new units are copies that share the effect of their source", EXACT, duplicate.AXES),
+    "mask": Family("new parameters are fresh and fade in (MSG)", EXACT_AT_FIRST, masks.AXES, ramps=True),
+    "stack": Family("the old layers are repeated on top (G_stack); other axes as in zero", INEXACT, depth.STACK),
+    "interleave": Family("each old layer is followed by its copies; other axes as in zero", INEXACT, depth.INTERLEAVE),
+    "middle": Family(
+        "the middle layers are followed by their copies (MIDAS); other axes as in zero", INEXACT, depth.MIDDLE
+    ),
+    "perturb": Family(
+        "old matrices are shrunk, and fresh values are added everywhere", INEXACT, perturb.AXES, perturb.perturb
+    ),
+    "learned": Family("a linear map of the old parameters, learned by gradient (LiGO)", TUNED, zero.AXES, tunes=True),
 }
 assert FAMILIES.keys() == GROWTH_FAMILIES.keys()
 
@@ -65,7 +69,7 @@ def family_of(config: GrowthConfig) -> Family:
     """The family that a growth's config names.
 
     Raises:
-        ConfigError: unknown family, with the list.
+        ConfigError: for an unknown family, with the nearest names or the list.
     """
     if config.family not in FAMILIES:
         raise ConfigError(f"growth family '{config.family}'{nearest(config.family, FAMILIES)}")

@@ -1,31 +1,37 @@
-"""Growth: pure functions from the state of a model to the state of a larger one."""
+"""Growth of a training state: pure functions from the state of a model to the state of a larger model."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from flmjax.growth.growth import Growth
 from flmjax.growth.optimizer_state import map_adam
 from flmjax.growth.rules import DIMENSIONS, Dimension, Rule, copy, dim_sizes
 from flmjax.model.transformer import abstract_params, init_params
-from flmjax.sharding.axes import LeafAxes, axis_sizes, map_with_axes
+from flmjax.sharding.axes import LeafAxes, Params, axis_sizes, map_with_axes
+
+State = TypeVar("State", bound=Any)  # a class of training states
 
 
-def grow(state: Any, growth: Growth) -> Any:
-    """Grow a training state; pure and jittable (give jit the new mesh's out_shardings).
+def grow(state: State, growth: Growth) -> State:
+    """The training state of the larger model; pure and jittable (pass the new shardings as jit's out_shardings).
 
     Args:
-        state: has `params`, `opt_state` and `replace`, as training.state.TrainState.
+        state: any class with `params`, `opt_state` and `replace`, such as training.state.TrainState.
 
     Raises:
         GrowthError: naming a leaf with both shapes.
     """
-    return state.replace(params=grow_params(state.params, growth), opt_state=grow_opt_state(state.opt_state, growth))
+    grown: State = state.replace(
+        params=grow_params(state.params, growth), opt_state=grow_opt_state(state.opt_state, growth)
+    )
+    return grown
 
 
-def grow_params(params: Any, growth: Growth) -> Any:
-    """Grow bare parameters; see `grow`."""
+def grow_params(params: Params, growth: Growth) -> Params:
+    """The parameters of the larger model; raises as `grow`."""
     assert growth.key is not None, "growth of parameters draws fresh ones: it needs a key"
     family, fresh = growth.family, init_params(growth.new, growth.key)
 
@@ -35,17 +41,18 @@ def grow_params(params: Any, growth: Growth) -> Any:
             return grown
         return family.finish(leaf, grown, fresh, growth.config)
 
-    return map_with_axes(grow_one, abstract_params(growth.old)[1], params, fresh)
+    grown_params: Params = map_with_axes(grow_one, abstract_params(growth.old)[1], params, fresh)
+    return grown_params
 
 
-def grow_opt_state(opt_state: Any, growth: Growth) -> Any:
-    """Grow a bare optimizer state, with the growth of its parameters.
+def grow_opt_state(opt_state: optax.OptState, growth: Growth) -> optax.OptState:
+    """The optimizer state of the larger model, for the same growth as its parameters.
 
-    Moments follow their parameters' gradients (Rule.gradient), never the parameters; entries without a history get 0
-    and are born now, so that their first update is no larger than the learning rate.
+    Moments are scaled like the gradients of their parameters (Rule.gradient), not like the parameters. Moments of new
+    entries are 0, and their age starts at 0, so that their first update is no larger than the learning rate.
     """
 
-    def grow_moment(moments: Any, power: int) -> Any:
+    def grow_moment(moments: Params, power: int) -> Any:
         def grow_one(path: str, leaf: LeafAxes, x: jax.Array) -> jax.Array:
             grown = growth.grow_leaf(path, leaf, x, power=power)
             return grown if growth.config.moments == "carry" else jnp.zeros_like(grown)
@@ -59,7 +66,7 @@ def grow_opt_state(opt_state: Any, growth: Growth) -> Any:
 
 
 class LeafPlan(NamedTuple):
-    """What growth will do to one leaf: its path, both shapes, and a line for each dimension that grows."""
+    """Plan of one leaf's growth: its path, both shapes, and a line of text for each dimension that grows."""
 
     path: str
     old_shape: tuple[int, ...]
@@ -68,10 +75,10 @@ class LeafPlan(NamedTuple):
 
 
 def plan_growth(growth: Growth) -> list[LeafPlan]:
-    """The plan of every leaf, in tree order, without touching a parameter."""
+    """Plans of all leaves in tree order, from the configurations alone."""
     plan: list[LeafPlan] = []
 
-    def plan_one(path: str, leaf: LeafAxes, before: Any, after: Any) -> None:
+    def plan_one(path: str, leaf: LeafAxes, before: jax.ShapeDtypeStruct, after: jax.ShapeDtypeStruct) -> None:
         rules = tuple(_describe(dimension, rule) for _, dimension, rule in growth.rules_of(path, leaf))
         plan.append(LeafPlan(path, before.shape, after.shape, rules))
 
@@ -81,7 +88,7 @@ def plan_growth(growth: Growth) -> list[LeafPlan]:
 
 
 def _grow_births(axis: str, births: jax.Array, count: jax.Array, growth: Growth) -> jax.Array:
-    """The births of one axis: a copy is as old as its source, a new place is born now."""
+    """Births of one axis in the larger model: a copy has its source's birth, a place without a source has `count`."""
     if axis == "kv_heads" and growth.split > 1:
         births = jnp.repeat(births, growth.split)
     out = births.reshape(list(dim_sizes(axis, growth.old, growth.split).values()))

@@ -1,4 +1,4 @@
-"""The pair of models that a growth leads from and to, its family and what it draws."""
+"""Growth: the pair of an old and a new model, the family with its settings, and the key of all random draws."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Growth:
-    """A growth from one model to a larger one, checked when it is made.
+    """A growth from one model to a larger model, checked at construction.
 
     Attributes:
         old, new: the models; `new` is config.resize(old, family, ...): no size smaller, the norm's epsilon scaled.
         config: the family and its settings.
-        key: for fresh weights and the shares of copies; None where nothing is drawn, as in a comparison.
+        key: key of fresh parameters and of the shares of copies; None if nothing is drawn, as in a comparison.
 
     Raises:
         ConfigError: for an unknown family, or heads that cannot become the new ones.
@@ -49,26 +49,26 @@ class Growth:
 
     @classmethod
     def into(cls, stage: Stage, key: jax.Array | None = None) -> "Growth":
-        """The growth at the start of a stage that has one before it."""
+        """The growth at the start of `stage`, which must have a previous stage."""
         assert stage.previous is not None
         return cls(stage.previous.model, stage.model, stage.config.growth, key)
 
     @functools.cached_property
     def family(self) -> Family:
-        """The rules of the growth, and what they claim."""
+        """The growth's family: its rules and its claim."""
         return family_of(self.config)
 
     @functools.cached_property
     def split(self) -> int:
-        """Parts that each group of query heads splits into."""
+        """Number of parts that each group of query heads splits into; 1 if groups are not split."""
         return split_factor(self.old, self.new)
 
     @functools.cached_property
     def dimensions(self) -> dict[str, Dimension]:
-        """The dimensions that grow, by name. Shares of copies are drawn from the key, once for all leaves."""
+        """The dimensions that grow, by name. The shares of copies are drawn from the key once, for all leaves."""
         if isinstance(self.key, jax.core.Tracer):
             return self._dimensions()
-        with jax.ensure_compile_time_eval():  # kept beyond the trace that asks for them first
+        with jax.ensure_compile_time_eval():  # cached values must outlive the trace in which they are computed
             return self._dimensions()
 
     def _dimensions(self) -> dict[str, Dimension]:
@@ -78,21 +78,21 @@ class Growth:
             before, after = dim_sizes(name, self.old, self.split)[name], dim_sizes(name, self.new)[name]
             if before == after and (name != "vocab" or self.old.vocab_size == self.new.vocab_size):
                 continue
-            if name == "vocab":  # padded rows were never a word
+            if name == "vocab":  # padded rows belong to no word
                 before = int(self.old.vocab_size or 0)
             source = self.family.axes[name].source(before, after, self.old, self.new)
             assert source.shape == (after,), (name, source.shape)
             copies = np.where(source < 0, 1, np.bincount(source[source >= 0], minlength=before)[source])
-            # Both of a pair that turns together have one share, else their gradients mix.
+            # The two dimensions of a rotated pair have one share, else the rotation would mix their gradients.
             pair = 2 if name == "head_dim" and self.new.is_rotary else 1
-            own_key = None if key is None else jax.random.fold_in(key, i)
-            share = draw_share(source[::pair] // pair, copies[::pair], self.config.split, own_key)
+            axis_key = None if key is None else jax.random.fold_in(key, i)
+            share = draw_share(source[::pair] // pair, copies[::pair], self.config.split, axis_key)
             share = np.repeat(share, pair) if isinstance(share, np.ndarray) else jnp.repeat(share, pair)
             dimensions[name] = Dimension(name, before, after, source, copies, share, self.old, self.new)
         return dimensions
 
     def rules_of(self, path: str, leaf: LeafAxes) -> list[tuple[int, Dimension, Rule]]:
-        """(position, dimension, rule) of every dimension of a leaf that grows.
+        """(position, dimension, rule) of each growing dimension of a leaf.
 
         Raises:
             GrowthError: naming the leaf, both sizes and the axis that no rule covers.
@@ -112,20 +112,25 @@ class Growth:
     def grow_leaf(
         self, path: str, leaf: LeafAxes, x: jax.Array, fresh: jax.Array | None = None, power: int = 0
     ) -> jax.Array:
-        """One parameter (power 0) or its first or second moment (power 1, 2), of the larger model.
+        """One parameter of the larger model, or its first or second moment.
 
-        Pads, selections and sums, never an update of a slice: into a sharded array that gathers all of it.
+        It is computed by pads, selections and sums, never by updating a slice: XLA gathers a sharded array for that.
 
         Args:
-            fresh: initial values of the larger model; None fills new places with 0, as moments are.
+            leaf: axes of the parameter.
+            x: the parameter or moment of the old model.
+            fresh: initial values of the larger model; None fills new places with 0, for moments.
+            power: 0 for a parameter, 1 and 2 for its first and second moment.
 
         Raises:
-            GrowthError: as rules_of, or for a leaf of another shape.
+            GrowthError: as rules_of, or if the shape of `x` is not the old model's.
         """
         shape = tuple(axis_sizes(self.old)[name] for name in leaf.names)
         if x.shape != shape:
             raise GrowthError(f"{path} has shape {x.shape}; the old configuration says {shape}")
-        if "kv_heads" in leaf.names and self.split > 1:  # each part has the key head, and a share of its gradient
+        if (
+            "kv_heads" in leaf.names and self.split > 1
+        ):  # each part gets a copy of the key head, and an equal share of its gradient
             x = jnp.repeat(x, self.split, axis=leaf.names.index("kv_heads"))
             x = x * jnp.asarray(float(self.split) ** -power, x.dtype)
         rules = self.rules_of(path, leaf)
@@ -136,13 +141,13 @@ class Growth:
             fresh = fresh.reshape(leaf_sizes(leaf, self.new)).astype(x.dtype)
         for i, d, rule in sorted(
             rules, key=lambda entry: entry[1].name == "layers"
-        ):  # new layers are as new layers are
+        ):  # layers last: a new layer is fresh in all its entries
             out = fill(out, i, d.is_new, "zero" if fresh is None else rule.fill, fresh)
         return out.reshape([axis_sizes(self.new)[name] for name in leaf.names])
 
 
 def _check(old: ModelConfig, new: ModelConfig, family: str) -> None:
-    """Whether `new` is a larger version of `old` that can compute the same function."""
+    """Raise GrowthError or ConfigError unless `new` is a larger version of `old` that can compute the same function."""
     derived = ("norm_eps", "rotary_dim", "rotary_repeat")
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(old, field.name), getattr(new, field.name)
@@ -158,11 +163,11 @@ def _check(old: ModelConfig, new: ModelConfig, family: str) -> None:
         raise GrowthError(
             f"norm_eps must be {expected.norm_eps} after growth, not {new.norm_eps}; take config.resize(old, ...)"
         )
-    # The old frequencies stay. Those of new dimensions are free, unless the dimensions are copies.
+    # The old dimensions keep their frequencies. New dimensions may have any, unless they are copies.
     if new.is_rotary and new.rotated_dims != old.rotated_dims:
         raise GrowthError(
-            f"rotary_dim must be {old.rotated_dims} after growth, not {new.rotary_dim}: other frequencies turn the old "
-            "dimensions by other angles; take config.resize(old, ...)"
+            f"rotary_dim must be {old.rotated_dims} after growth, not {new.rotary_dim}: other frequencies would turn "
+            "the old dimensions by other angles; take config.resize(old, ...)"
         )
     already = old.head_dim > old.rotated_dims
     if new.rotary_repeat != (old if already else expected).rotary_repeat:

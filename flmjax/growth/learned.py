@@ -1,11 +1,12 @@
-"""The learned family: growth matrices tuned by gradient. After LiGO (arXiv 2303.00980).
+"""The learned family: growth matrices tuned by gradient, after LiGO (arXiv 2303.00980).
 
-Growth is linear in the old parameters: along each dimension a matrix maps old places to new ones, shared by all leaves
-that meet the dimension in the same way. The matrices start as the zero family's, so that the start is exact, and are
-then tuned on the training loss, old parameters fixed. What they make is the grown model; they are gone afterwards.
+The new parameters are linear in the old parameters: along each dimension a matrix maps old places to new places, and
+all leaves in which the dimension has the same role share it. The matrices start as the map of the zero family, so that
+the start is exact. They are then tuned on the training loss while the old parameters stay fixed. At the end the new
+parameters are computed from them, and the matrices are discarded.
 
-Sharded, each update gathers matrices of one layer at a time, and the rows of a shard of the vocabulary, as training
-does; each device receives about 1.7 times the bytes of the new parameters at each update.
+Sharded, each update gathers the parameters of one layer at a time, and the rows of one shard of the vocabulary, as
+training does; each device receives about 1.7 times the bytes of the new parameters at each update.
 """
 
 import dataclasses
@@ -22,31 +23,33 @@ import optax
 from flmjax.growth.growth import Growth
 from flmjax.growth.rules import copy, leaf_dims, leaf_sizes
 from flmjax.model.transformer import abstract_params, init_params
-from flmjax.sharding.axes import LeafAxes, map_with_axes
+from flmjax.sharding.axes import LeafAxes, Params, map_with_axes
 
-NOT_LEARNED = ("vocab", "length")  # no old word says what a new one means, and the matrix would be huge
+NOT_LEARNED = ("vocab", "length")  # old words say nothing about a new word, and the matrix would be huge
 Matrices = dict[str, jax.Array]  # "dimension.role" -> (after, before)
+Batch = dict[str, jax.Array]
 
 
 def tune(
-    params: Any,
+    params: Params,
     growth: Growth,
-    value_and_grad: Callable[[Any, Any], tuple[jax.Array, Any]],
-    batches: Iterable[Any],
-    shardings: Any = None,
-) -> tuple[Any, list[float]]:
-    """Grow by matrices tuned with Adam, one update for each batch.
+    value_and_grad: Callable[[Params, Batch], tuple[jax.Array, Params]],
+    batches: Iterable[Batch],
+    shardings: Params | None = None,
+) -> tuple[Params, list[float]]:
+    """Grow by matrices that are tuned with Adam, one update for each batch.
 
     Args:
-        params: of the old model; not changed.
+        params: parameters of the old model; they do not change.
         value_and_grad: (parameters of the new model, batch) -> (mean loss, its gradient).
-        shardings: of the new parameters; None on one device.
+        batches: batches of training data on the devices.
+        shardings: shardings of the new parameters; None on one device.
 
     Returns:
         Parameters of the new model, and the loss at every update.
     """
 
-    def pinned(grown: Any) -> Any:
+    def pinned(grown: Params) -> Params:
         return grown if shardings is None else jax.lax.with_sharding_constraint(grown, shardings)
 
     optimizer = optax.adam(growth.config.tuning_learning_rate)
@@ -55,7 +58,7 @@ def tune(
     expanded = jax.jit(lambda matrices, params, constant: pinned(expand(matrices, params, constant, growth)))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(matrices: Matrices, opt_state: Any, params: Any, constant: Any, batch: Any) -> Any:
+    def update(matrices: Matrices, opt_state: optax.OptState, params: Params, constant: Params, batch: Batch) -> Any:
         grown, pull_back = jax.vjp(lambda matrices: pinned(expand(matrices, params, constant, growth)), matrices)
         value, grads = value_and_grad(grown, batch)
         updates, opt_state = optimizer.update(pull_back(grads)[0], opt_state, matrices)
@@ -69,7 +72,7 @@ def tune(
 
 
 def first_matrices(growth: Growth) -> Matrices:
-    """The zero family's map of old places, as dense float32 matrices."""
+    """Initial growth matrices: the zero family's map from old places to new places, as dense float32 matrices."""
     matrices: Matrices = {}
 
     def add(path: str, leaf: LeafAxes) -> None:
@@ -86,19 +89,20 @@ def first_matrices(growth: Growth) -> Matrices:
     return matrices
 
 
-def fresh_part(growth: Growth) -> Any:
-    """What the zero family adds to the linear map: growth of zeros."""
+def fresh_part(growth: Growth) -> Params:
+    """Fresh entries of the new parameters, which the zero family adds to the linear map: the growth of zeros."""
     assert growth.key is not None
 
-    def grow_zeros(path: str, leaf: LeafAxes, x: Any, fresh: jax.Array) -> jax.Array:
+    def grow_zeros(path: str, leaf: LeafAxes, x: jax.ShapeDtypeStruct, fresh: jax.Array) -> jax.Array:
         return growth.grow_leaf(path, leaf, jnp.zeros(x.shape, x.dtype), fresh)
 
     shapes, axes = abstract_params(growth.old)
-    return map_with_axes(grow_zeros, axes, shapes, init_params(growth.new, growth.key))
+    fresh_params: Params = map_with_axes(grow_zeros, axes, shapes, init_params(growth.new, growth.key))
+    return fresh_params
 
 
-def expand(matrices: Matrices, params: Any, constant: Any, growth: Growth) -> Any:
-    """The parameters of the new model that the matrices compute from those of the old one."""
+def expand(matrices: Matrices, params: Params, constant: Params, growth: Growth) -> Params:
+    """Parameters of the new model: the matrices applied to the old parameters, plus `constant` (see fresh_part)."""
     dimensions, parts = growth.dimensions, growth.split
 
     def multiply(leaf: LeafAxes, x: jax.Array, steps: list[tuple[int, str, str]]) -> jax.Array:
@@ -115,7 +119,7 @@ def expand(matrices: Matrices, params: Any, constant: Any, growth: Growth) -> An
         out = x.reshape(leaf_sizes(leaf, growth.old, parts))
         steps = [(i, axis, dim) for i, (axis, dim) in enumerate(leaf_dims(leaf)) if dim in dimensions]
         if leaf.names[0] == "layers":
-            # A sharded dimension is gathered for its product: of one layer at a time.
+            # Products gather a sharded dimension; the loop over layers keeps that to one layer at a time.
             out = multiply(leaf, out, [step for step in steps if step[0] == 0])
             inner = [(i - 1, axis, dim) for i, axis, dim in steps if i > 0]
             out = jax.lax.map(lambda layer: multiply(leaf, layer, inner), out) if inner else out
@@ -123,11 +127,15 @@ def expand(matrices: Matrices, params: Any, constant: Any, growth: Growth) -> An
             out = multiply(leaf, out, steps)
         return out.reshape(constant.shape) + constant
 
-    return map_with_axes(expand_one, abstract_params(growth.old)[1], params, constant)
+    new_params: Params = map_with_axes(expand_one, abstract_params(growth.old)[1], params, constant)
+    return new_params
 
 
 def tuning_flops(growth: Growth) -> float:
-    """FLOPs of one update beyond the new model's own: making its parameters, forward and twice backward."""
+    """FLOPs of the growth matrices in one update: computing the new parameters (forward), and twice as many backward.
+
+    The model FLOPs of the new model are not included.
+    """
     total = 0.0
 
     def add(path: str, leaf: LeafAxes) -> None:

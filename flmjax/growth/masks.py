@@ -1,9 +1,9 @@
-"""The mask family: new weights are fresh and fade in. After MSG (arXiv 2305.02869), which FLM-101B grew by.
+"""The mask family: new parameters are fresh and fade in. After MSG (arXiv 2305.02869), the growth of FLM-101B.
 
-MSG puts masks into the layers. Here parameters are masked, the model knows nothing: at openness c a new entry is
-(1 - c) x what the zero family would have put there + c x its own value. So c = 0 is the zero family's function, exact
-for any fresh weights, and c = 1 is the plain model, for which the stored parameters are used as they are. In between a
-RMSNorm sees MSG's masked mean square, its mask c^2; a LayerNorm also measures the new entries from the old ones' mean.
+MSG puts growth masks into the layers. flmjax masks the parameters, and the model code has no masks. At openness c a new
+entry is (1 - c) x (its value in the zero family) + c x (its stored value). At c = 0 the model is the zero family's,
+exact for any fresh parameters; at c = 1 the stored parameters are used unchanged. For 0 < c < 1 an RMSNorm computes
+MSG's masked mean square with the mask c^2; a LayerNorm also subtracts the old entries' mean from the new entries.
 """
 
 from flmjax.growth import zero
@@ -13,7 +13,7 @@ from flmjax.sharding.axes import LeafAxes
 
 
 def keep(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Old entries as they are, new ones fresh. Only the width that muP divides logits by is taken back for good."""
+    """Rule of every axis: old entries unchanged, new entries fresh. The last norm takes back muP's logit factor."""
     width = logit_growth(d.old, d.new)
     return Rule("fresh", width if role.startswith("output_") else 1.0)
 

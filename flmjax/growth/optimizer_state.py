@@ -1,31 +1,32 @@
-"""Growth of an optimizer's state."""
+"""Growth of an optimizer state: applies functions to Adam's part of nested optax states."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from flmjax.growth.rules import GrowthError
 from flmjax.optimizer.adam import AdamState
-from flmjax.sharding.axes import path_name
+from flmjax.sharding.axes import Params, path_name
 
 
 def map_adam(
-    opt_state: Any,
-    grow_moment: Callable[[Any, int], Any],
+    opt_state: optax.OptState,
+    grow_moment: Callable[[Params, int], Params],
     grow_births: Callable[[dict[str, jax.Array], jax.Array], dict[str, jax.Array]],
     reset: bool,
-) -> Any:
-    """Grow Adam's part of nested optax states; counts are kept.
+) -> optax.OptState:
+    """The optimizer state with Adam's moments and births grown; counts stay.
 
     Args:
-        opt_state: its only parameter-shaped members are Adam's moments.
-        grow_moment: (tree of moments, power) -> grown tree.
+        opt_state: nested optax states; Adam's moments are the only members with the shapes of parameters.
+        grow_moment: (tree of moments, power) -> grown tree; power 1 for first moments, 2 for second moments.
         grow_births: (births, count) -> births of the larger model.
-        reset: whether all moments start anew.
+        reset: whether all moments start at 0 again.
 
     Raises:
-        GrowthError: naming a state that is neither Adam's nor a scalar.
+        GrowthError: naming an array that is neither Adam's nor a scalar.
     """
 
     def grow(path: tuple[Any, ...], state: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Shrink, pad, perturb: a warm start that gives the function up on purpose.
+"""The perturb family: shrink, pad, perturb. A warm start that does not keep the function.
 
-theta' = shrink * pad(theta) + a fresh initialisation, on matrices (muP warm starting, 2024, and the warm-start
-study arXiv 2605.13405): new directions get gradients at once. Gains, shifts and biases are padded.
+Matrices become shrink * pad(theta) + a fresh initialisation (muP warm starting, 2024, and the warm-start study arXiv
+2605.13405), so that new directions get gradients from the first update. Gains, shifts and biases are only padded.
 """
 
 import jax
@@ -14,12 +14,12 @@ from flmjax.sharding.axes import LeafAxes
 
 
 def pad(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Zeros, for matrices to be added to; else what a new model has."""
+    """Rule of every axis: new places of matrices are 0 (`perturb` adds to them), of vectors as initialised."""
     return Rule("zero" if leaf.is_matrix else "fresh")
 
 
 def perturb(leaf: LeafAxes, x: jax.Array, fresh: jax.Array, operator: GrowthConfig) -> jax.Array:
-    """A padded leaf, shrunk and perturbed."""
+    """A padded parameter, shrunk and with fresh values added if it is a matrix."""
     return jnp.asarray(operator.shrink, x.dtype) * x + fresh.astype(x.dtype) if leaf.is_matrix else x
 
 

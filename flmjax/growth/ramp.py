@@ -1,6 +1,6 @@
-"""The mask of the mask family while it opens (masks.py says what it is)."""
+"""The growth mask while it opens, during the first updates of a stage; masks.py defines it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,38 +11,38 @@ from flmjax.growth import masks, zero
 from flmjax.growth.growth import Growth
 from flmjax.growth.rules import Dimension, along, leaf_dims, leaf_sizes
 from flmjax.model.transformer import abstract_params
-from flmjax.sharding.axes import LeafAxes, map_with_axes
+from flmjax.sharding.axes import LeafAxes, Params, map_with_axes
 
 
-def openness(config: GrowthConfig, updates: Any) -> jax.Array:
-    """c after so many updates since growth: 0 at first, 1 from ramp_steps on."""
+def openness(config: GrowthConfig, updates: jax.typing.ArrayLike) -> jax.Array:
+    """Openness c of the growth mask after `updates` updates since growth: 0 at growth, 1 from ramp_steps on."""
     part = jnp.clip(jnp.asarray(updates, jnp.float32) / config.ramp_steps, 0.0, 1.0)
     return {"linear": part, "cosine": (1 - jnp.cos(jnp.pi * part)) / 2}[config.ramp]
 
 
 class Ramp(NamedTuple):
-    """The mask of a stage while it opens: closed at step `start`, gone from step `end` on."""
+    """A stage's growth mask: closed at step `start`, fully open and removed at step `end`."""
 
     growth: Growth
     start: int
 
     @property
     def end(self) -> int:
-        """First step that needs no mask."""
+        """First step of the run that trains without the mask."""
         return self.start + self.growth.config.ramp_steps
 
-    def at(self, params: Any, step: Any) -> Any:
-        """The parameters that the model computes with at `step`."""
+    def at(self, params: Params, step: jax.typing.ArrayLike) -> Params:
+        """Masked parameters, which the model computes with at `step`."""
         return masked(params, self.growth, openness(self.growth.config, step - self.start))
 
 
 def ramp_of(stage: Stage) -> Ramp | None:
-    """The mask that opens during a stage; None if its growth has none."""
+    """The growth mask that opens during a stage; None if its growth has no mask."""
     return Ramp(Growth.into(stage), stage.start) if stage.ramp else None
 
 
-def masked(params: Any, growth: Growth, c: Any) -> Any:
-    """The parameters that the model computes with while its mask is `c` open (a number or a scalar array)."""
+def masked(params: Params, growth: Growth, c: jax.typing.ArrayLike) -> Params:
+    """Masked parameters, which the model computes with at openness `c` of the growth mask."""
 
     def mask(_: str, leaf: LeafAxes, x: jax.Array) -> jax.Array:
         out = x.reshape(leaf_sizes(leaf, growth.new))
@@ -52,7 +52,8 @@ def masked(params: Any, growth: Growth, c: Any) -> Any:
                 out = _mask_dimension(out, i, role, leaf, growth.dimensions[dim], jnp.asarray(c, x.dtype))
         return out.reshape(x.shape)
 
-    return map_with_axes(mask, abstract_params(growth.new)[1], params)
+    masked_params: Params = map_with_axes(mask, abstract_params(growth.new)[1], params)
+    return masked_params
 
 
 def _mask_dimension(x: jax.Array, dim: int, role: str, leaf: LeafAxes, d: Dimension, c: jax.Array) -> jax.Array:
@@ -60,10 +61,10 @@ def _mask_dimension(x: jax.Array, dim: int, role: str, leaf: LeafAxes, d: Dimens
     weight = closed.weight / masks.keep(role, leaf, d).weight
     if weight != 1.0:
         x = x * jnp.sqrt(weight**2 + c**2 * (1 - weight**2))
-    here = along(d.is_new, dim, x.ndim)
+    at_new = along(d.is_new, dim, x.ndim)
     if closed.fill == "zero":
-        return jnp.where(here, c * x, x)
+        return jnp.where(at_new, c * x, x)
     if closed.fill == "mean":
-        mean = jnp.sum(jnp.where(here, 0, x), axis=dim, keepdims=True) / np.sum(~d.is_new)
-        return jnp.where(here, (1 - c) * mean + c * x, x)
+        mean = jnp.sum(jnp.where(at_new, 0, x), axis=dim, keepdims=True) / np.sum(~d.is_new)
+        return jnp.where(at_new, (1 - c) * mean + c * x, x)
     return x

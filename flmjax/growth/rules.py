@@ -1,4 +1,4 @@
-"""What a growth rule is, and the operations on arrays that carry it out."""
+"""Growth rules: how one dimension of a parameter grows, and the array operations that apply a rule."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,23 +11,24 @@ import numpy as np
 from flmjax.config import ModelConfig
 from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
 
-# Query heads are groups x heads of a group: both grow at their own end, else a new head would land in a neighbour's
-# group. Every other axis is one dimension.
+# The axis of query heads has two dimensions, groups and heads of a group, and each grows at its end; with one dimension
+# a new head would land in a neighbour's group. Every other axis is one dimension.
 DIMENSIONS = {name: (name,) for name in AXES} | {"heads": ("kv_heads", "heads")}
 
 
 class GrowthError(ValueError):
-    """A growth that cannot be, or that is not what it claims; names the leaf or the size."""
+    """A growth that is impossible or does not keep its claim; the message names the leaf or the size."""
 
 
 class Rule(NamedTuple):
-    """What a leaf's entries become along one dimension.
+    """How a parameter grows along one dimension.
 
     Attributes:
-        fill: of places without a source: "zero"; "fresh", as a new model is initialised; "mean" of the others.
-        weight: factor on copied entries, a number or one for each new place.
-        gradient: factor that the gradient of a copied entry has against the gradient of its source; None: 1 / weight,
-            as an entry has that alone stands for its source. Moments grow by it and by its square.
+        fill: values of places without a source: "zero"; "fresh", as a new model is initialised; "mean" of the places
+            with a source.
+        weight: factor on copied entries, a number or a vector with one number for each new place.
+        gradient: gradient of a copied entry divided by the gradient of its source; None: 1 / weight, for an entry that
+            is the only copy of its source. First moments are multiplied by it, second moments by its square.
     """
 
     fill: str = "fresh"
@@ -35,7 +36,7 @@ class Rule(NamedTuple):
     gradient: Any = None
 
     def moment_factor(self, power: int) -> Any:
-        """Factor on a first (power 1) or second moment."""
+        """Factor on a first moment (power 1) or a second moment (power 2)."""
         return self.weight**-power if self.gradient is None else self.gradient**power
 
 
@@ -45,7 +46,7 @@ class Dimension(NamedTuple):
     Attributes:
         source: (after,) the old place that each new place copies, -1 for none.
         copies: (after,) how many new places have the same source.
-        share: (after,) of each copy in what its source did; sums to 1 over the copies of one source.
+        share: (after,) share of each copy in the effect of its source; the shares of one source sum to 1.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Dimension(NamedTuple):
 
     @property
     def is_new(self) -> np.ndarray:
-        """(after,) places without a source."""
+        """Boolean (after,): whether a place has no source."""
         return self.source < 0
 
 
@@ -68,23 +69,27 @@ RoleRule = Callable[[str, LeafAxes, Dimension], Rule]  # (role along the dimensi
 
 
 class AxisRule(NamedTuple):
-    """A family's rule for one dimension."""
+    """A family's rule for one dimension: the source of each place, and the Rule of each role."""
 
     source: Source
     rule: RoleRule
 
 
 def at_the_end(before: int, after: int, old: ModelConfig, new: ModelConfig) -> np.ndarray:
-    """Old places first, new ones after them."""
+    """Sources of a dimension whose new places follow the old ones: 0 ... before-1, -1 ... -1."""
     return np.where(np.arange(after) < before, np.arange(after), -1)
 
 
 def draw_share(source: np.ndarray, copies: np.ndarray, split: str, key: jax.Array | None) -> Any:
-    """Shares in (0.3, 0.7) of each other, 1 for a place that has one copy; equal ones make copies that never part."""
+    """Share of each copy in the effect of its source, (size,); the shares of one source sum to 1.
+
+    "equal" shares are 1 / copies. "unequal" shares are drawn in (0.3, 0.7) and normalised: copies with equal shares get
+    equal gradients and stay equal.
+    """
     if split == "equal" or copies.max() == 1:
         return 1.0 / copies
     assert key is not None, "unequal shares of copies are drawn: the growth needs a key"
-    # Drawn in float32, so that a proof in float64 is of the same growth; divided in full, so that they sum to 1.
+    # Drawn in float32, so that a certificate in float64 repeats the same growth; normalised in the wider dtype.
     drawn = jax.random.uniform(key, source.shape, jnp.float32, minval=0.3, maxval=0.7)
     drawn = jnp.where(copies == 1, 1.0, drawn.astype(float))
     known, at = source >= 0, np.maximum(source, 0)
@@ -93,7 +98,7 @@ def draw_share(source: np.ndarray, copies: np.ndarray, split: str, key: jax.Arra
 
 
 def dim_sizes(axis: str, config: ModelConfig, parts: int = 1) -> dict[str, int]:
-    """Dimensions of an axis and their sizes, every group of heads split into `parts`."""
+    """Size of each dimension of an axis, by name, after every group of query heads was split into `parts`."""
     if axis == "heads":
         groups = config.kv_heads * parts
         return {"kv_heads": groups, "heads": config.num_heads // groups}
@@ -101,19 +106,19 @@ def dim_sizes(axis: str, config: ModelConfig, parts: int = 1) -> dict[str, int]:
 
 
 def leaf_dims(leaf: LeafAxes) -> list[tuple[str, str]]:
-    """(axis, dimension) of a leaf in order; the query heads are two."""
+    """(axis, dimension) pairs of a leaf, in order; the axis of query heads has two dimensions."""
     return [(axis, dim) for axis in leaf.names for dim in DIMENSIONS[axis]]
 
 
 def leaf_sizes(leaf: LeafAxes, config: ModelConfig, parts: int = 1) -> list[int]:
-    """Sizes of those dimensions."""
+    """Sizes of a leaf's dimensions, in the order of leaf_dims."""
     return [size for axis in leaf.names for size in dim_sizes(axis, config, parts).values()]
 
 
 def copy(x: jax.Array, sources: Mapping[int, np.ndarray]) -> jax.Array:
-    """Place j along dimension i holds what place sources[i][j] held, 0 if that is -1.
+    """Array whose place j along dimension i is a copy of place sources[i][j] of `x`, or 0 if sources[i][j] is -1.
 
-    Old places first and new ones after them is one pad for all such dimensions.
+    All dimensions whose new places follow the old ones are extended by a single pad.
     """
     edges = [(0, 0, 0)] * x.ndim
     for i, source in sources.items():
@@ -125,12 +130,13 @@ def copy(x: jax.Array, sources: Mapping[int, np.ndarray]) -> jax.Array:
 
 
 def _copy_runs(x: jax.Array, dim: int, source: np.ndarray) -> jax.Array:
-    """Each run of neighbours is a pad: sharded, it moves blocks between neighbours where a gather moves everything."""
+    """Copy along `dim` with one pad for each run of adjacent sources: on a sharded array a pad moves blocks between
+    neighbouring devices, while a gather moves everything."""
     size, places = x.shape[dim], len(source)
     starts = [
         j for j in range(places) if source[j] >= 0 and (j == 0 or source[j] != source[j - 1] + 1 or not source[j])
     ]
-    if len(starts) > 64:  # interleaved layers, which are not sharded
+    if len(starts) > 64:  # interleaved layers; the layers axis is not sharded, so a gather is local
         taken = jnp.take(x, np.maximum(source, 0), axis=dim)
         return scale(taken, dim, (source >= 0).astype(np.float32))
     place = functools.partial(jax.lax.broadcasted_iota, jnp.int32, dimension=dim)
@@ -139,36 +145,36 @@ def _copy_runs(x: jax.Array, dim: int, source: np.ndarray) -> jax.Array:
         end = next((i for i in range(j, places) if source[i] != source[j] + i - j), places)
         low = j - int(source[j])
         edges = [(0, 0, 0)] * x.ndim
-        edges[dim] = (low, places - low - size, 0)  # negative ones cut
+        edges[dim] = (low, places - low - size, 0)  # a negative edge cuts
         padded = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
-        here = (place(shape=padded.shape) >= j) & (place(shape=padded.shape) < end)
-        out = jnp.where(here, padded, out)
+        in_run = (place(shape=padded.shape) >= j) & (place(shape=padded.shape) < end)
+        out = jnp.where(in_run, padded, out)
     return out
 
 
-def scale(x: jax.Array, dim: int, factor: Any) -> jax.Array:
-    """X times a number or a vector along `dim`."""
+def scale(x: jax.Array, dim: int, factor: float | np.ndarray | jax.Array) -> jax.Array:
+    """Product of `x` with a number, or with a vector along `dim`."""
     if isinstance(factor, float | int):
         return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
     return x * jnp.asarray(factor, x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])
 
 
 def fill(x: jax.Array, dim: int, is_new: np.ndarray, how: str, fresh: jax.Array | None) -> jax.Array:
-    """Set the places without a source; they hold zeros, or what an earlier dimension put there."""
+    """`x` with the places along `dim` that have no source set to zero, to the mean of the others, or to `fresh`."""
     if not is_new.any():
         return x
-    here = along(is_new, dim, x.ndim)
+    at_new = along(is_new, dim, x.ndim)
     if how == "zero":
         values: Any = jnp.zeros((), x.dtype)
     elif how == "mean":
-        values = jnp.sum(jnp.where(here, 0, x), axis=dim, keepdims=True) / np.sum(~is_new)
+        values = jnp.sum(jnp.where(at_new, 0, x), axis=dim, keepdims=True) / np.sum(~is_new)
     else:
         values = fresh
-    return jnp.where(here, values, x)
+    return jnp.where(at_new, values, x)
 
 
 def along(values: np.ndarray, dim: int, ndim: int) -> Any:
-    """(size,) as an array that broadcasts along `dim`; for a mask that is a tail, without storing it."""
+    """`values` (size,) as an array that broadcasts along `dim`; True at the end only is computed, not stored."""
     shape = [-1 if i == dim else 1 for i in range(ndim)]
     tail = int(np.argmax(values)) if values.any() else len(values)
     if np.array_equal(values, np.arange(len(values)) >= tail):

@@ -1,8 +1,9 @@
-"""The zero family: exact at any size, on every axis.
+"""The zero family: new units have no effect at first. Exact at any size, on every axis.
 
-What makes a new unit is fresh, what reads it is 0 (Net2Net's zero fan-out). A wider residual stream holds the mean of
-the old entries (LayerNorm, after LEMON, arXiv 2310.07999) or 0 (RMSNorm) in its new ones, which their norm turns into
-0; gain sqrt(d/d') and epsilon d/d' (config.resize) take back what d' instead of d did to the variance.
+Parameters that write a new unit are fresh; parameters that read it are 0 (Net2Net's zero fan-out). The new entries of a
+wider residual stream hold the mean of the old entries (LayerNorm, after LEMON, arXiv 2310.07999) or 0 (RMSNorm); both
+are 0 after the norm. The variance is divided by d' instead of d; the gain sqrt(d/d') and epsilon d/d' (config.resize)
+take that back.
 """
 
 import math
@@ -13,9 +14,9 @@ from flmjax.sharding.axes import LeafAxes
 
 
 def embed(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Residual width. The normalised new entries are 0: what reads them is free, and so are their gains.
+    """Rule of the residual width. New entries are 0 after the norm, so parameters that read them may have any value.
 
-    Under muP the logits are divided by the width; the last norm, not the multiplier, takes that back.
+    Under muP the logits are divided by the width multiplier; the last norm's gain takes the change back.
     """
     root = math.sqrt(d.old.embed_dim / d.new.embed_dim)
     width = logit_growth(d.old, d.new)
@@ -30,23 +31,23 @@ def embed(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
 
 
 def hidden(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """MLP units, query heads, key heads with their query heads."""
+    """Rule of MLP units, of query heads, and of key heads with their query heads."""
     return {"write": Rule("fresh"), "read": Rule("zero")}[role]
 
 
 def head_dim(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Size of the heads: new keys are 0; scores are divided by sqrt(K') instead of sqrt(K), which queries take back."""
+    """Rule of head_dim: new keys are 0. Scores are divided by sqrt(K') instead of sqrt(K); queries take that back."""
     root = math.sqrt(d.new.head_dim / d.old.head_dim)
     return {"query": Rule("fresh", root), "key": Rule("zero"), "write": Rule("fresh"), "read": Rule("zero")}[role]
 
 
 def layers(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Depth, at the top: a new block is fresh but for what writes to the residual stream, which is 0 (identity)."""
+    """Rule of layers: new ones are on top; they are fresh, but what writes to the residual stream is 0 (identity)."""
     return Rule("zero" if leaf.role("embed") == "write" else "fresh")
 
 
 def fresh(role: str, leaf: LeafAxes, d: Dimension) -> Rule:
-    """Words and places that no old input has: any rows will do."""
+    """Rule of vocabulary and length: no old input has the new words or positions, so their rows may have any value."""
     return Rule("fresh")
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flmjax.config import ConfigError, nearest
 from flmjax.sharding.rules import Placement
 
-# One place of a query in another segment gets this score: finite, so that no row is ever all -inf (NaN after softmax).
+# Score of a key that the query must not see. It is finite, so that no query has -inf scores alone (NaN after softmax).
 MASKED = -1e30
 
 
@@ -24,16 +25,16 @@ def attend(
     implementation: str,
     placement: Placement | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over earlier places of the same segment.
+    """softmax(q k^T / sqrt(K)) v over the query's position and the earlier positions of its segment.
 
     H query heads share G key heads: query head h uses key head h // (H / G).
 
     Args:
         q_BLHK: queries, positions applied. k_BLGK, v_BLGK: keys and values.
-        segment_ids_BL: documents of a packed row, or None.
-        implementation: "plain", "cudnn" (GPU), "splash" (TPU; interpreted, slowly, elsewhere), or "fused": what
-            `choose` finds for the platform.
-        placement: the activations' sharding (sharding.rules.Placement); splash runs under its shard_map.
+        segment_ids_BL: number of the document that each token of a packed sequence belongs to, or None.
+        implementation: "plain", "cudnn" (GPU), "splash" (TPU; on other platforms interpreted, which is slow), or
+            "fused", the backend that `choose` returns for the platform.
+        placement: the activations' sharding (sharding.rules.Placement); splash runs under a shard_map over its mesh.
 
     Returns:
         (B, L, H, K) in the queries' dtype.
@@ -48,11 +49,11 @@ def attend(
     return IMPLEMENTATIONS[implementation](q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, placement)
 
 
-def choose(platform: str, dtype: Any, segmented: bool) -> str:
-    """The backend that "fused" stands for.
+def choose(platform: str, dtype: str | np.dtype[Any], segmented: bool) -> str:
+    """Name of the backend that "fused" stands for.
 
     Args:
-        platform: "tpu", "gpu" or "cpu". dtype: of the matrix multiplications. segmented: whether there are segment ids.
+        platform: "tpu", "gpu" or "cpu". dtype: dtype of the queries. segmented: whether there are segment ids.
     """
     if platform == "tpu":
         return "splash"
@@ -62,7 +63,7 @@ def choose(platform: str, dtype: Any, segmented: bool) -> str:
 
 
 def _platform(placement: Placement | None) -> str:
-    """Of the devices that are computed for, which need not be here."""
+    """Platform of the target devices; when compiling ahead of time they are not the local ones."""
     return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
 
 
@@ -76,14 +77,14 @@ def _plain(
     del placement  # the compiler partitions it
     B, L, H, K = q_BLHK.shape
     G = k_BLGK.shape[2]
-    R = H // G  # query heads of a group, R, are further rows of its products
+    R = H // G  # query heads of a group; they are further rows of the group's matrix products
     q_BGRLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, R, K), 1, 3)
     k_BGLK, v_BGLK = (jnp.swapaxes(x, 1, 2) for x in (k_BLGK, v_BLGK))
     ids_BL = jnp.zeros((1, L), jnp.int32) if segment_ids_BL is None else segment_ids_BL
     blocks = next(n for n in (4, 2, 1) if L % n == 0 and (64 * n <= L or n == 1))
     outputs = []
     for start in range(0, L, L // blocks):
-        # A block of queries never looks at keys after it: four blocks save 3/8 of the work.
+        # A block of queries skips the keys after its last query: four blocks save 3/8 of the work.
         end = start + L // blocks
         places = jnp.arange(start, end)[:, None] >= jnp.arange(end)
         keep_BSM = places & (ids_BL[:, start:end, None] == ids_BL[:, None, :end])
@@ -92,7 +93,8 @@ def _plain(
 
 
 def _softmax_mix(q_BGRSK: jax.Array, k_BGMK: jax.Array, v_BGMK: jax.Array, keep_BSM: jax.Array) -> jax.Array:
-    """S queries over M keys. Divided by the sum of the exponentials at the end, where there is least to divide."""
+    """Attention of S queries over M keys (B, G, R, S, K). The division by the sum of exponentials comes last: the
+    result is smaller than the scores."""
     B, G, R, S, K = q_BGRSK.shape
     dtype = jnp.promote_types(q_BGRSK.dtype, jnp.float32)
     q_BGNK = q_BGRSK.reshape(B, G, R * S, K)
@@ -129,7 +131,7 @@ def _splash(
     if placement is None:
         return kernel(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
     heads, kv_heads = placement.spec("batch", None, "heads", None), placement.spec("batch", None, "kv_heads", None)
-    # Pallas results carry no information on which mesh axes they vary over, so that check is off.
+    # Pallas results do not say over which mesh axes they vary, so the check is off.
     sharded = jax.shard_map(
         kernel,
         mesh=placement.mesh,
@@ -143,7 +145,7 @@ def _splash(
 def _splash_local(
     q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segment_ids_BL: jax.Array | None, *, interpret: bool
 ) -> jax.Array:
-    # Imported here: Pallas for TPU takes 0.5 s and nobody else needs it.
+    # A local import: Pallas for TPU takes 0.5 s, and the other backends do not need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -1,4 +1,4 @@
-"""Parameters, and FLOPs of a training token, from the configuration alone: no JAX.
+"""Number of parameters and FLOPs per training token, computed from the configuration without JAX.
 
 Notation (FLOPs is a count, FLOP/s a rate):
     N layers, D embed_dim, H heads, G key/value heads, K head_dim, F mlp_dim, V true vocabulary, L length of a sequence

@@ -1,7 +1,8 @@
-"""Norm, attention and MLP of the one block. Shapes: see transformer.py."""
+"""Norm, attention and MLP of the decoder block. transformer.py explains the shape suffixes of tensor names."""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,14 +23,21 @@ ACTIVATIONS = {
 }
 
 
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the embedding, in float32, the variance in two passes.
+DotDimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+Precision = jax.lax.PrecisionLike
 
-    E[x^2] - E[x]^2, the fast way, cancels for inputs with a large mean: off by 29 units at mean 300, deviation 0.01.
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the embed axis, computed in at least float32.
+
+    The variance takes two passes. The one-pass formula E[x^2] - E[x]^2 cancels for inputs with a large mean: at mean
+    300 and deviation 0.01 the result is off by 29 units.
     """
 
     config: ModelConfig
-    last: bool = False  # of the model: its roles say so
+    last: bool = (
+        False  # whether it is the model's last norm, whose parameters have the roles output_scale, output_shift
+    )
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -56,7 +64,12 @@ def projection(
     outputs: dict[str, int],
     **roles: str,
 ) -> nn.DenseGeneral:
-    """A linear map from named input axes to named output axes; `roles` of outputs that are not just written."""
+    """Linear layer from named input axes to named output axes, with biases if the config has them.
+
+    Args:
+        inputs, outputs: size of each axis by name, in the order of dimensions.
+        roles: role of an output axis where it is not "write".
+    """
     reads, writes = dict.fromkeys(inputs, "read"), {**dict.fromkeys(outputs, "write"), **roles}
     std = scaling_table(config)["residual" if writes.get("embed") == "write" else "hidden"].init_std
     return nn.DenseGeneral(
@@ -74,25 +87,30 @@ def projection(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def single_cpu_dot(
-    x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any, preferred_element_type: Any = None
+    x: jax.Array, kernel: jax.Array, dimensions: DotDimensions, precision: Precision, preferred_element_type: Any = None
 ) -> jax.Array:
-    """lax.dot_general of DenseGeneral, with a weight gradient that XLA's CPU backend multiplies at full speed.
+    """lax.dot_general of DenseGeneral with a kernel gradient that is fast on XLA's CPU backend.
 
-    It has a fast kernel for row times column alone: with the smaller factor transposed in memory first, behind a
-    barrier that keeps the transpose from being folded back, the gradient of a 256 x 1024 kernel takes half the time.
+    That backend has a fast routine for products of rows with columns alone. The gradient therefore transposes the
+    smaller factor in memory first; a barrier keeps XLA from folding the transpose back. The gradient of a 256 x 1024
+    kernel takes half the time.
     """
     return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type)
 
 
-def _single_cpu_forward(x: jax.Array, kernel: jax.Array, *how: Any) -> Any:
-    return single_cpu_dot(x, kernel, *how), (x, kernel)
+def _single_cpu_forward(x: jax.Array, kernel: jax.Array, *static_args: Any) -> Any:
+    return single_cpu_dot(x, kernel, *static_args), (x, kernel)
 
 
 def _single_cpu_backward(
-    dimensions: Any, precision: Any, preferred_element_type: Any, factors: tuple[jax.Array, jax.Array], g: jax.Array
+    dimensions: DotDimensions,
+    precision: Precision,
+    preferred_element_type: Any,
+    factors: tuple[jax.Array, jax.Array],
+    g: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = factors
-    contracted = len(dimensions[0][0])  # the last axes of x, the first of the kernel
+    contracted = len(dimensions[0][0])  # the last axes of x with the first axes of the kernel
     inputs, outputs = math.prod(kernel.shape[:contracted]), math.prod(kernel.shape[contracted:])
     x_TI, g_TO, kernel_IO = x.reshape(-1, inputs), g.reshape(-1, outputs), kernel.reshape(inputs, outputs)
     in_memory = jax.lax.optimization_barrier
@@ -126,7 +144,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q_BLHK = rotate(q_BLHK, rotation.query_cos, rotation.query_sin)
             k_BLGK = rotate(k_BLGK, rotation.key_cos, rotation.key_sin)
-        # Unpinned, the partitioner lets the backward pass drift to sequence shards: all-to-all of L x L arrays.
+        # Pinned, else the partitioner shards the backward pass over the sequence: all-to-all of L x L arrays.
         q_BLHK = constrain(self.placement, q_BLHK, "batch", None, "heads", None)
         k_BLGK = constrain(self.placement, k_BLGK, "batch", None, "kv_heads", None)
         v_BLGK = constrain(self.placement, v_BLGK, "batch", None, "kv_heads", None)

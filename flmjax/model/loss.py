@@ -1,7 +1,7 @@
-"""Next-token cross-entropy as a (sum, weight) pair: sums add up over microbatches and devices, means do not.
+"""Next-token cross-entropy as a sum and its weight: sums add up over microbatches and devices, means do not.
 
-FreeLM's two objectives (arXiv 2305.01616) are this one loss: a teacher's row has weight on its marks alone, "true" or
-"false", and its judgement is right where the right mark has the larger logit of the two.
+Both objectives of FreeLM (arXiv 2305.01616) are this loss. The sequence of a teacher has weights on its marks alone,
+"true" or "false"; the model judges correctly if the correct mark has the larger logit of the two.
 """
 
 import functools
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
 from flmjax.model.transformer import Transformer, mask_padding
+from flmjax.sharding.axes import Params
 from flmjax.sharding.rules import Placement, constrain
 
 
 def loss_sums(
-    params: Any,
+    params: Params,
     batch: dict[str, jax.Array],
     config: ModelConfig,
     placement: Placement | None = None,
@@ -26,13 +27,13 @@ def loss_sums(
     """Cross-entropy in nats, summed over the weighted targets of a batch.
 
     Args:
-        params: of Transformer(config).
+        params: parameters of Transformer(config).
         batch: arrays of a Batch (flmjax.data.batch) on the devices.
         dropout_key: None switches dropout off.
 
     Returns:
-        The sum over all rows, which is what training minimises, and {"loss": the sum, "weight": of the targets,
-        "bytes"}, with marks also what `teacher_sums` says; losses at least float32, whatever the dtype.
+        The sum over all sequences, in at least float32, which training minimises, and a dictionary of sums: "loss" (the
+        same sum), "weight" of the targets, "bytes" of text; if the batch has marks, also the sums of `teacher_sums`.
     """
     model: Any = Transformer(config, placement, deterministic=dropout_key is None)
     x_BLD, table_VD = model.apply(
@@ -51,13 +52,13 @@ def loss_sums(
 
 
 def token_cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of every target (B, L) in nats, and the log-probabilities (B, L, V) that it is read from."""
+    """Cross-entropy of every target (B, L) in nats, and the log-probabilities (B, L, V) of all ids."""
     log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
     return -jnp.take_along_axis(log_probs_BLV, targets_BL[..., None], axis=-1)[..., 0], log_probs_BLV
 
 
 def divisor(weight: jax.Array) -> jax.Array:
-    """The weight to divide a sum by; 1 in place of 0, whose sum is 0."""
+    """`weight` as the divisor of a weighted sum; 1 if the weight is 0, since the sum is 0 too."""
     return jnp.where(weight > 0, weight, 1.0)
 
 
@@ -68,19 +69,19 @@ def teacher_sums(
     batch: dict[str, jax.Array],
     placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
-    """What a batch with teachers adds to its sums; nothing here has a gradient.
+    """Sums that a batch with teachers has besides loss, weight and bytes; they have no gradient.
 
     Returns:
-        {"language_loss", "language_weight", "teacher_loss", "teacher_weight": the batch's loss and weight, each kind's
-        rows apart, "judged": number of decisive targets with a weight, "correct": those whose mark has the larger logit
-        of the two (equal ones are wrong)}.
+        "language_loss", "language_weight", "teacher_loss", "teacher_weight": loss in nats and weight of the sequences
+        of text and of the sequences of teachers. "judged": number of decisive targets with a weight. "correct": number
+        of judged targets whose mark has the larger logit of the two (equal logits are wrong).
     """
     marks_B2, weight_B = batch["marks"], jnp.sum(batch["weights"], axis=1)
     is_teacher_B = marks_B2[:, 0] != marks_B2[:, 1]
     judged_BL = (batch["decisive"] > 0) & (batch["weights"] > 0)
     for_true_BL = _logit_difference(x_BLD, table_VD, marks_B2, placement)
     correct_BL = jnp.where(batch["targets"] == marks_B2[:, :1], for_true_BL > 0, for_true_BL < 0)
-    # Each kind is summed: the rest of a difference of sums would pass for the loss of rows that are not there.
+    # Each kind is summed by itself: without teachers the rounding error of "all - text" would look like a loss.
     return {
         "language_loss": jnp.sum(loss_B, where=~is_teacher_B),
         "language_weight": jnp.sum(weight_B, where=~is_teacher_B),
@@ -92,14 +93,15 @@ def teacher_sums(
 
 
 def teacher_means(sums: dict[str, Any]) -> dict[str, Any]:
-    """Means of a batch with teachers, each by its own weight; NaN where that is 0.
+    """Means of a batch with teachers, each divided by the weight of its kind; NaN if that weight is 0.
 
     Args:
-        sums: as `loss_sums` gives them or sums of such, of JAX or NumPy: Python's floats refuse to be divided by 0.
+        sums: the sums of `loss_sums`, of one batch or of several, as JAX or NumPy numbers (a Python float cannot be
+            divided by 0).
 
     Returns:
-        {"language_loss", "teacher_loss": nats a token, "bits_per_byte": of the language rows, "judgement_accuracy": of
-        the decisive targets, 0 to 1}.
+        "language_loss" and "teacher_loss" in nats a token, "bits_per_byte" of the sequences of text, and
+        "judgement_accuracy", the share of judged targets that are correct, 0 to 1.
     """
     return {
         "language_loss": sums["language_loss"] / sums["language_weight"],
@@ -112,14 +114,17 @@ def teacher_means(sums: dict[str, Any]) -> dict[str, Any]:
 def _logit_difference(
     x_BLD: jax.Array, table_VD: jax.Array, marks_B2: jax.Array, placement: Placement | None
 ) -> jax.Array:
-    """(B, L) logit of a row's first mark - that of its second, in at least float32 and from these two rows alone."""
+    """Logit of a sequence's first mark minus the logit of its second mark (B, L), in at least float32.
+
+    Only the two rows of the table that belong to the marks are multiplied.
+    """
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     x_BLD, table_VD = jax.lax.stop_gradient((x_BLD, table_VD))
-    # Pinned as the embedding's lookup is: every vocab shard looks up what it has, and no table is gathered.
+    # Pinned like the embedding's lookup: every vocab shard looks up the rows that it holds, and no table is gathered.
     marks_B2D = constrain(
         placement, constrain(placement, table_VD, "vocab", None)[marks_B2], "batch", None, None
     ).astype(dtype)
-    # No matrix multiplication: an accelerator would round its float32 factors.
+    # A sum of products, not a matrix multiplication: an accelerator would round the float32 factors of that.
     return jnp.sum(x_BLD.astype(dtype) * (marks_B2D[:, :1] - marks_B2D[:, 1:]), axis=-1)
 
 
@@ -132,23 +137,33 @@ def cross_entropy_sum(
     config: ModelConfig,
     placement: Placement | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """sum of weight * (logsumexp(logits) - logits[target]), and the same of each row (B,), which has no gradient.
+    """Sum of weight * (logsumexp(logits) - logits[target]), and the sum of each sequence (B,), which has no gradient.
 
     logits = x table^T in at least float32.
 
-    The gradient of a sum is known as soon as its logits are, so the forward pass of a derivative computes it at once,
-    for one part of the sequence after another: the logits are never stored and never computed twice.
+    The gradient of a sum needs nothing but the logits. The forward pass of a derivative therefore computes it too,
+    chunk by chunk along the length: the logits are never stored and never computed twice.
     """
     return _over_chunks(x_BLD, table_VD, targets_BL, weights_BL, config, placement, derivative=False)[0]
 
 
 def _forward(
-    x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, config: Any, placement: Placement | None
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    config: ModelConfig,
+    placement: Placement | None,
 ) -> Any:
     return _over_chunks(x, table, targets, weights, config, placement, derivative=True)
 
 
-def _backward(config: Any, placement: Placement | None, gradients: Any, scales: tuple[jax.Array, jax.Array]) -> Any:
+def _backward(
+    config: ModelConfig,
+    placement: Placement | None,
+    gradients: tuple[jax.Array, jax.Array],
+    scales: tuple[jax.Array, jax.Array],
+) -> Any:
     (dx_BLD, dtable_VD), (scale, _) = gradients, scales
     return (dx_BLD * scale).astype(dx_BLD.dtype), (dtable_VD * scale).astype(config.dtype), None, None
 
@@ -165,7 +180,7 @@ def _over_chunks(
     placement: Placement | None,
     derivative: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """((sum, sum of each row), (gradient of x, gradient of the table) or None), parts of the length one by one."""
+    """((sum, sums (B,)), (gradient of x, gradient of the table) or None), computed chunk by chunk along the length."""
     chunks = _num_chunks(x_BLD.shape[0], x_BLD.shape[1], table_VD.shape[0], placement)
 
     def split(x_BL: jax.Array) -> jax.Array:
@@ -195,8 +210,10 @@ def _chunk(
     placement: Placement | None,
     derivative: bool,
 ) -> tuple[jax.Array, Any, Any]:
-    """Loss sums (B,) of some places and their gradients by x and table: (softmax - one-hot) * weight times the other
-    factor."""
+    """Loss sums (B,) of one chunk, and their gradients with respect to x and to the table (transposed), or None.
+
+    The gradient with respect to the logits is d = (softmax - one-hot) * weight; x and the table get d times the other.
+    """
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     logits_BLV = jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=dtype)
     logits_BLV = mask_padding(constrain(placement, logits_BLV, "batch", None, "vocab"), config)
@@ -210,7 +227,7 @@ def _chunk(
     is_target_BLV = jnp.arange(table_VD.shape[0]) == targets_BL[..., None]
     weights_BL1 = weights_BL[..., None].astype(dtype)
     d_BLV = (exp_BLV * (weights_BL1 / sum_BL1) - jnp.where(is_target_BLV, weights_BL1, 0)).astype(x_BLD.dtype)
-    # Made once: fused into both products below, it would be computed for each of their tiles.
+    # The barrier makes XLA compute it once: fused into both products below, it would be computed again for each tile.
     d_BLV = jax.lax.optimization_barrier(constrain(placement, d_BLV, "batch", None, "vocab"))
     dx_BLD = constrain(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
     dtable_DV = jnp.einsum("bld,blv->dv", x_BLD, d_BLV).astype(dtype)
@@ -218,9 +235,9 @@ def _chunk(
 
 
 def _num_chunks(rows: int, length: int, vocabulary: int, placement: Placement | None) -> int:
-    """Parts of the length, each of at most 2^21 logits: small enough for a cache. On several devices one part: every
-    part's table gradient is a sum over all of them."""
+    """Number of chunks of the length, each of at most 2^21 logits, which fit in a cache. On several devices one chunk:
+    the table gradient of every chunk is an all-reduce."""
     if placement is not None and placement.mesh.size > 1:
         return 1
-    wanted = -(-rows * length * vocabulary // 2**21)
-    return next(n for n in range(min(max(wanted, 1), length), length + 1) if length % n == 0)
+    enough = -(-rows * length * vocabulary // 2**21)
+    return next(n for n in range(min(max(enough, 1), length), length + 1) if length % n == 0)

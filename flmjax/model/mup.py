@@ -31,10 +31,10 @@ class Scaling(NamedTuple):
 
     Attributes:
         init_std: standard deviation of the initial values; 0 for vectors, which start as ones (gains) or zeros.
-        forward: factor on what the parameter's product or lookup gives.
+        forward: factor on the result of the parameter's product or lookup.
         rate_divisor: the run's learning rate is divided by it; a divisor, since 1 / m is rarely a binary number.
         weight_decay: factor on the optimizer's weight decay. An update shrinks by the run's learning rate times this,
-            not by the leaf's own rate: shrinking does not depend on width.
+            not by the divided rate: shrinking does not depend on width.
         eps: factor on Adam's eps.
     """
 
@@ -46,7 +46,7 @@ class Scaling(NamedTuple):
 
 
 def scaling_table(config: ModelConfig) -> dict[Kind, Scaling]:
-    """The table of a model."""
+    """Scaling of every kind of parameter in a model."""
     s, m = config.init_std, config.width_multiplier
     return {
         "input": Scaling(s, forward=config.embedding_multiplier),
@@ -58,7 +58,7 @@ def scaling_table(config: ModelConfig) -> dict[Kind, Scaling]:
 
 
 def kind_of(leaf: LeafAxes) -> Kind:
-    """The row of a parameter, by the roles of its axes."""
+    """Kind of a parameter, decided by the roles of its axes."""
     if not leaf.is_matrix:
         return "vector"
     if "index" in leaf.roles:
@@ -69,13 +69,13 @@ def kind_of(leaf: LeafAxes) -> Kind:
 
 
 def scaling_of(config: ModelConfig, leaf: LeafAxes) -> Scaling:
-    """The row of a parameter in a model's table."""
+    """Scaling of one parameter of a model: the table's row for its kind."""
     return scaling_table(config)[kind_of(leaf)]
 
 
 def logit_growth(old: ModelConfig, new: ModelConfig) -> float:
-    """Factor by which growth from `old` to `new` divides the forward factor of the output: the last norm takes it back.
+    """Factor by which growth from `old` to `new` divides the logits under muP; the last norm's gain takes it back.
 
-    The temperature and the output multiplier do not change in growth.
+    It is the ratio of the width multipliers: growth changes neither the temperature nor the output multiplier.
     """
     return new.width_multiplier / old.width_multiplier

@@ -10,7 +10,7 @@ from flmjax.config import ModelConfig
 
 
 class Rotation(NamedTuple):
-    """cos and sin for queries and keys, each (B or 1, L, 1, K), every pair's value twice, sign of sin included."""
+    """cos and sin for queries and keys, each (B or 1, L, 1, K): every pair's value twice, the sign of sin included."""
 
     query_cos: jax.Array
     query_sin: jax.Array
@@ -19,12 +19,12 @@ class Rotation(NamedTuple):
 
 
 def rotation(config: ModelConfig, positions_BL: jax.Array) -> Rotation | None:
-    """Tables for `positions_BL` (tokens from the start of the document or row), or None for learned positions.
+    """Rotation at `positions_BL` (tokens since the start of the document or sequence); None for learned positions.
 
-    Computed in float32 whatever the model's dtype: in bfloat16 positions above 256 coincide.
+    It is computed in at least float32, whatever the model's dtype: in bfloat16 positions above 256 coincide.
     xPos multiplies queries by s and keys by 1/s with s = zeta^((position - centre) / scale_base),
     zeta_i = (2i + 0.4 K) / (1.4 K). The centre is max_length // 2 for every sequence, so that cached keys stay valid.
-    K is the head's size before it grew (rotary_dim); later dimensions stand still or repeat the first ones.
+    K is head_dim before it grew (rotary_dim); the dimensions added since do not turn, or repeat the first frequencies.
     """
     if not config.is_rotary:
         return None
@@ -55,5 +55,5 @@ def rotate(x_BLHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
-    """(..., K/2) twice -> (..., 1, K) interleaved, with a place for heads."""
+    """Two (..., K/2) arrays interleaved to (..., 1, K); the axis of size 1 broadcasts over heads."""
     return jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], 1, 2 * first.shape[-1])

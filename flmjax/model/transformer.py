@@ -1,4 +1,4 @@
-"""The decoder. Tensor names carry shapes:
+"""The decoder. The suffix of a tensor's name is its shape:
 
 B batch (sequences), L length (tokens), D embed, F mlp, H query heads, G key/value heads, K head_dim, V vocab (padded),
 N layers.
@@ -16,7 +16,7 @@ from flmjax.model.attention import MASKED
 from flmjax.model.layers import Attention, Mlp, Norm
 from flmjax.model.mup import scaling_table
 from flmjax.model.positions import Rotation, rotation
-from flmjax.sharding.axes import axes_of, declare
+from flmjax.sharding.axes import AxesTree, Params, axes_of, declare
 from flmjax.sharding.rules import Placement, constrain
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -35,12 +35,12 @@ class Block(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, rotation: Rotation | None, segment_ids_BL: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        """Returns (B, L, D) and nothing to stack, as nn.scan wants it."""
+        """Returns (B, L, D) and None: nn.scan expects a carry and a result to stack, and there is nothing to stack."""
         c = self.config
         dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
 
         def normed(name: str, x_BLD: jax.Array) -> jax.Array:
-            # Normalise the shard, then gather in config.dtype: the other order gathers float32.
+            # The shard is normalised before it is gathered in config.dtype: the other order would gather float32.
             y_BLD = constrain(self.placement, Norm(c, name=name)(x_BLD), *RESIDUAL)
             return constrain(self.placement, y_BLD, *GATHERED)
 
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
 
     Args:
         config: sizes and settings.
-        placement: sharding.rules.Placement of the activations, or None on one device.
+        placement: the activations' sharding (sharding.rules.Placement), or None on one device.
         deterministic: False switches dropout on; apply then needs rngs={"dropout": key}.
     """
 
@@ -72,15 +72,15 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Final hidden states (B, L, D), multipliers included, and the output table (V, D), both in config.dtype.
 
-        Logits are their product; a loss may form them in pieces.
+        The logits are the product of both; a loss may compute it in chunks.
 
         Raises:
-            ValueError: rows longer than the table of learned positions (its lookup would repeat the last one).
+            ValueError: for sequences longer than the table of learned positions (the lookup would repeat its last row).
         """
         c = self.config
         if not c.is_rotary and tokens_BL.shape[1] > c.max_length:
             raise ValueError(
-                f"positions ({c.max_length}, {c.embed_dim}): learned positions end there, a row has "
+                f"positions ({c.max_length}, {c.embed_dim}): learned positions end there, a sequence has "
                 f"{tokens_BL.shape[1]} tokens; grow max_length first"
             )
         table = scaling_table(c)
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
             positions_BL = jnp.arange(tokens_BL.shape[1])[None]
         table_shape = (c.padded_vocab_size, c.embed_dim)
         table_VD = self.param("embedding", declare(normal, vocab="index", embed="write"), table_shape, jnp.float32)
-        # Whole rows on every device of a vocab shard, else the lookup rematerialises the table.
+        # Rows are gathered over fsdp and the vocabulary stays sharded, else the lookup rematerialises the table.
         table_VD = constrain(self.placement, table_VD.astype(c.dtype), "vocab", None)
         x_BLD = constrain(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(table["input"].forward, c.dtype)
         if not c.is_rotary:
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None, positions_BL: jax.Array | None = None
     ) -> jax.Array:
-        """Logits (B, L, V), at least float32; those of padded ids are -1e30, so that they have no probability."""
+        """Logits (B, L, V) in at least float32. Padded ids have the logit -1e30, so that their probability is 0."""
         x_BLD, table_VD = self.features(tokens_BL, segment_ids_BL, positions_BL)
         logits_BLV = jnp.einsum(
             "bld,vd->blv", x_BLD, table_VD, preferred_element_type=jnp.promote_types(x_BLD.dtype, jnp.float32)
@@ -136,48 +136,50 @@ class Transformer(nn.Module):
 
 
 def forward(
-    params: Any,
+    params: Params,
     config: ModelConfig,
     tokens_BL: jax.Array,
     segment_ids_BL: jax.Array | None = None,
     positions_BL: jax.Array | None = None,
     placement: Placement | None = None,
 ) -> jax.Array:
-    """Transformer(config)'s logits (B, L, V), dropout off."""
+    """Logits (B, L, V) of Transformer(config), without dropout."""
     model: Any = Transformer(config, placement)
     return model.apply({"params": params}, tokens_BL, segment_ids_BL, positions_BL)
 
 
 def real_ids(config: ModelConfig) -> jax.Array:
-    """(V,) False for the padding of the vocabulary."""
+    """Boolean (V,): whether an id is in the vocabulary; False for its padding."""
     assert config.vocab_size is not None
     return jnp.arange(config.padded_vocab_size) < config.vocab_size
 
 
 def mask_padding(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    """Logits (..., V) with those of padded ids at -1e30."""
+    """Logits (..., V) in which padded ids have the value -1e30."""
     if config.padded_vocab_size == config.vocab_size:
         return logits
     return jnp.where(real_ids(config), logits, MASKED)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Any:
-    """Fresh float32 parameters; the same values whatever the mesh they are placed on."""
-    return nn.meta.unbox(_init(config, key))
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Initial float32 parameters; their values do not depend on the mesh that they are placed on."""
+    params: Params = nn.meta.unbox(_init(config, key))
+    return params
 
 
 @functools.cache
-def abstract_params(config: ModelConfig) -> tuple[Any, Any]:
-    """(tree of ShapeDtypeStruct, tree of LeafAxes), without computing anything; not to be changed by who gets them."""
+def abstract_params(config: ModelConfig) -> tuple[Params, AxesTree]:
+    """Tree of ShapeDtypeStruct and tree of LeafAxes of a model. Both are cached: callers must not change them."""
     boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     return nn.meta.unbox(boxed), axes_of(boxed)
 
 
-def _init(config: ModelConfig, key: jax.Array) -> Any:
+def _init(config: ModelConfig, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, min(8, config.max_length)), jnp.int32)
-    return Transformer(config).init(key, tokens, method="features")["params"]
+    params: Params = Transformer(config).init(key, tokens, method="features")["params"]
+    return params
 
 
-def count_parameters(params: Any) -> int:
-    """Entries of all leaves, padding of the vocabulary included."""
+def count_parameters(params: Params) -> int:
+    """Number of parameters, padding of the vocabulary included."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""AdamW whose weights have ages of their own."""
+"""AdamW that corrects the bias of each parameter by the parameter's age: updates since growth created it."""
 
 import functools
 from collections.abc import Callable
@@ -10,45 +10,49 @@ import optax
 
 from flmjax.config import ModelConfig, OptimizerConfig
 from flmjax.model.mup import scaling_of
-from flmjax.sharding.axes import LeafAxes, axis_sizes, map_with_axes
+from flmjax.sharding.axes import AxesTree, LeafAxes, Params, axis_sizes, map_with_axes
 
 
-def make_optimizer(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, Adam, weight decay; how each leaf's part scales is said by model/mup.py.
+def make_optimizer(
+    config: OptimizerConfig, model: ModelConfig, axes: AxesTree
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then Adam, then weight decay, with each parameter's factors from model/mup.py.
 
-    The training step multiplies by the learning rate, which is an argument of the compiled step, so that another
-    schedule compiles nothing anew.
+    The updates are not multiplied by the learning rate: it is an argument of the compiled training step, so that
+    another schedule needs no new compilation.
 
     Args:
-        model: gives the sizes of the axes and the scaling table.
-        axes: tree of LeafAxes of the parameters.
+        model: configuration with the sizes of the axes and the settings of the scaling table.
+        axes: LeafAxes of the parameters.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     decay = functools.partial(_add_decay, config, model, axes)
     return optax.chain(clip, scale_by_adam(config, model, axes), optax.stateless(decay))
 
 
-def _add_decay(config: OptimizerConfig, model: ModelConfig, axes: Any, updates: Any, params: Any) -> Any:
+def _add_decay(config: OptimizerConfig, model: ModelConfig, axes: AxesTree, updates: Params, params: Params) -> Params:
     def add(_: str, leaf: LeafAxes, update: jax.Array, parameter: jax.Array) -> jax.Array:
         factor = config.weight_decay * scaling_of(model, leaf).weight_decay
         return update + factor * parameter if factor else update
 
-    return map_with_axes(add, axes, updates, params)
+    decayed: Params = map_with_axes(add, axes, updates, params)
+    return decayed
 
 
-FIRST = -1  # the birth of what no growth created
+FIRST = -1  # birth of the places of the first model, which no growth created
 
 
 class AdamState(NamedTuple):
-    """Adam's moments and count, and the ages of all parameters.
+    """Adam's moments and count, and the births from which the ages of all parameters follow.
 
-    A parameter is as old as the youngest of its places along its axes: one vector per axis dates every entry of every
-    leaf.
+    An entry of a parameter has one place on each axis of the parameter; its birth is the latest birth of these places.
+    One vector for each axis therefore dates every entry of every parameter.
 
     Attributes:
-        births: per axis (size,) int32, the count at which growth created each place; FIRST for places of the first
+        adam: count of updates, and first and second moments.
+        births: for each axis (size,) int32, the count at which growth created each place; FIRST for places of the first
             model.
-        reset: int32, the count at which growth last set all moments to 0; 0 if it never did.
+        reset: int32, the count at which growth last set all moments to 0; 0 if growth never did.
     """
 
     adam: optax.ScaleByAdamState
@@ -56,27 +60,28 @@ class AdamState(NamedTuple):
     reset: jax.Array
 
 
-def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
-    """optax.scale_by_adam with the bias corrected by each weight's own age.
+def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: AxesTree) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam with the bias corrected by each parameter's age instead of the run's count of updates.
 
-    With the run's count a weight that growth has just made would take a first update of (1 - b1) / sqrt(1 - b2): 0.45
-    at (0.9, 0.95) but 3.2 at (0.9, 0.999). With its own it is at most 1, as a model's first update is.
-    update(..., new_warmup=n): parameters that the newest growth created reach their full rate at their n-th update; if
-    that growth reset all moments and created nothing, nothing warms up.
+    Example: a new parameter has moments of 0. Corrected by the run's count, its first update would be
+    (1 - b1) / sqrt(1 - b2): 0.45 at (0.9, 0.95), but 3.2 at (0.9, 0.999). Corrected by its age, the update is at most
+    1, like the first update of a model.
+    update(..., new_warmup=n): parameters that the newest growth created reach their full rate at their n-th update. If
+    that growth reset all moments and created no parameter, nothing warms up.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
 
-    def init(params: Any) -> AdamState:
+    def init(params: Params) -> AdamState:
         births = {name: jnp.full(size, FIRST, jnp.int32) for name, size in axis_sizes(model).items()}
         return AdamState(adam.init(params), births, jnp.zeros((), jnp.int32))
 
     def update(
-        grads: Any, state: AdamState, params: Any = None, *, new_warmup: Any = 0, **_: Any
-    ) -> tuple[Any, AdamState]:
+        grads: Params, state: AdamState, params: Params | None = None, *, new_warmup: int = 0, **_: Any
+    ) -> tuple[Params, AdamState]:
         _, moments = adam.update(grads, state.adam, params)
         ages = {name: moments.count - jnp.maximum(birth, state.reset) for name, birth in state.births.items()}
         newest = functools.reduce(jnp.maximum, [jnp.max(birth) for birth in state.births.values()])
-        # Corrections fall with age and rates rise: the youngest place decides by the largest and by the smallest.
+        # The youngest place decides: corrections fall with age, so it has the largest; rates rise, so it has the least.
         first = {name: 1 / (1 - config.b1**age) for name, age in ages.items()}
         second = {name: 1 / (1 - config.b2**age) for name, age in ages.items()}
         rate = {
@@ -100,7 +105,11 @@ def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: Any) -> opt
 
 
 def over_axes(combine: Callable[..., jax.Array], values: dict[str, jax.Array], leaf: LeafAxes) -> jax.Array:
-    """An array that broadcasts over `leaf`: its axes' vectors, combined."""
+    """Array that broadcasts over a parameter: `combine` of the vectors (size,) of all its axes.
+
+    Args:
+        values: a vector for each axis by name.
+    """
     spread = []
     for i, name in enumerate(leaf.names):
         spread.append(values[name].reshape(*[1] * i, -1, *[1] * (len(leaf.names) - i - 1)))

@@ -1,4 +1,4 @@
-"""The learning rate of every stage."""
+"""Learning rate of every update of a run."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from flmjax.config import StageConfig
 
 
 def stage_schedule(stage: StageConfig) -> optax.Schedule:
-    """Learning rate of the stage's update n = 0, 1, ...
+    """Schedule of one stage: the learning rate of its update n = 0, 1, ...
 
     A linear warm-up reaches the peak at its last step. Then "constant"; "cosine" to final_learning_rate; or "wsd":
     constant, and linear to final_learning_rate over the last decay_fraction of the stage.
@@ -32,11 +32,15 @@ def stage_schedule(stage: StageConfig) -> optax.Schedule:
 def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
     """Learning rate of global update `step`.
 
-    A stage whose growth.rate_policy is "stage" starts a schedule of its own; else it goes on with the one before,
-    which lasts until the next such stage: "continue" as if nothing had happened, "rewarm" with a linear warm-up over
-    rewarm_fraction of the stage, "rewind" from the peak again, over what is left (MSG).
+    A stage whose growth.rate_policy is "stage" starts a new schedule. Other stages continue the schedule before them,
+    which lasts until the next stage with the policy "stage": "continue" changes nothing, "rewarm" multiplies by a
+    linear warm-up over rewarm_fraction of the stage, and "rewind" starts again at the peak,
+    over the remaining steps (MSG).
+
+    Raises:
+        ValueError: if `step` is after the end of the schedule.
     """
-    first, start = 0, 0  # the stage that began the schedule, and its first step
+    first, start = 0, 0  # the stage at which the schedule began or was rewound, and its first step
     begin = 0
     for i, stage in enumerate(stages):
         if i and stage.growth.rate_policy in ("stage", "rewind"):
@@ -46,10 +50,10 @@ def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
         begin += stage.steps
     else:
         raise ValueError(f"the schedule ends {step - begin} steps before this one")
-    own = max(j for j in range(first + 1) if j == 0 or stages[j].growth.rate_policy == "stage")
+    origin = max(j for j in range(first + 1) if j == 0 or stages[j].growth.rate_policy == "stage")
     last = next((j for j in range(i + 1, len(stages)) if stages[j].growth.rate_policy == "stage"), len(stages))
-    schedule = dataclasses.replace(stages[own], steps=sum(s.steps for s in stages[first:last]))
-    if first != own:
+    schedule = dataclasses.replace(stages[origin], steps=sum(s.steps for s in stages[first:last]))
+    if first != origin:
         schedule = dataclasses.replace(schedule, warmup_steps=0)
     rate = float(stage_schedule(schedule)(step - start))
     if i and stage.growth.rate_policy == "rewarm":
@@ -58,5 +62,5 @@ def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
 
 
 def new_warmup(stage: StageConfig) -> int:
-    """Updates in which the weights that the stage's growth made reach their full rate."""
+    """Number of updates in which parameters created by the stage's growth reach their full learning rate."""
     return round(stage.growth.new_warmup_fraction * stage.steps)

@@ -1,10 +1,9 @@
-"""The growth between two stages of a run: the larger state, and the certificate that it is the same function."""
+"""The growth between two stages of a run: the state of the larger model, and the certificate of the growth."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -16,6 +15,7 @@ from flmjax.growth.certificate import Certificate, GrowthPoint, certify
 from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tune
 from flmjax.model.loss import divisor
+from flmjax.sharding.axes import Params
 from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.training.state import StateSpec, TrainState
 from flmjax.training.step import gradients, jit_growth
@@ -31,12 +31,14 @@ def grow_into(
     stream: TrainingStream,
     log: Log,
 ) -> TrainState:
-    """The state at the start of `stage`, from that at the end of the stage before; not proven yet.
+    """The state at the start of `stage`, grown from the state at the end of the stage before; not certified yet.
 
     Args:
-        specs: of the old and of the new state.
-        key: of the growth.
-        stream: where a growth that learns takes its batches from.
+        state: the state at the end of the stage before; not donated.
+        specs: descriptions of the old and of the new state.
+        key: key of the growth.
+        stream: training data, for a learned growth.
+        log: prints a line.
     """
     old, new = specs
     grown = jit_growth(old, new, stage.config.growth)(state, key)
@@ -51,7 +53,7 @@ def grow_into(
     )
     model = dataclasses.replace(new.config, dropout=0.0)
 
-    def value_and_grad(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+    def value_and_grad(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Params]:
         sums, grads = gradients(params, batch, key, model, Placement(new.mesh), stage.layout.microbatches)
         return sums["loss"] / divisor(sums["weight"]), grads
 
@@ -68,14 +70,17 @@ def prove_growth(
     workdir: Path,
     stream: TrainingStream,
     mesh: jax.sharding.Mesh,
-    params: tuple[Any, Any],
+    params: tuple[Params, Params],
     growth: Growth,
     point: GrowthPoint,
     log: Log,
 ) -> Certificate:
-    """Certify growth from the first of `params` to the second, on validation rows of the old model's length.
+    """Certificate of the growth from the first of `params` to the second, on validation sequences.
 
-    The certificate is stored, also one that fails: GrowthError is raised after that.
+    Sequences have the old model's length. The certificate is stored in WORKDIR/certificates, even if it fails.
+
+    Raises:
+        GrowthError: if the growth does not keep its claim.
     """
     size = whole_rows(config.certificate_rows, mesh)
     stream = dataclasses.replace(stream, length=growth.old.max_length)
@@ -97,17 +102,16 @@ def prove_growth(
 
 
 def growth_key(config: RunConfig, index: int) -> jax.Array:
-    """The key of the growth into the stage after `index` others; of a growth between runs, `index` is 0."""
+    """Key of the growth into stage number `index`; for a growth between runs `index` is 0."""
     return jax.random.fold_in(jax.random.key(config.seed), index + 1)
 
 
 def samples_before(stage: Stage, step: int) -> int:
-    """Samples consumed in the first `step` updates of a run, by growth that learns too."""
+    """Number of samples (sequences) read in the first `step` updates of a run, learned growth included."""
     before = samples_before(stage.previous, stage.start) if stage.previous else 0
-    updates = min(max(step, stage.start), stage.end) - stage.start + stage.tuning_steps
-    return before + updates * stage.config.batch_size
+    return before + stage.updates_before(step) * stage.config.batch_size
 
 
 def this_host() -> dict[str, int]:
-    """Which rows of every batch this process reads."""
+    """Arguments of TrainingStream.batches that select this process's sequences: its number, and the number of all."""
     return {"host": jax.process_index(), "hosts": jax.process_count()}

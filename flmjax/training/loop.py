@@ -26,6 +26,7 @@ from flmjax.hardware import peak_flops
 from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate, new_warmup
+from flmjax.sharding.axes import Params
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
 from flmjax.training.growth_point import grow_into, growth_key, prove_growth, samples_before, this_host
@@ -37,20 +38,23 @@ from flmjax.workdir.paths import claim_workdir, data_directory
 from flmjax.workdir.progress import Clock, ProgressBar
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
-OF_ALL_ROWS = ("loss", "gradient_norm")  # the others are of the text's rows or the teachers', NaN for a batch without
+OF_ALL_ROWS = ("loss", "gradient_norm")  # other metrics are of one kind of sequence, NaN in a batch without it
 
 Metrics = dict[str, jax.Array]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; says at which step and why. The last checkpoint is intact."""
+    """Training cannot continue; the message says at which step and why. The last checkpoint is intact."""
 
 
 def train(config: RunConfig, workdir: Path) -> None:
-    """Run the schedule in `workdir`, from wherever it stands there to its end.
+    """Run the schedule in `workdir` to its end, from the newest checkpoint there if it has one.
 
     Raises:
-        ConfigError: a setting, a source or a workdir that does not fit. CheckpointError, GrowthError, TrainingError.
+        ConfigError: for a setting, a source or a workdir that does not fit.
+        CheckpointError: for a checkpoint that cannot be read or written.
+        GrowthError: for a growth that does not keep its claim.
+        TrainingError: after too many skipped updates in a row.
     """
     validate(config)
     mesh_shape = validate_mesh(config, jax.device_count())
@@ -67,20 +71,20 @@ def train(config: RunConfig, workdir: Path) -> None:
 def run_stage(
     state: TrainState, spec: StateSpec, stage: Stage, rate: Callable[[int], float], batches: Iterator[dict[str, Any]]
 ) -> Iterator[tuple[int, TrainState, Metrics]]:
-    """Yield (updates done, state, metrics on the device) after each update until the stage's end.
+    """Yield (step, state, metrics on the device) after each update until the stage's end.
 
-    The state is donated to the next update: a caller must be done with it before it asks for more.
+    The state is donated to the next update: the caller must not use it after it resumes the generator.
 
     Args:
-        rate: the learning rate of update n = 0, 1, ... of the run.
-        batches: on the devices.
+        rate: update n = 0, 1, ... of the run -> learning rate.
+        batches: batches on the devices.
     """
     step = int(state.step)
-    warmup = new_warmup(stage.config)  # also of a first stage: a checkpoint may have grown before the run
+    warmup = new_warmup(stage.config)  # for a first stage too: its checkpoint may be the result of `flmjax grow`
     ramp = ramp_of(stage)
     phases = [(ramp, ramp.end)] if ramp is not None else []
     for mask, end in [*phases, (None, stage.end)]:
-        if step >= end:  # resumed after the mask
+        if step >= end:  # resumed after the mask was removed
             continue
         train_step = jit_train_step(spec, stage.layout.microbatches, warmup, mask)
         while step < end:
@@ -90,11 +94,14 @@ def run_stage(
 
 
 def spent(stage: Stage, step: int) -> tuple[int, float]:
-    """(tokens, model FLOPs) of the first `step` updates of a run that has come to `stage`, its growth included if that
-    learns: a function of the config alone."""
+    """(tokens, model FLOPs) of the first `step` updates of a run, computed from the config alone.
+
+    Args:
+        stage: the stage that `step` belongs to. The batches of its learned growth are included.
+    """
     tokens, flops = spent(stage.previous, stage.start) if stage.previous else (0, 0.0)
     length = stage.model.max_length
-    updates = min(max(step, stage.start), stage.end) - stage.start + stage.tuning_steps
+    updates = stage.updates_before(step)
     tokens += updates * stage.config.batch_size * length
     flops += updates * stage.config.batch_size * length * flops_per_token(stage.model, length)
     if stage.tuning_steps:
@@ -103,7 +110,7 @@ def spent(stage: Stage, step: int) -> tuple[int, float]:
 
 
 class Run:
-    """A run in progress; `config` has its vocabulary."""
+    """A run in progress; its config has the tokenizer's vocabulary size."""
 
     def __init__(
         self,
@@ -120,13 +127,14 @@ class Run:
         self.tokenizer = data.tokenizer
         self.stream = TrainingStream.of_run(config, data)
         self.validation = self.stream.validation_rows(config.evaluation_rows)
-        self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
-        if config.peak_flops is not None:
+        if config.peak_flops is None:  # may be measured
+            self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
+        else:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
-        self.newest: dict[str, float] = {}  # since the last line, of each metric but OF_ALL_ROWS
+        self.newest: dict[str, float] = {}  # newest values since the last line of metrics, without OF_ALL_ROWS
 
     def run_schedule(self) -> None:
-        """Train every stage that is not done, growing between them."""
+        """Train every stage that is not finished, with growth between stages."""
         for stage in self.config.schedule:
             self.stream.check_size(stage.config.batch_size)
         index, spec, state = self.start()
@@ -137,8 +145,10 @@ class Run:
                 state = self.train_stage(state, spec, stage)
 
     def start(self) -> tuple[int, StateSpec, TrainState]:
-        """(index of the stage, its spec, state), from the first that exists: 1. this run's newest checkpoint,
-        2. scratch."""
+        """(index of the stage, its spec, state) at the start of this process.
+
+        The state comes from the first that exists: 1. this run's newest checkpoint, 2. initialisation.
+        """
         step = self.checkpoints.latest_step()
         if step is None:
             stage, state = self.config.schedule[0], None
@@ -165,11 +175,11 @@ class Run:
         return stage.index, spec, state
 
     def spec(self, stage: Stage) -> StateSpec:
-        """Description of a stage's state."""
+        """Description of a stage's training state."""
         return state_spec(stage.model, self.config.optimizer, self.mesh)
 
     def train_stage(self, state: TrainState, spec: StateSpec, stage: Stage) -> TrainState:
-        """Train to the stage's end, logging, evaluating and saving when due."""
+        """Train to the stage's end; log, evaluate and save when due. Returns the state at the end."""
         first, size = samples_before(stage, int(state.step)), stage.config.batch_size
         token_bytes, sharding = self.tokenizer.token_bytes, batch_sharding(self.mesh)
         host_batches = self.stream.batches(start=first, batch_size=size, **this_host())
@@ -196,7 +206,7 @@ class Run:
                     is_masked = ramp is not None and step < ramp.end
                     self.evaluate(step, unmask(state.params, step) if is_masked else state.params, sums_of, stage)
                 if opened:
-                    self.bar.log(f"{stage.name} {step}: the mask is fully open; training goes on without it")
+                    self.bar.log(f"{stage.name} {step}: the growth mask is fully open; training continues without it")
                 if save_due:
                     self.save(step, state, stage)
                 clock.restart()
@@ -213,14 +223,14 @@ class Run:
             text = f"step {step}: update skipped, not finite: {', '.join(leaves[:3])} ({skipped} in a row)"
             self.bar.log(text)
             if skipped >= self.config.optimizer.max_skipped_updates:
-                raise TrainingError(f"{text}; stopped, parameters are those of step {step - skipped}")
+                raise TrainingError(f"{text}; training stopped with the parameters of step {step - skipped}")
         if "teacher_loss" in metrics:
             of_kinds = {name: float(metrics[name]) for name in METRICS if name not in OF_ALL_ROWS}
             self.newest |= {name: x for name, x in of_kinds.items() if not np.isnan(x)}
         if step % self.config.log_every and step != stage.end and not skipped:
             return
         length = stage.model.max_length
-        rate = clock.rate(stage.config.batch_size * length)
+        speed = clock.rate(stage.config.batch_size * length)
         values = {name: float(metrics[name]) for name in METRICS if name in metrics}  # the last three: with teachers
         if not skipped:  # where batches alternate, a line has the newest batch of either kind
             values |= self.newest
@@ -232,14 +242,14 @@ class Run:
             stage,
             **values,
             learning_rate=learning_rate(self.config.stages, step - 1),
-            tokens_per_second=rate,
-            model_flops_utilization=None if rate is None else rate * flops / (self.peak * self.mesh.size),
+            tokens_per_second=speed,
+            model_flops_utilization=None if speed is None else speed * flops / (self.peak * self.mesh.size),
             skipped_updates=skipped,
         )
-        self.bar.update(step, stage.name, values["loss"], rate or 0.0)
+        self.bar.update(step, stage.name, values["loss"], speed or 0.0)
 
-    def evaluate(self, step: int, params: Any, sums_of: LossSums, stage: Stage) -> None:
-        """Write the loss on the held-out rows."""
+    def evaluate(self, step: int, params: Params, sums_of: LossSums, stage: Stage) -> None:
+        """Compute and write the validation loss."""
         batch_size = stage.config.batch_size // stage.layout.microbatches
         token_bytes = self.tokenizer.token_bytes
         values = validation_loss(params, self.validation, sums_of, batch_size, token_bytes, self.mesh)
@@ -257,7 +267,7 @@ class Run:
         self.checkpoints.save(step, to_items(state), meta)
 
     def grow(self, stage: Stage, spec: StateSpec, state: TrainState) -> tuple[StateSpec, TrainState]:
-        """Grow to `stage`, prove it, and store the proof. The checkpoint before it is on disk already."""
+        """Spec and state at the start of `stage`, grown and certified. The state before growth is already saved."""
         assert stage.previous is not None
         start, key, new = time.monotonic(), growth_key(self.config, stage.index), self.spec(stage)
         grown = grow_into(stage, state, (spec, new), key, self.stream, self.bar.log)

@@ -1,4 +1,4 @@
-"""The training state: described once, as shapes with shardings; init, restore and growth all fill that description."""
+"""The training state, and its abstract form (shapes with shardings), which init, restore and growth all fill."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,57 +13,64 @@ from jax.sharding import Mesh
 from flmjax.config import ModelConfig, OptimizerConfig
 from flmjax.model.transformer import abstract_params, init_params
 from flmjax.optimizer.adam import make_optimizer
+from flmjax.sharding.axes import AxesTree, Params
 from flmjax.sharding.rules import replicated, tree_shardings
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step reads and writes.
+    """Arrays that a training step reads and writes.
 
     Attributes:
-        step: updates attempted since the run's start, int32; growth does not restart it.
+        step: updates since the run's start, skipped ones included, int32; growth does not restart it.
         params: float32 parameters.
         opt_state: optax state; its count leaves out skipped updates.
-        rng: key data (uint32) that every step folds its number into, for dropout.
+        rng: key data (uint32); every step folds its number into it, for dropout.
         skipped_updates: updates skipped in a row, int32.
     """
 
     step: jax.Array
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: optax.OptState
     rng: jax.Array
     skipped_updates: jax.Array
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The state as the items of a checkpoint: "params", and "train_state" for everything else."""
+    """Items of a checkpoint by name: "params", and "train_state" with all other fields of the state."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {"params": fields.pop("params"), "train_state": fields}
 
 
 def from_items(items: Mapping[str, Any]) -> TrainState:
-    """Inverse of to_items."""
+    """State from the items of a checkpoint; the inverse of to_items."""
     return TrainState(params=items["params"], **items["train_state"])
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """What belongs to one model on one mesh: optimizer, axes, abstract state (with shardings on each leaf)."""
+    """Description of a model's training state on a mesh.
+
+    Attributes:
+        axes: LeafAxes of the parameters.
+        optimizer: the optax transformation of the updates.
+        abstract: the state as ShapeDtypeStruct leaves with shardings.
+    """
 
     config: ModelConfig
     mesh: Mesh
-    axes: Any
+    axes: AxesTree
     optimizer: optax.GradientTransformationExtraArgs
     abstract: TrainState
 
     @property
     def shardings(self) -> TrainState:
-        """NamedSharding of every leaf."""
+        """NamedSharding of every leaf of the state."""
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
 def state_spec(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> StateSpec:
-    """Describe the state of `config` on `mesh` without computing anything."""
+    """Description of the training state of a model on `mesh`; no array is computed."""
     params, axes = abstract_params(config)
     optimizer = make_optimizer(optimizer_config, config, axes)
     state = jax.eval_shape(lambda p, key: _new_state(p, optimizer, key), params, jax.random.key(0))
@@ -82,14 +89,14 @@ def state_spec(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mes
 
 
 def init_state(spec: StateSpec, seed: int) -> TrainState:
-    """A fresh state, the same values on every mesh."""
+    """Initial state; its values do not depend on the mesh."""
     init = jax.jit(
         lambda key: _new_state(init_params(spec.config, key), spec.optimizer, key), out_shardings=spec.shardings
     )
     return init(jax.random.key(seed))
 
 
-def _new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def _new_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -1,4 +1,4 @@
-"""One optimizer update, and one evaluation."""
+"""The training step: gradients of a batch, one optimizer update, and the jitted programs of step and growth."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
 from flmjax.model.loss import divisor, loss_sums, teacher_means
-from flmjax.sharding.axes import path_name
+from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
 from flmjax.training.state import StateSpec, TrainState
 
@@ -22,13 +22,13 @@ Batch = dict[str, jax.Array]
 
 
 def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
-    """Function transform: value_and_grad(params, batch, key) on parts of the batch, everything it returns summed.
+    """Function transform for gradient accumulation: the results of value_and_grad(params, batch, key), summed.
 
-    Part j takes rows j, j + microbatches, ...: each device keeps its own rows. What is summed are sums, so that the
-    caller divides once; a part without a single weighted target adds 0.
+    Microbatch j has the sequences j, j + microbatches, ..., so that each device keeps the sequences that it holds. The
+    results must be sums, not means: the caller divides once, and a microbatch without a weighted target adds 0.
     """
 
-    def summed(params: Any, batch: Batch, key: jax.Array) -> Any:
+    def summed(params: Params, batch: Batch, key: jax.Array) -> Any:
         if microbatches == 1:
             return value_and_grad(params, batch, key)
         parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -45,14 +45,19 @@ def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callabl
 
 
 def gradients(
-    params: Any, batch: Batch, key: jax.Array, config: ModelConfig, placement: Placement | None, microbatches: int = 1
-) -> tuple[dict[str, jax.Array], Any]:
-    """(sums as loss_sums gives them, gradients of the mean loss per weighted target)."""
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    config: ModelConfig,
+    placement: Placement | None,
+    microbatches: int = 1,
+) -> tuple[dict[str, jax.Array], Params]:
+    """(sums of model.loss.loss_sums over the batch, gradients of the loss divided by the weight of the targets)."""
 
-    def loss(params: Any, part: Batch, key: jax.Array) -> Any:
+    def loss(params: Params, part: Batch, key: jax.Array) -> Any:
         return loss_sums(params, part, config, placement, key if config.dropout else None)
 
-    def value_and_grad(params: Any, part: Batch, key: jax.Array) -> Any:
+    def value_and_grad(params: Params, part: Batch, key: jax.Array) -> Any:
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, part, key)
         return sums, grads
 
@@ -71,20 +76,23 @@ def train_step(
     new_warmup: int = 0,
     ramp: Ramp | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. If a gradient is not finite, parameters and moments stay as they are and the skip is counted.
+    """One update. If the loss or a gradient is not finite, parameters and moments do not change; the skip is counted.
 
     Args:
-        state, batch, learning_rate: arrays.
-        spec, microbatches: of the stage.
-        new_warmup: updates in which the rate of weights made by growth rises.
-        ramp: a mask that is still opening. The gradient of what it hides is 0 at its first update only; weight decay
-            shrinks those weights in that one too.
+        state: the state before the update.
+        batch: arrays of a Batch (flmjax.data.batch) on the devices.
+        learning_rate: float32 scalar.
+        spec: description of the state.
+        microbatches: number of parts that the batch is computed in.
+        new_warmup: number of updates in which the learning rate of parameters created by growth rises.
+        ramp: a growth mask that is still opening. Masked parameters have a gradient of 0 at the mask's first update
+            only; weight decay shrinks them in that update too.
 
     Returns:
         The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, skipped_updates (skips in a row),
-        finite (one flag for each leaf, in tree order). Where the data has teachers, loss is that of all rows together,
-        language_loss and teacher_loss are those of each kind, judgement_accuracy is a share of 1 and bits_per_byte is
-        the language rows'; NaN stands for the mean of what the batch has none of.
+        finite (one flag for each leaf, in tree order). If the data has teachers, loss is the mean over all sequences,
+        language_loss and bits_per_byte are means over the sequences of text, teacher_loss is the mean over the
+        sequences of teachers, and judgement_accuracy lies in 0 to 1; a mean is NaN if the batch has no such sequence.
     """
     placement = Placement(spec.mesh)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -94,7 +102,7 @@ def train_step(
     sums, grads = gradients(params, batch, key, spec.config, placement, microbatches)
     if pull_back is not None:
         grads = pull_back(grads)[0]
-    # Pinned, else the partitioner may keep gradients whole.
+    # Pinned, else the partitioner may not shard the gradients.
     grads = jax.lax.with_sharding_constraint(grads, spec.shardings.params)
     squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     finite = jnp.isfinite(jnp.stack(squares))
@@ -125,7 +133,10 @@ def train_step(
 def jit_train_step(
     spec: StateSpec, microbatches: int, new_warmup: int = 0, ramp: Ramp | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """train_step under jit: state donated, shardings fixed. The arguments after the batch are described there."""
+    """The jitted train_step: (state, batch, learning_rate) -> (state, metrics). The state is donated.
+
+    The other arguments of train_step are fixed; see there.
+    """
     return jax.jit(
         functools.partial(train_step, spec=spec, microbatches=microbatches, new_warmup=new_warmup, ramp=ramp),
         in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),
@@ -135,7 +146,7 @@ def jit_train_step(
 
 
 def jit_growth(old: StateSpec, new: StateSpec, config: GrowthConfig) -> Callable[[TrainState, jax.Array], TrainState]:
-    """(state, key) -> the grown state, under jit; the old one stays, to be compared with."""
+    """The jitted growth: (state, key) -> grown state. The old state is not donated: the certificate needs it."""
     return jax.jit(
         lambda state, key: grow(state, Growth(old.config, new.config, config, key)),
         in_shardings=(old.shardings, replicated(old.mesh)),
@@ -143,7 +154,12 @@ def jit_growth(old: StateSpec, new: StateSpec, config: GrowthConfig) -> Callable
     )
 
 
-def nonfinite_leaves(finite: np.ndarray, params: Any) -> list[str]:
-    """Paths of the leaves whose gradient was not finite."""
+def nonfinite_leaves(finite: np.ndarray, params: Params) -> list[str]:
+    """Paths of the parameters whose gradient was not finite.
+
+    Args:
+        finite: the metric of train_step, one flag for each leaf in tree order.
+        params: parameters or their abstract form, for the paths.
+    """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return [path_name(path) for path, ok in zip(paths, finite, strict=True) if not ok]

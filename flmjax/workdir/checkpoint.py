@@ -1,7 +1,7 @@
-"""Checkpoints of a run, written by Orbax in the background: a step is complete on disk or it does not count.
+"""Checkpoints of a run, written by Orbax in the background; a step that is not complete on disk is ignored.
 
-A checkpoint has items by name: `params` and `train_state` are trees of arrays, `meta` is JSON. Parameters are an item
-of their own, so that reading them for evaluation or export leaves the moments on disk.
+A checkpoint has items by name: `params` and `train_state` are trees of arrays, `meta` is JSON. Parameters are a
+separate item, so that evaluation and export read them without the moments.
 """
 
 import shutil
@@ -20,14 +20,16 @@ from flmjax.sharding.axes import path_name
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written; names the step and the folder."""
+    """A checkpoint that cannot be read or written; the message names the step and the folder."""
 
 
 class Checkpoints:
-    """The checkpoints under one folder, one for each saved step.
+    """Checkpoints in one folder, one for each saved step.
 
     Args:
-        keep: newest steps that stay; None only reads: nothing is deleted, another process may be writing there.
+        directory: the folder.
+        keep: number of newest steps that are kept. None opens the folder for reading: nothing is deleted, since another
+            process may be writing to it.
     """
 
     def __init__(self, directory: Path, keep: int | None) -> None:
@@ -56,28 +58,31 @@ class Checkpoints:
         self._manager.close()
 
     def latest_step(self) -> int | None:
-        """The newest complete step, None if there is none."""
+        """The newest complete step; None if there is none."""
         return latest_whole_step(self.directory)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was stored beside the state: version, format, config, stage, samples_seen, fingerprint.
+        """Metadata of a checkpoint: version, format, config, stage, samples_seen, fingerprint, checksums.
 
         Raises:
-            ConfigError: for a checkpoint of another format. CheckpointError: an unreadable one.
+            ConfigError: for a checkpoint of another format.
+            CheckpointError: for an unreadable checkpoint.
         """
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         check_format(meta, f"checkpoint {self.directory / str(step)}")
         return meta
 
     def restore(self, step: int, abstract: Mapping[str, ArrayTree]) -> dict[str, Any]:
-        """Items of a checkpoint, in the shapes and shardings of their abstract trees, whatever mesh wrote them.
+        """Items of a checkpoint with the shapes and shardings of `abstract`; the mesh that wrote them may differ.
 
         Args:
-            abstract: "params" alone, or with "train_state"; what is not named is not read.
+            abstract: trees of ShapeDtypeStruct by item name: "params" alone, or also "train_state". Other items are not
+                read.
 
         Raises:
-            CheckpointError: unreadable, damaged, or of another model (the message has the leaf and both shapes).
-            ConfigError: of another format.
+            CheckpointError: for an unreadable or damaged checkpoint, or for another model (with the leaf and both
+                shapes).
+            ConfigError: for a checkpoint of another format.
         """
         expected = self.meta(step)["checksums"]
         for name, tree in abstract.items():
@@ -90,13 +95,15 @@ class Checkpoints:
         return restored
 
     def save(self, step: int, items: Mapping[str, ArrayTree], meta: dict[str, Any]) -> None:
-        """Start writing; an error of the save before is raised here.
+        """Start writing a checkpoint in the background. An error of the previous save is raised now.
 
         Args:
-            items: "params" and "train_state". meta: what is stored as JSON beside them.
+            items: trees of arrays, "params" and "train_state".
+            meta: metadata, stored as JSON.
 
         Raises:
-            CheckpointError: the disk refuses, or a newer step is there (Orbax would keep both, and resume from that).
+            CheckpointError: if writing failed, or if the folder has a newer step (Orbax would keep both steps, and the
+                run would resume from the newer one).
         """
         newest = self.latest_step()
         if step == newest:
@@ -114,15 +121,15 @@ class Checkpoints:
             raise self._write_error(step, error) from error
 
     def wait(self) -> None:
-        """Until the last save is whole on disk; raises its error."""
+        """Wait until the last save is complete on disk; raises CheckpointError if it failed."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(self.latest_step(), error) from error
 
-    def _check_shapes(self, step: int, name: str, abstract: Any) -> None:
-        """Raise CheckpointError naming the leaf and both shapes if the stored model has another size."""
+    def _check_shapes(self, step: int, name: str, abstract: ArrayTree) -> None:
+        """Raise CheckpointError with the leaf and both shapes if the stored model has another size."""
         stored = _paths(self._metadata(step, name))
         for path, leaf in _paths(abstract).items():
             if path not in stored:
@@ -130,7 +137,7 @@ class Checkpoints:
             if tuple(stored[path].shape) != leaf.shape:
                 raise CheckpointError(
                     f"checkpoint {self.directory / str(step)}: {path} has shape {tuple(stored[path].shape)}, the model "
-                    f"{leaf.shape}; a checkpoint of a smaller model becomes one of a larger by growth"
+                    f"{leaf.shape}; growth turns a checkpoint of a smaller model into one of a larger"
                 )
 
     def _metadata(self, step: int, name: str) -> Any:
@@ -145,51 +152,55 @@ class Checkpoints:
     def _read(self, step: int, **args: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # Orbax raises that very class for an array that cannot be decoded
+        except Exception as error:  # Orbax raises Exception itself for an array that cannot be decoded
             raise self._read_error(step, error) from error
 
     def _read_error(self, step: int, error: Exception | str) -> CheckpointError:
         older = [s for s in self._manager.all_steps() if s < step]
-        cure = f"; delete that folder to go on from step {max(older)}" if older else ""
+        cure = f"; delete that folder to resume from step {max(older)}" if older else ""
         return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}{cure}")
 
 
 def latest_whole_step(directory: Path) -> int | None:
-    """The newest step in `directory` that was written to its end; None if there is none, or no such folder."""
+    """The newest complete step in `directory`; None if there is none, or if the folder does not exist."""
     folders = directory.iterdir() if directory.is_dir() else ()
-    return max((int(folder.name) for folder in folders if folder.name.isdigit() and _is_whole(folder)), default=None)
+    return max((int(folder.name) for folder in folders if folder.name.isdigit() and _is_complete(folder)), default=None)
 
 
 def remove_incomplete(directory: Path) -> list[Path]:
-    """Delete step folders that are not whole (a killed save, or an empty folder that Orbax would take for the newest).
+    """Delete step folders that are not complete: killed saves, and empty folders, which Orbax takes for the newest.
 
-    Returns those removed; each is logged.
+    Returns:
+        The deleted folders; each is also logged.
     """
     removed = []
     if directory.is_dir():
         for folder in sorted(directory.iterdir()):
-            if folder.is_dir() and folder.name.isdigit() and not _is_whole(folder):
+            if folder.is_dir() and folder.name.isdigit() and not _is_complete(folder):
                 logging.warning("skipped and removed %s: not a complete checkpoint", folder)
                 shutil.rmtree(folder)
                 removed.append(folder)
     return removed
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
 
 
-def _paths(tree: Any) -> dict[str, Any]:
+def _paths(tree: ArrayTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _checksums(tree: Any) -> dict[str, int]:
-    """Sum modulo 2^32 of the bits of each leaf: the file format does not notice a flipped byte inside an array."""
+def _checksums(tree: Mapping[str, ArrayTree]) -> dict[str, int]:
+    """Checksum of each leaf by path: its words of 32 bits summed modulo 2^32.
+
+    The file format does not notice a changed byte inside an array.
+    """
     return {path: int(value) for path, value in _paths(jax.device_get(_sum_bits(tree))).items()}
 
 
 @jax.jit
-def _sum_bits(tree: Any) -> Any:
+def _sum_bits(tree: ArrayTree) -> Any:
     def bits(x: jax.Array) -> jax.Array:
         return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
 
@@ -197,5 +208,5 @@ def _sum_bits(tree: Any) -> Any:
 
 
 def _first_line(error: Exception | str) -> str:
-    """One readable line; tensor stores append their whole specification."""
+    """The first 300 characters of an error on one line: TensorStore appends its full specification."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and where its data are."""
+"""The workdir of a run: the folder with its config, checkpoints, metrics and, by default, its data."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,17 @@ from flmjax.config import ConfigError, RunConfig, differences, from_stored, to_s
 
 
 def data_directory(config: RunConfig, workdir: Path) -> Path:
-    """Where the run's token files are."""
+    """Folder of the run's token files: data.directory, or WORKDIR/data."""
     return Path(config.data.directory) if config.data.directory else workdir / "data"
 
 
 def claim_workdir(config: RunConfig, workdir: Path) -> None:
-    """Store the config in a new workdir; refuse one that holds a run of another config, naming the fields."""
+    """Store the config in a new workdir, or check that an existing workdir belongs to the same config.
+
+    Raises:
+        ConfigError: for the workdir of a run with another config (with the fields that differ), or a folder with
+            checkpoints and no config.
+    """
     path = workdir / "config.json"
     if path.is_file():
         changed = differences(read_config(workdir), config)
@@ -20,7 +25,7 @@ def claim_workdir(config: RunConfig, workdir: Path) -> None:
             raise ConfigError(f"{workdir} holds a run of another config: {'; '.join(changed)}; take another --workdir")
     else:
         if (workdir / "checkpoints").exists():
-            raise ConfigError(f"{workdir} has checkpoints but no config.json: no workdir, or growth that was cut off")
+            raise ConfigError(f"{workdir} has checkpoints but no config.json: no workdir, or a growth that was cut off")
         write_config(config, workdir)
 
 
@@ -41,7 +46,7 @@ def read_config(workdir: Path) -> RunConfig:
 
 
 def write_config(config: RunConfig, workdir: Path) -> None:
-    """Make `workdir` the workdir of `config`."""
+    """Write config.json in `workdir`, which becomes the workdir of `config`; a killed write leaves no partial file."""
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / "config.tmp"
     partial.write_text(json.dumps(to_stored(config), indent=1) + "\n")

@@ -175,7 +175,7 @@ def step_speed(folder: Path, steps: int = 30) -> float:
     import jax
     import numpy as np
 
-    from flmjax.config import MeshConfig, from_config_dict
+    from flmjax.config import MeshShape, from_config_dict
     from flmjax.data.batch import global_batch
     from flmjax.sharding.mesh import make_mesh
     from flmjax.sharding.rules import batch_sharding
@@ -185,7 +185,7 @@ def step_speed(folder: Path, steps: int = 30) -> float:
     sys.path.insert(0, str(ROOT / "configs"))
     config = from_config_dict(importlib.import_module("quickstart").get_config())
     model = dataclasses.replace(config.stage_models[0], vocab_size=config.data.vocab_size)
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
     spec = state_spec(model, config.optimizer, mesh)
     state, step = init_state(spec, 0), jit_train_step(spec, 1)
     shape = (config.stages[0].batch_size, model.max_length)

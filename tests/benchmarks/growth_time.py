@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import GROWTH_FAMILIES, GrowthConfig, MeshConfig, ModelConfig, OptimizerConfig, resize
+from flmjax.config import GROWTH_FAMILIES, GrowthConfig, MeshShape, ModelConfig, OptimizerConfig, resize
 from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.model.transformer import count_parameters
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--families", default=",".join(GROWTH_FAMILIES))
     arguments = parser.parse_args()
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
     state = init_state(state_spec(SMALL, OptimizerConfig(), mesh), 0)
     key = jax.random.key(1)
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from flmjax.config import MeshShape, ModelConfig, OptimizerConfig
 from flmjax.data.batch import global_batch
 from flmjax.model.flops import flops_per_token
 from flmjax.sharding.mesh import make_mesh
@@ -58,7 +58,7 @@ def rows() -> np.ndarray:
 
 def ours(microbatches: int) -> Step:
     """The step that `flmjax train` runs."""
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
     spec = state_spec(MODEL, OPTIMIZER, mesh)
     tokens = rows().astype(np.int32)
     batch = global_batch(

@@ -63,7 +63,7 @@ def test_certificate_stops_a_growth_that_is_not_exact(monkeypatch):
     for difference, removed, kl, words in (
         (3e-5, None, 0.0, "float32 logits 3e-05 exceeds 2e-05"),
         (np.nan, None, 0.0, "float32 logits nan"),
-        (0.0, 3e-5, 0.0, "when the mask goes"),
+        (0.0, 3e-5, 0.0, "when the growth mask is removed"),
         (0.0, None, 2e-3, "KL divergence in bfloat16 0.002"),
     ):
         assert words in exactness_failure(difference, removed, kl, 2e-5, "bfloat16")

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, random_params, with_fields
 from step_cases import FALSE, TEACHER_WEIGHT, TRUE, log_train, mixed_batch, on_mesh, plain_nll
 
-from flmjax.config import MeshConfig, OptimizerConfig
+from flmjax.config import MeshShape, OptimizerConfig
 from flmjax.evaluation.validation_loss import jit_loss_sums
 from flmjax.model.loss import loss_sums, teacher_means, teacher_sums
 from flmjax.model.transformer import forward
@@ -96,7 +96,7 @@ def test_sums_with_teachers_are_those_of_the_undivided_batch():
 
 
 def test_metrics_with_teachers_are_equal_on_a_mesh_of_every_axis(tiny_spec, tiny_step):
-    sharded = state_spec(TINY, OptimizerConfig(), make_mesh(MeshConfig(2, 2, 2), jax.devices()))
+    sharded = state_spec(TINY, OptimizerConfig(), make_mesh(MeshShape(2, 2, 2), jax.devices()))
     batch, results = mixed_batch(), []
     for of_mesh, update in ((tiny_spec, tiny_step), (sharded, jit_train_step(sharded, 1))):
         state, placed = init_state(of_mesh, 0), on_mesh(batch, of_mesh.mesh)
@@ -115,7 +115,7 @@ def test_metrics_with_teachers_are_equal_on_a_mesh_of_every_axis(tiny_spec, tiny
 @pytest.mark.parametrize("tied", [True, False])
 def test_judging_gathers_no_table_and_multiplies_no_matrix(tied):
     config = with_fields(TINY, vocab_size=200, vocab_multiple=1, tied_embedding=tied)
-    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices())
+    mesh = make_mesh(MeshShape(2, 2, 2), jax.devices())
     spec, batch = state_spec(config, OptimizerConfig(), mesh), on_mesh(mixed_batch(), mesh)
     plain = {name: x for name, x in batch.items() if name not in ("marks", "decisive")}
 
