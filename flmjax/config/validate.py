@@ -258,8 +258,8 @@ def validate_mesh(config: RunConfig, num_devices: int) -> MeshShape:
         rows, shards = stage.config.batch_size // stage.layout.microbatches, mesh.data_shards
         _require(
             rows % shards == 0,
-            f"stages[{stage.index}]: batch_size / microbatches={rows} does not divide over mesh axis replica x fsdp={shards}; "
-            f"{_legal_batches(stage.config, shards)}",
+            f"stages[{stage.index}]: batch_size / microbatches={rows} does not divide over mesh axis replica x "
+            f"fsdp={shards}; {_legal_batches(stage.config, shards)}",
         )
         check_mesh(stage.model, mesh, f"stages[{stage.index}]")
     return mesh
