@@ -97,9 +97,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     xpos_scale_base: float = 512.0
     rotary_dim: int | None = None  # head_dim whose frequencies growth keeps; None: head_dim
-    rotary_repeat: bool = (
-        False  # whether dimensions past rotary_dim repeat the frequencies before it; False: they do not turn
-    )
+    # Whether dimensions past rotary_dim repeat the frequencies before it; False: they do not turn.
+    rotary_repeat: bool = False
     bias: bool = True
     tied_embedding: bool = True
     embedding_multiplier: float = 1.0
@@ -171,19 +170,16 @@ class DataConfig:
     vocab_size: int = 4096  # pieces to train; read by "sentencepiece" alone
     end_id: int | None = None  # id that ends a document; None: the vocabulary's
     validation_fraction: float = 0.05  # share of documents, chosen by hash; splits that a mixture defines come first
-    split_by: Literal["text", "path"] = (
-        "text"  # hash a document's text, or "path", its file name within the source (parallel pages stay together)
-    )
+    # The hash is of a document's text, or of its "path" within the source (parallel pages stay together).
+    split_by: Literal["text", "path"] = "text"
     end_of_document: bool = True  # append the end token to each document
     document_attention: bool = False  # True: attention and positions restart at every document
-    true_mark: str = (
-        "\U0001f608"  # mark for "true" in a sequence of a teacher; the paper does not say which mark is which
-    )
+    # Mark for "true" in a sequence of a teacher; the paper does not say which mark is which.
+    true_mark: str = "\U0001f608"
     false_mark: str = "\U0001f621"
     teacher_weight: float = 1.0  # loss weight of a target of a teacher; a target of text has 1
-    teacher_mixing: Literal["mixed", "alternating"] = (
-        "mixed"  # text and teachers in every batch, or "alternating": every batch is only text or only teachers
-    )
+    # Text and teachers in every batch, or "alternating": every batch is only text or only teachers.
+    teacher_mixing: Literal["mixed", "alternating"] = "mixed"
     # Folder of the token files; None: WORKDIR/data.
     directory: str | None = dataclasses.field(default=None, metadata=EXECUTION)
     # Processes that tokenise; None: one per core.
@@ -217,9 +213,8 @@ class GrowthConfig:
     ramp: Literal["linear", "cosine"] = "linear"  # "mask": shape of the opening
     tuning_steps: int = 100  # "learned": updates of the growth matrices
     tuning_learning_rate: float = 1e-3  # Adam's, on the growth matrices
-    rate_policy: Literal["continue", "rewarm", "rewind", "stage"] = (
-        "continue"  # the schedule before; or "rewarm", "rewind", or "stage": the stage starts a new schedule
-    )
+    # The learning rate continues the schedule, warms up again, rewinds to its peak, or the stage has a new schedule.
+    rate_policy: Literal["continue", "rewarm", "rewind", "stage"] = "continue"
     rewarm_fraction: float = 0.01  # "rewarm": share of the stage's steps with warm-up
     new_warmup_fraction: float = 0.01  # share of the stage's steps with warm-up of new parameters; 0: none
 

@@ -98,7 +98,7 @@ class TrainingStream:
     def batches(
         self, *, start: int, batch_size: int, host: int = 0, hosts: int = 1, threads: int = 1, prefetch: int = 4
     ) -> grain.DatasetIterator[Batch]:
-        """Endless batches of the samples start, start + 1, ...: of each, the rows of one host.
+        """Endless batches of the samples start, start + 1, ...; this host's rows of each.
 
         The iterator's `close()` ends its threads, and so does dropping it.
 
@@ -243,7 +243,7 @@ class _PropositionRows:
 
 
 class _HostShare(grain.transforms.DatasetSelectionMap):
-    """Row i of the batches of one host, laid end to end -> the sample of the run."""
+    """Row i of one host's batches, laid end to end -> number of the sample in the run."""
 
     def __init__(self, start: int, batch_size: int, host: int, rows: int):
         self._first = start + host * rows

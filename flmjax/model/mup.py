@@ -33,7 +33,7 @@ class Scaling(NamedTuple):
         init_std: standard deviation of the initial values; 0 for vectors, which start as ones (gains) or zeros.
         forward: factor on the result of the parameter's product or lookup.
         rate_divisor: the run's learning rate is divided by it; a divisor, since 1 / m is rarely a binary number.
-        weight_decay: factor on the optimizer's weight decay. An update shrinks by the run's learning rate times this,
+        weight_decay: factor on the optimizer's weight decay. A parameter shrinks by the run's learning rate times this,
             not by the divided rate: shrinking does not depend on width.
         eps: factor on Adam's eps.
     """
