@@ -51,6 +51,7 @@ def complain(capsys, *argv: str) -> str:
         (["train", "--config=configs/nothing.py", "--help"], "no config file 'configs/nothing.py'"),
         (["train", QUICKSTART], "--workdir is missing"),
         (["train", "--workdir=WORKDIR"], "--config is missing"),
+        (["train", QUICKSTART, "--workdir="], "--workdir is missing"),
         (["train", "--config=configs/nothing.py", "--workdir=WORKDIR"], "no config file 'configs/nothing.py'"),
         (["train", QUICKSTART + ":bilingal", "--workdir=WORKDIR"], "'bilingal'; did you mean bilingual"),
         (["train", QUICKSTART, "--wrkdir=WORKDIR"], "'wrkdir'. Did you mean: workdir"),
@@ -154,11 +155,12 @@ def test_shipped_configs_freeze_and_survive_json(path):
         config.seed = 1
 
 
-def test_help_into_a_closed_pipe_ends_without_a_traceback():
-    command = f"{sys.executable} -m flmjax train {QUICKSTART} --help | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("flmjax train")
-    assert done.stderr == ""
+def test_output_into_a_closed_pipe_ends_without_a_word():
+    for arguments in (f"train {QUICKSTART} --help", f"plan --config={CONFIGS[0].parent}/flm_101b.py --cost-only"):
+        command = f"{sys.executable} -m flmjax {arguments} | head -1"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+        assert done.stdout.count("\n") == 1
+        assert done.stderr == ""
 
 
 def test_flags_come_from_a_flag_file_too(tmp_path):

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"flmjax: {one_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of standard output: run
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get("FLMJAX_TRACEBACK"):
             raise

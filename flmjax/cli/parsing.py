@@ -101,9 +101,9 @@ def parse(argv: list[str]) -> CommandLine:
     """
     command = check_command(argv[0])
     values, options = read_flags(command, argv[1:])
-    if command == "grow" and options["source"] is None:
+    if command == "grow" and not options["source"]:
         raise ConfigError(f"--source is missing: the workdir of the run to grow; {USAGE_GROW}")
-    if values["workdir"].value is None and not options.get("dry_run") and takes_workdir(command):
+    if not values["workdir"].value and not options.get("dry_run") and takes_workdir(command):
         raise ConfigError(f"--workdir is missing; {USAGE}")
     workdir = Path(values["workdir"].value or "") if takes_workdir(command) else None
     if not takes_config(command):

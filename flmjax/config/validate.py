@@ -72,7 +72,10 @@ def validate(config: RunConfig) -> RunConfig:
 
 
 def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{path}='{value}'{nearest(value, choices)}; choices: {', '.join(choices)}")
+    if value not in choices:
+        hint = nearest(value, choices)
+        listed = "" if "choices:" in hint else f"; choices: {', '.join(choices)}"
+        raise ConfigError(f"{path}='{value}'{hint}{listed}")
 
 
 def _validate_choices(config: Any, path: str = "") -> None:

@@ -35,7 +35,8 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None) -> None:
         self.directory = directory
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+            # Not read_only, of which Orbax warns on standard error at each opening: without a save nothing is deleted.
+            options = ocp.CheckpointManagerOptions(create=False)
         else:
             if jax.process_index() == 0:
                 remove_incomplete(directory)
