@@ -166,7 +166,7 @@ def test_a_model_that_cannot_learn_is_refused():
         for linear in params["layers"][part].values():
             linear["bias"] = np.zeros_like(linear["bias"])
     params["final_norm"]["bias"] = np.zeros_like(params["final_norm"]["bias"])
-    words = r"its gradient is 0 everywhere: matrices of zeros are embedding \(64, 24\) -> \(64, 29\); 'perturb'"
+    words = r"its gradient is 0 everywhere; matrices of zeros: embedding \(64, 24\) -> \(64, 29\); family 'perturb'"
     with pytest.raises(GrowthError, match=words):
         certificate_of(SMALL, resize(SMALL, num_layers=3, embed_dim=29), params, GrowthConfig()).check()
     new = resize(SMALL, "perturb", num_layers=3, embed_dim=29)
