@@ -204,10 +204,10 @@ def numbers_text(name: str) -> str:
     ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
     for stage, spec in enumerate(specs):
         if stage:
-            state = jit_growth(specs[0], spec, tiny.growth)(state, key)
+            state = jit_growth(specs[0], spec, tiny.growth, new_warmup=3)(state, key)
             lines += [f"grown {p} {summary(x)}" for p, x in paths(state.params)]
             lines += [f"grown {p} {summary(x)}" for p, x in moments(state.opt_state)]
-        step = jit_train_step(spec, 2, new_warmup=3 * stage, ramp=ramp if stage else None)
+        step = jit_train_step(spec, 2, ramp=ramp if stage else None)
         for update in range(5):
             state, metrics = step(state, batch_of(tiny, 5 * stage + update), np.float32(3e-3))
             lines.append(f"loss {5 * stage + update + 1} {float(metrics['loss']).hex()}")
@@ -243,7 +243,7 @@ def program_text(name: str, program: str) -> str:
     key = jax.eval_shape(lambda: jax.random.key(0))
     if program == "step":
         ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
-        lowered = jit_train_step(new, 2, new_warmup=3, ramp=ramp).lower(new.abstract, batch, np.float32(0))
+        lowered = jit_train_step(new, 2, ramp=ramp).lower(new.abstract, batch, np.float32(0))
     elif program == "growth":
         lowered = jit_growth(old, new, tiny.growth).lower(old.abstract, key)
     else:

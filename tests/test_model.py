@@ -17,7 +17,7 @@ from flmjax.model.layers import Norm
 from flmjax.model.loss import loss_sums
 from flmjax.model.positions import rotation
 from flmjax.model.transformer import Transformer, abstract_params, count_parameters, forward, init_params
-from flmjax.sharding.axes import LeafAxes
+from flmjax.sharding.axes import LeafAxes, map_with_axes
 
 # Every value of every setting, and every pair of values of norm, activation, position and the four switches.
 SETTINGS = {
@@ -217,6 +217,20 @@ def test_padded_ids_have_no_probability_and_no_gradient():
     grads = jax.jit(jax.grad(lambda p: loss_sums(p, batch, TINY)[0]))(params)
     assert np.abs(grads["embedding"][:61]).min(axis=0).max() > 0
     assert (np.asarray(grads["embedding"])[61:] == 0).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_initial_weights_do_not_depend_on_padding(tied):
+    """The untied head was drawn as (D, V): with another padding every word started from other weights."""
+    narrow, wide = (with_fields(TINY, tied_embedding=tied, vocab_multiple=n) for n in (1, 48))
+    assert narrow.padded_vocab_size < wide.padded_vocab_size
+    few, many = (jax.jit(functools.partial(init_params, c))(jax.random.key(0)) for c in (narrow, wide))
+
+    def check(path, leaf, a, b):
+        real = tuple(slice(0, narrow.vocab_size) if name == "vocab" else slice(None) for name in leaf.names)
+        np.testing.assert_array_equal(a[real], b[real], err_msg=path)
+
+    map_with_axes(check, abstract_params(narrow)[1], few, many)
 
 
 def test_tied_xpos_model_is_alive_at_initialisation():

@@ -13,13 +13,14 @@ from flmjax.config.convert import (
     to_json,
     to_stored,
 )
+from flmjax.config.errors import ConfigError, nearest
+from flmjax.config.families import GROWTH_FAMILIES, FamilyTraits, outside_family
 from flmjax.config.fields import (
-    GROWTH_FAMILIES,
+    DERIVED,
     MESH_AXES,
     SIZES,
     STAGE_SIZES,
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     Dtype,
     GrowthConfig,
@@ -32,12 +33,12 @@ from flmjax.config.fields import (
     RunConfig,
     Stage,
     StageConfig,
-    nearest,
     resize,
     split_factor,
 )
 
 __all__ = [
+    "DERIVED",
     "FORMAT",
     "GROWTH_FAMILIES",
     "HEADER",
@@ -48,6 +49,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "Dtype",
+    "FamilyTraits",
     "GrowthConfig",
     "Layout",
     "MeshConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "from_config_dict",
     "from_stored",
     "nearest",
+    "outside_family",
     "resize",
     "split_factor",
     "to_config_dict",

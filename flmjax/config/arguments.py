@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-from flmjax.config.fields import ConfigError
+from flmjax.config.errors import ConfigError
 
 
 def choose_words(argument: str, **choices: Iterable[str]) -> dict[str, str | None]:

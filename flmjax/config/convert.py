@@ -9,7 +9,8 @@ from typing import Any
 from ml_collections import config_dict
 
 import flmjax
-from flmjax.config.fields import EXECUTION, ConfigError, RunConfig, nearest
+from flmjax.config.errors import ConfigError, nearest
+from flmjax.config.fields import EXECUTION, RunConfig
 
 # Format number of config.json and of checkpoints. It rises if a field or an item is renamed or removed, never if one is
 # added.

@@ -1,12 +1,13 @@
 """All settings of a run, as frozen dataclasses."""
 
 import dataclasses
-import difflib
 import functools
 import math
-from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
+
+from flmjax.config.errors import ConfigError
+from flmjax.config.families import FamilyTraits, family_traits
 
 AttentionBackend = Literal["plain", "fused", "cudnn", "splash"]
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -20,6 +21,8 @@ REPRESENTATION = MappingProxyType({"role": "representation"})
 MESH_AXES = ("replica", "fsdp", "tensor")
 STAGE_SIZES = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
 SIZES = (*STAGE_SIZES, "vocab_size", "max_length")
+# Fields of a grown model that follow from the sizes of both models: resize.
+DERIVED = ("norm_eps", "rotary_dim", "rotary_repeat", "base_mlp_dim", "base_heads_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,41 +42,6 @@ class MeshShape:
     def data_shards(self) -> int:
         """Number of parts that the sequences of a batch are split into."""
         return self.replica * self.fsdp
-
-
-class FamilyTraits(NamedTuple):
-    """Properties of a growth family that the configuration needs; growth/families.py has the family's rules.
-
-    Attributes:
-        settings: fields of GrowthConfig that this family reads and most families do not.
-        repeats_frequencies: whether new dimensions of a head are copies, which have the frequencies of their sources.
-    """
-
-    settings: tuple[str, ...] = ()
-    repeats_frequencies: bool = False
-
-
-GROWTH_FAMILIES: dict[str, FamilyTraits] = {
-    "zero": FamilyTraits(),
-    "duplicate": FamilyTraits(("split",), repeats_frequencies=True),
-    "mask": FamilyTraits(("ramp_steps", "ramp")),
-    "stack": FamilyTraits(),
-    "interleave": FamilyTraits(),
-    "middle": FamilyTraits(),
-    "perturb": FamilyTraits(("shrink",)),
-    "learned": FamilyTraits(("tuning_steps", "tuning_learning_rate")),
-}
-
-
-class ConfigError(ValueError):
-    """An invalid setting; the message names the field and a valid value. The command line exits with code 2."""
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """End of a message: `; did you mean a, b?` with the nearest names, or all choices if no name is near."""
-    choices = sorted(choices)
-    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else f"; choices: {', '.join(choices)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +75,9 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     base_embed_dim: int | None = None  # muP's base width (model/mup.py); None: standard parametrisation
+    # mlp_dim, and num_heads x head_dim, of muP's base model; None: in proportion to embed_dim. Growth fills them in.
+    base_mlp_dim: float | None = None
+    base_heads_dim: float | None = None
     # Dtype of the matrix multiplications; parameters are always float32.
     dtype: Dtype = dataclasses.field(default="float32", metadata=REPRESENTATION)
     # "fused": the backend that model/attention.py chooses for the platform.
@@ -134,6 +105,17 @@ class ModelConfig:
     def width_multiplier(self) -> float:
         """Width multiplier m of muP: embed_dim / base_embed_dim; 1 in the standard parametrisation."""
         return 1.0 if self.base_embed_dim is None else self.embed_dim / self.base_embed_dim
+
+    @property
+    def mlp_multiplier(self) -> float:
+        """Width multiplier of the MLP: mlp_dim / base_mlp_dim; width_multiplier if the MLP has no base of its own."""
+        return self.width_multiplier if self.base_mlp_dim is None else self.mlp_dim / self.base_mlp_dim
+
+    @property
+    def heads_multiplier(self) -> float:
+        """Width multiplier of attention: num_heads x head_dim / base_heads_dim; width_multiplier without that base."""
+        dim = self.num_heads * self.head_dim
+        return self.width_multiplier if self.base_heads_dim is None else dim / self.base_heads_dim
 
     @property
     def padded_vocab_size(self) -> int:
@@ -205,8 +187,10 @@ class MeshConfig:
 class GrowthConfig:
     """Settings of the growth at a stage's start; `flmjax grow` uses the settings of the first stage."""
 
-    family: str = "zero"  # a family of growth/families.py, which says whether it is exact
+    # A family of growth/families.py, which says whether it is exact; or "MODULE:NAME", a Family of another package.
+    family: str = "zero"
     split: Literal["unequal", "equal"] = "unequal"  # "duplicate": shares of copies; copies with equal shares stay equal
+    split_gap: float = 0.4  # "duplicate": least difference between the unequal shares of 2 copies of a unit; below 0.5
     shrink: float = 0.4  # "perturb": factor on old matrices
     moments: Literal["carry", "reset"] = "carry"  # "reset" forgets Adam's moments
     ramp_steps: int = 0  # "mask": updates in which the growth mask opens from 0 to 1
@@ -221,7 +205,7 @@ class GrowthConfig:
     @property
     def traits(self) -> FamilyTraits:
         """Properties of the family that the configuration needs."""
-        return GROWTH_FAMILIES[self.family]
+        return family_traits(self.family)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,15 +355,22 @@ class Stage:
 def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfig:
     """The configuration of `model` after growth to `sizes`.
 
-    Width growth scales the norm's epsilon by old / new embed_dim. Growth of head_dim keeps the old frequencies: new
-    dimensions do not turn (partial rotary in other libraries), or repeat the old frequencies if they are copies.
+    Width growth scales the norm's epsilon by old / new embed_dim. Under muP an MLP or heads that do not grow in
+    proportion to embed_dim keep the old model's base. Growth of head_dim keeps the old frequencies: new dimensions do
+    not turn (partial rotary in other libraries), or repeat the old frequencies if they are copies.
     """
     embed_dim = sizes.get("embed_dim", model.embed_dim)
     grown = dataclasses.replace(model, **sizes, norm_eps=model.norm_eps * model.embed_dim / embed_dim)
+    if model.base_embed_dim is not None:
+        heads_dim, new_heads_dim = (c.num_heads * c.head_dim for c in (model, grown))
+        if model.base_mlp_dim is None and grown.mlp_dim * model.embed_dim != model.mlp_dim * embed_dim:
+            grown = dataclasses.replace(grown, base_mlp_dim=model.mlp_dim / model.width_multiplier)
+        if model.base_heads_dim is None and new_heads_dim * model.embed_dim != heads_dim * embed_dim:
+            grown = dataclasses.replace(grown, base_heads_dim=heads_dim / model.width_multiplier)
     if grown.head_dim == model.head_dim or not model.is_rotary or model.rotary_dim is not None:
         return grown
     return dataclasses.replace(
-        grown, rotary_dim=model.head_dim, rotary_repeat=GROWTH_FAMILIES[family].repeats_frequencies
+        grown, rotary_dim=model.head_dim, rotary_repeat=family_traits(family).repeats_frequencies
     )
 
 

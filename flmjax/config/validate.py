@@ -5,11 +5,11 @@ import math
 import typing
 from typing import Any
 
+from flmjax.config.errors import ConfigError, nearest
+from flmjax.config.families import GROWTH_FAMILIES
 from flmjax.config.fields import (
-    GROWTH_FAMILIES,
     MESH_AXES,
     STAGE_SIZES,
-    ConfigError,
     DataConfig,
     GrowthConfig,
     MeshShape,
@@ -18,7 +18,6 @@ from flmjax.config.fields import (
     RunConfig,
     Stage,
     StageConfig,
-    nearest,
     split_factor,
 )
 
@@ -95,9 +94,14 @@ def _validate_choices(config: Any, path: str = "") -> None:
 def _validate_model(m: ModelConfig, path: str = "model") -> None:
     for field in ("num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "max_length", "vocab_multiple"):
         _require(getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive")
-    for field in ("rotary_dim", "base_embed_dim"):
+    for field in ("rotary_dim", "base_embed_dim", "base_mlp_dim", "base_heads_dim"):
         _require(
             getattr(m, field) is None or getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive"
+        )
+    for field in ("base_mlp_dim", "base_heads_dim"):
+        _require(
+            getattr(m, field) is None or m.base_embed_dim is not None,
+            f"{path}.{field}={getattr(m, field)} is not read without {path}.base_embed_dim, which switches muP on",
         )
     for field in ("norm_eps", "softmax_temperature", "rope_theta", "xpos_scale_base", "init_std"):
         value = getattr(m, field)
@@ -192,9 +196,11 @@ def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
 
 def _validate_operator(s: StageConfig, path: str) -> None:
     g = s.growth
-    _choice(f"{path}.family", g.family, tuple(GROWTH_FAMILIES))
+    if ":" not in g.family:
+        _choice(f"{path}.family", g.family, tuple(GROWTH_FAMILIES))
     for field in ("shrink", "rewarm_fraction", "new_warmup_fraction"):
         _require(0.0 <= getattr(g, field) <= 1.0, f"{path}.{field}={getattr(g, field)} must lie in [0, 1]")
+    _require(0 < g.split_gap < 0.5, f"{path}.split_gap={g.split_gap} must lie in (0, 0.5)")
     _require(g.tuning_steps >= 0, f"{path}.tuning_steps={g.tuning_steps} must not be negative")
     _require(
         math.isfinite(g.tuning_learning_rate) and g.tuning_learning_rate > 0,
@@ -205,9 +211,9 @@ def _validate_operator(s: StageConfig, path: str) -> None:
         f"{path}.ramp_steps={g.ramp_steps} must be 1 to the stage's steps={s.steps} for family '{g.family}'",
     )
     for family, traits in GROWTH_FAMILIES.items():
-        for field in traits.settings if family != g.family else ():
+        for field in traits.settings:
             _require(
-                getattr(g, field) == getattr(GrowthConfig(), field),
+                field in g.traits.settings or getattr(g, field) == getattr(GrowthConfig(), field),
                 f"{path}.{field}={getattr(g, field)} is not read by family '{g.family}', only by '{family}'",
             )
 

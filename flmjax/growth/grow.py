@@ -64,10 +64,10 @@ def grow_opt_state(opt_state: optax.OptState, growth: Growth) -> optax.OptState:
 
         return map_with_axes(grow_one, abstract_params(growth.old)[1], moments)
 
-    def grow_births(births: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
-        return {name: _grow_births(name, births[name], count, growth) for name in births}
+    def grow_places(vectors: dict[str, jax.Array], new: jax.Array) -> dict[str, jax.Array]:
+        return {name: _grow_places(name, vector, new, growth) for name, vector in vectors.items()}
 
-    return map_adam(opt_state, grow_moment, grow_births, reset=growth.config.moments == "reset")
+    return map_adam(opt_state, grow_moment, grow_places, growth.new_warmup, reset=growth.config.moments == "reset")
 
 
 class LeafPlan(NamedTuple):
@@ -92,17 +92,17 @@ def plan_growth(growth: Growth) -> list[LeafPlan]:
     return plan
 
 
-def _grow_births(axis: str, births: jax.Array, count: jax.Array, growth: Growth) -> jax.Array:
-    """Births of one axis in the larger model: a copy has its source's birth, a place without a source has `count`."""
+def _grow_places(axis: str, vector: jax.Array, new: jax.Array, growth: Growth) -> jax.Array:
+    """Vector of one axis in the larger model: a copy has its source's value, a place without a source has `new`."""
     if axis == "kv_heads" and growth.split > 1:
-        births = jnp.repeat(births, growth.split)
-    out = births.reshape(list(dim_sizes(axis, growth.old, growth.split).values()))
+        vector = jnp.repeat(vector, growth.split)
+    out = vector.reshape(list(dim_sizes(axis, growth.old, growth.split).values()))
     for i, name in enumerate(DIMENSIONS[axis]):
         if name in growth.dimensions:
             dimension = growth.dimensions[name]
             out = copy(out, {i: dimension.source})
             is_new = dimension.is_new.reshape([-1 if i == j else 1 for j in range(out.ndim)])
-            out = jnp.where(is_new, count, out)
+            out = jnp.where(is_new, new, out)
     return out.reshape(axis_sizes(growth.new)[axis])
 
 

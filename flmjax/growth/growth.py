@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import SIZES, GrowthConfig, ModelConfig, Stage, resize, split_factor
+from flmjax.config import DERIVED, SIZES, GrowthConfig, ModelConfig, Stage, resize, split_factor
 from flmjax.growth.families import Family, family_of
 from flmjax.growth.rules import (
     Dimension,
@@ -21,6 +21,7 @@ from flmjax.growth.rules import (
     leaf_sizes,
     scale,
 )
+from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
 
 
@@ -32,6 +33,7 @@ class Growth:
         old, new: the models; `new` is config.resize(old, family, ...): no size smaller, the norm's epsilon scaled.
         config: the family and its settings.
         key: key of fresh parameters and of the shares of copies; None if nothing is drawn, as in a comparison.
+        new_warmup: number of updates in which new parameters reach their full learning rate.
 
     Raises:
         ConfigError: for an unknown family, or heads that cannot become the new ones.
@@ -42,6 +44,7 @@ class Growth:
     new: ModelConfig
     config: GrowthConfig
     key: jax.Array | None = None
+    new_warmup: int = 0
 
     def __post_init__(self) -> None:
         family_of(self.config)
@@ -51,7 +54,7 @@ class Growth:
     def into(cls, stage: Stage, key: jax.Array | None = None) -> "Growth":
         """The growth at the start of `stage`, which must have a previous stage."""
         assert stage.previous is not None
-        return cls(stage.previous.model, stage.model, stage.config.growth, key)
+        return cls(stage.previous.model, stage.model, stage.config.growth, key, new_warmup(stage.config))
 
     @functools.cached_property
     def family(self) -> Family:
@@ -86,7 +89,7 @@ class Growth:
             # The two dimensions of a rotated pair have one share, else the rotation would mix their gradients.
             pair = 2 if name == "head_dim" and self.new.is_rotary else 1
             axis_key = None if key is None else jax.random.fold_in(key, i)
-            share = draw_share(source[::pair] // pair, copies[::pair], self.config.split, axis_key)
+            share = draw_share(source[::pair] // pair, copies[::pair], self.config, axis_key)
             share = np.repeat(share, pair) if isinstance(share, np.ndarray) else jnp.repeat(share, pair)
             dimensions[name] = Dimension(name, before, after, source, copies, share, self.old, self.new)
         return dimensions
@@ -148,10 +151,9 @@ class Growth:
 
 def _check(old: ModelConfig, new: ModelConfig, family: str) -> None:
     """Raise GrowthError or ConfigError unless `new` is a larger version of `old` that can compute the same function."""
-    derived = ("norm_eps", "rotary_dim", "rotary_repeat")
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if before != after and not field.metadata and field.name not in (*SIZES, *derived):
+        if before != after and not field.metadata and field.name not in (*SIZES, *DERIVED):
             raise GrowthError(f"growth cannot change {field.name} from {before} to {after}")
     for name in SIZES:
         before, after = (c.kv_heads if name == "num_kv_heads" else getattr(c, name) for c in (old, new))
@@ -163,6 +165,12 @@ def _check(old: ModelConfig, new: ModelConfig, family: str) -> None:
         raise GrowthError(
             f"norm_eps must be {expected.norm_eps} after growth, not {new.norm_eps}; take config.resize(old, ...)"
         )
+    for name in ("base_mlp_dim", "base_heads_dim"):
+        if getattr(new, name) != getattr(expected, name):
+            raise GrowthError(
+                f"{name} must be {getattr(expected, name)} after growth, not {getattr(new, name)}: other multipliers "
+                "of muP would change the old matrices' rates; take config.resize(old, ...)"
+            )
     # The old dimensions keep their frequencies. New dimensions may have any, unless they are copies.
     if new.is_rotary and new.rotated_dims != old.rotated_dims:
         raise GrowthError(

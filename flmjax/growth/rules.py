@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import ModelConfig
+from flmjax.config import GrowthConfig, ModelConfig
 from flmjax.sharding.axes import AXES, LeafAxes, axis_sizes
 
 # The axis of query heads has two dimensions, groups and heads of a group, and each grows at its end; with one dimension
@@ -80,21 +80,27 @@ def at_the_end(before: int, after: int, old: ModelConfig, new: ModelConfig) -> n
     return np.where(np.arange(after) < before, np.arange(after), -1)
 
 
-def draw_share(source: np.ndarray, copies: np.ndarray, split: str, key: jax.Array | None) -> Any:
+def draw_share(source: np.ndarray, copies: np.ndarray, config: GrowthConfig, key: jax.Array | None) -> Any:
     """Share of each copy in the effect of its source, (size,); the shares of one source sum to 1.
 
-    "equal" shares are 1 / copies. "unequal" shares are drawn in (0.3, 0.7) and normalised: copies with equal shares get
-    equal gradients and stay equal.
+    "equal" shares are 1 / n for a source with n copies. "unequal" shares are evenly spaced from (1 - t) / n to
+    (1 + t) / n, with t drawn for each source from split_gap to 2 split_gap; their order is drawn too. Any two copies of
+    a source therefore differ by 2 split_gap / (n (n - 1)) or more: copies with nearly equal shares get nearly equal
+    gradients and stay twins. Example: with 2 copies and split_gap 0.4 the shares are 0.1 to 0.3 and 0.7 to 0.9.
     """
-    if split == "equal" or copies.max() == 1:
+    if config.split == "equal" or copies.max() == 1:
         return 1.0 / copies
     assert key is not None, "unequal shares of copies are drawn: the growth needs a key"
-    # Drawn in float32, so that a certificate in float64 repeats the same growth; normalised in the wider dtype.
-    drawn = jax.random.uniform(key, source.shape, jnp.float32, minval=0.3, maxval=0.7)
-    drawn = jnp.where(copies == 1, 1.0, drawn.astype(float))
     known, at = source >= 0, np.maximum(source, 0)
-    total = jnp.zeros(source.max() + 1).at[at].add(jnp.where(known, drawn, 0))[at]
-    return jnp.where(known, drawn / total, 1.0)
+    order = np.argsort(source, kind="stable")
+    earlier = np.empty_like(source)  # number of copies of the same source at earlier places
+    earlier[order] = np.arange(len(source)) - np.searchsorted(source[order], source[order])
+    # Drawn in float32, so that a certificate in float64 repeats the same growth; computed in the wider dtype.
+    spread, turn = jax.random.uniform(key, (2, source.max() + 1), jnp.float32)
+    t = config.split_gap * (1 + spread.astype(float)[at])
+    place = (earlier + jnp.floor(turn[at] * copies)) % copies  # 0 to n - 1, another one for every copy
+    share = (1 + t * (2 * place / np.maximum(copies - 1, 1) - 1)) / copies
+    return jnp.where(known & (copies > 1), share, 1.0)
 
 
 def dim_sizes(axis: str, config: ModelConfig, parts: int = 1) -> dict[str, int]:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
 from flmjax.model.attention import attend
-from flmjax.model.mup import scaling_table
+from flmjax.model.mup import scaling_of
 from flmjax.model.positions import Rotation, rotate
-from flmjax.sharding.axes import declare
+from flmjax.sharding.axes import LeafAxes, declare
 from flmjax.sharding.rules import Placement, constrain
 
 ACTIVATIONS = {
@@ -71,7 +71,9 @@ def projection(
         roles: role of an output axis where it is not "write".
     """
     reads, writes = dict.fromkeys(inputs, "read"), {**dict.fromkeys(outputs, "write"), **roles}
-    std = scaling_table(config)["residual" if writes.get("embed") == "write" else "hidden"].init_std
+    std = scaling_of(
+        config, LeafAxes(("layers", *reads, *writes), ("stack", *reads.values(), *writes.values()))
+    ).init_std
     return nn.DenseGeneral(
         features=tuple(outputs.values()),
         axis=tuple(range(-len(inputs), 0)),

@@ -1,18 +1,22 @@
 """How each kind of parameter scales with width and depth: one table that model, optimizer and growth read.
 
 muP (arXiv 2203.03466) as FLM-101B uses it: m = embed_dim / base_embed_dim is the width multiplier, N the number of
-layers, s the configured init_std. In the standard parametrisation m is 1.
+layers, s the configured init_std. What multiplies a matrix is the growth of its fan-in, the axis that it reads: m for
+the residual stream, m_H for the heads and m_F for the MLP, which are m unless heads or MLP grew alone. In the standard
+parametrisation all are 1.
 
-    kind        init_std           forward                   rate_divisor   weight_decay   eps
-    input       s                  embedding_multiplier      1              1              1
-    hidden      s / sqrt(m)        1                         m              1              1
-    residual    s / sqrt(2 N m)    1                         m              1              1
-    output      s                  output_multiplier         1              1              1
-                                   / (m softmax_temperature)
-    vector      -                  1                         1              0              1
+    kind              init_std             forward                   rate_divisor   weight_decay   eps
+    input             s                    embedding_multiplier      1              1              1
+    hidden            s / sqrt(m)          1                         m              1              1
+    attention_output  s / sqrt(2 N m_H)    1                         m_H            1              1
+    mlp_output        s / sqrt(2 N m_F)    1                         m_F            1              1
+    output            s                    output_multiplier         1              1              1
+                                           / (m softmax_temperature)
+    vector            -                    1                         1              0              1
 
-"residual" matrices write to the residual stream, to which each of the 2 N branches adds its variance. A tied embedding
-has the row "input"; where it is the output head, its products take the factor of the row "output".
+attention_output and mlp_output write to the residual stream, to which each of the 2 N branches adds its variance. A
+tied embedding has the row "input"; where it is the output head, its products take the factor of the row "output". The
+reference code of muP also starts query matrices at 0; flmjax, like the published FLM recipe, does not.
 Example: embed_dim 512 over base_embed_dim 256 is m = 2; a hidden matrix starts with deviation s / 1.414, and a run's
 learning rate of 4e-4 is 2e-4 for it.
 """
@@ -23,7 +27,7 @@ from typing import Literal, NamedTuple
 from flmjax.config import ModelConfig
 from flmjax.sharding.axes import LeafAxes
 
-Kind = Literal["input", "hidden", "residual", "output", "vector"]
+Kind = Literal["input", "hidden", "attention_output", "mlp_output", "output", "vector"]
 
 
 class Scaling(NamedTuple):
@@ -48,10 +52,15 @@ class Scaling(NamedTuple):
 def scaling_table(config: ModelConfig) -> dict[Kind, Scaling]:
     """Scaling of every kind of parameter in a model."""
     s, m = config.init_std, config.width_multiplier
+
+    def to_residual(m: float) -> Scaling:
+        return Scaling(s / math.sqrt(m * (2 * config.num_layers)), rate_divisor=m)
+
     return {
         "input": Scaling(s, forward=config.embedding_multiplier),
         "hidden": Scaling(s / math.sqrt(m), rate_divisor=m),
-        "residual": Scaling(s / math.sqrt(m * (2 * config.num_layers)), rate_divisor=m),
+        "attention_output": to_residual(config.heads_multiplier),
+        "mlp_output": to_residual(config.mlp_multiplier),
         "output": Scaling(s, forward=config.output_multiplier / (config.softmax_temperature * m)),
         "vector": Scaling(0.0, weight_decay=0.0),
     }
@@ -65,7 +74,9 @@ def kind_of(leaf: LeafAxes) -> Kind:
         return "input"
     if "layers" not in leaf.names:
         return "output"
-    return "residual" if leaf.role("embed") == "write" else "hidden"
+    if leaf.role("embed") != "write":
+        return "hidden"
+    return "mlp_output" if leaf.role("mlp") == "read" else "attention_output"
 
 
 def scaling_of(config: ModelConfig, leaf: LeafAxes) -> Scaling:

@@ -5,6 +5,7 @@ N layers.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -103,8 +104,8 @@ class Transformer(nn.Module):
         x_BLD = constrain(self.placement, x_BLD, *GATHERED) * jnp.asarray(table["output"].forward, c.dtype)
         if c.tied_embedding:
             return x_BLD, table_VD
-        normal = nn.initializers.normal(table["output"].init_std)
-        head_DV = self.param("head", declare(normal, embed="read", vocab="write"), table_shape[::-1], jnp.float32)
+        by_word = _transposed(nn.initializers.normal(table["output"].init_std))
+        head_DV = self.param("head", declare(by_word, embed="read", vocab="write"), table_shape[::-1], jnp.float32)
         return x_BLD, head_DV.astype(c.dtype).T
 
     def __call__(
@@ -133,6 +134,11 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(c, self.placement, self.deterministic, name="layers")
+
+
+def _transposed(init: jax.nn.initializers.Initializer) -> Callable[..., jax.Array]:
+    """Initializer that draws the transpose: the values of a word then do not depend on the number of words after it."""
+    return lambda key, shape, dtype: init(key, shape[::-1], dtype).T
 
 
 def forward(

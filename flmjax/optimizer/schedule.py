@@ -10,19 +10,23 @@ from flmjax.config import StageConfig
 def stage_schedule(stage: StageConfig) -> optax.Schedule:
     """Schedule of one stage: the learning rate of its update n = 0, 1, ...
 
-    A linear warm-up reaches the peak at its last step. Then "constant"; "cosine" to final_learning_rate; or "wsd":
-    constant, and linear to final_learning_rate over the last decay_fraction of the stage.
+    A linear warm-up reaches the peak at its last update. Then "constant"; "cosine" to final_learning_rate; or "wsd":
+    constant, and linear to final_learning_rate over the last decay_fraction of the stage, at least one update. The last
+    update of "cosine" and "wsd" has final_learning_rate exactly; the only update of a stage has the peak.
     """
     peak, final = stage.learning_rate, stage.final_learning_rate
     rest = stage.steps - stage.warmup_steps
-    if stage.schedule == "cosine":
-        body = optax.cosine_decay_schedule(peak, rest, alpha=final / peak if peak else 0.0)
-    elif stage.schedule == "wsd":
+    if stage.schedule == "constant" or stage.steps == 1:
+        body = optax.constant_schedule(peak)
+    elif rest == 1:
+        body = optax.constant_schedule(final)
+    elif stage.schedule == "cosine":
+        body = optax.cosine_decay_schedule(peak, rest - 1, alpha=final / peak if peak else 0.0)
+    else:
         decay = min(rest, max(1, round(stage.decay_fraction * stage.steps)))
         linear = optax.linear_schedule(peak, final, decay)
-        body = optax.join_schedules([optax.constant_schedule(peak), linear], [rest - decay])
-    else:
-        body = optax.constant_schedule(peak)
+        # The line starts at the update before the decay, whose rate is still the peak.
+        body = optax.join_schedules([optax.constant_schedule(peak), linear], [rest - decay - 1])
     if stage.warmup_steps == 0:
         return body
     warmup = optax.linear_schedule(peak / stage.warmup_steps, peak, stage.warmup_steps - 1)

@@ -17,7 +17,6 @@ from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.model.attention import choose
-from flmjax.optimizer.schedule import new_warmup
 from flmjax.planning.hlo import collectives, matmul_flops
 from flmjax.planning.program import Program
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
@@ -72,10 +71,10 @@ class Compiler:
             TooLargeError: from a compiler that makes no program that does not fit (the TPU's).
             ConfigError: for any other error of the compiler.
         """
-        spec, settings = self.spec(stage), stage.config
-        batch = abstract_batch(self.batch_kind, settings.batch_size, stage.model.max_length, batch_sharding(self.mesh))
+        spec, size = self.spec(stage), stage.config.batch_size
+        batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(self.mesh))
         return compile_program(
-            jit_train_step(spec, stage.layout.microbatches, new_warmup(settings), ramp_of(stage)),
+            jit_train_step(spec, stage.layout.microbatches, ramp_of(stage)),
             (spec.abstract, batch, np.float32(0)),
             self.topology,
             name=f"stages[{stage.index}] ({stage.name})",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, Stage, from_stored, resize, to_json
+from flmjax.config import DERIVED, SIZES, ConfigError, ModelConfig, RunConfig, Stage, from_stored, resize, to_json
 from flmjax.config.validate import check_mesh, validate, validate_mesh
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
@@ -20,6 +20,7 @@ from flmjax.growth.families import family_of
 from flmjax.growth.grow import plan_growth
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
+from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.mesh import make_mesh
 from flmjax.text_table import text_table
 from flmjax.training.growth_point import growth_key, prove_growth
@@ -94,9 +95,9 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
     mesh = make_mesh(mesh_shape, jax.devices())
     before, after = (state_spec(model, config.optimizer, mesh) for model in (origin.model, new))
     key = growth_key(config, 0)
-    growth = Growth(origin.model, new, config.stages[0].growth, key)
+    growth = Growth(origin.model, new, config.stages[0].growth, key, new_warmup(config.stages[0]))
     state = _restore(source / "checkpoints", origin.step, before, config.seed, weights_only)
-    program = jit_growth(before, after, growth.config)
+    program = jit_growth(before, after, growth.config, growth.new_warmup)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
     stream = TrainingStream.of_run(config, data)
@@ -185,7 +186,7 @@ def _target(config: RunConfig, old: ModelConfig) -> ModelConfig:
     if new.vocab_size is None:
         new = dataclasses.replace(new, vocab_size=old.vocab_size)
     derived = resize(old, family, **{field: getattr(new, field) for field in SIZES})
-    kept = {name: getattr(derived, name) for name in ("norm_eps", "rotary_dim", "rotary_repeat")}
+    kept = {name: getattr(derived, name) for name in DERIVED}
     Growth(old, dataclasses.replace(new, **kept), config.stages[0].growth)  # raises for impossible sizes
     same = {name: value == getattr(new, name) for name, value in kept.items()}
     same["norm_eps"] = math.isclose(kept["norm_eps"], new.norm_eps, rel_tol=1e-9)  # the tolerance of Growth

@@ -25,7 +25,7 @@ from flmjax.growth.ramp import ramp_of
 from flmjax.hardware import peak_flops
 from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
 from flmjax.model.transformer import count_parameters
-from flmjax.optimizer.schedule import learning_rate, new_warmup
+from flmjax.optimizer.schedule import learning_rate
 from flmjax.sharding.axes import Params
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
@@ -80,13 +80,12 @@ def run_stage(
         batches: batches on the devices.
     """
     step = int(state.step)
-    warmup = new_warmup(stage.config)  # for a first stage too: its checkpoint may be the result of `flmjax grow`
     ramp = ramp_of(stage)
     phases = [(ramp, ramp.end)] if ramp is not None else []
     for mask, end in [*phases, (None, stage.end)]:
         if step >= end:  # resumed after the mask was removed
             continue
-        train_step = jit_train_step(spec, stage.layout.microbatches, warmup, mask)
+        train_step = jit_train_step(spec, stage.layout.microbatches, mask)
         while step < end:
             state, metrics = train_step(state, next(batches), np.float32(rate(step)))
             step += 1

@@ -60,7 +60,7 @@ class StateSpec:
     config: ModelConfig
     mesh: Mesh
     axes: AxesTree
-    optimizer: optax.GradientTransformationExtraArgs
+    optimizer: optax.GradientTransformation
     abstract: TrainState
 
     @property

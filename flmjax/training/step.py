@@ -73,10 +73,9 @@ def train_step(
     *,
     spec: StateSpec,
     microbatches: int,
-    new_warmup: int = 0,
     ramp: Ramp | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. If the loss or a gradient is not finite, parameters and moments do not change; the skip is counted.
+    """One update. If the loss, a gradient or a new parameter is not finite, nothing changes and the skip is counted.
 
     Args:
         state: the state before the update.
@@ -84,15 +83,15 @@ def train_step(
         learning_rate: float32 scalar.
         spec: description of the state.
         microbatches: number of parts that the batch is computed in.
-        new_warmup: number of updates in which the learning rate of parameters created by growth rises.
         ramp: a growth mask that is still opening. Masked parameters have a gradient of 0 at the mask's first update
             only; weight decay shrinks them in that update too.
 
     Returns:
         The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, skipped_updates (skips in a row),
-        finite (one flag for each leaf, in tree order). If the data has teachers, loss is the mean over all sequences,
-        language_loss and bits_per_byte are means over the sequences of text, teacher_loss is the mean over the
-        sequences of teachers, and judgement_accuracy lies in 0 to 1; a mean is NaN if the batch has no such sequence.
+        finite (for each leaf, in tree order, whether its gradient and its new value are). If the data has teachers,
+        loss is the mean over all sequences, language_loss and bits_per_byte are means over the sequences of text,
+        teacher_loss is the mean over the sequences of teachers, and judgement_accuracy lies in 0 to 1; a mean is NaN if
+        the batch has no such sequence.
     """
     placement = Placement(spec.mesh)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -105,10 +104,11 @@ def train_step(
     # Pinned, else the partitioner may not shard the gradients.
     grads = jax.lax.with_sharding_constraint(grads, spec.shardings.params)
     squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
-    finite = jnp.isfinite(jnp.stack(squares))
-    ok = jnp.all(finite) & jnp.isfinite(sums["loss"])
-    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params, new_warmup=new_warmup)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    # Finite gradients can still overflow a parameter, by a huge rate, weight decay or 1 / eps.
+    finite = jnp.isfinite(jnp.stack(squares)) & jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)])
+    ok = jnp.all(finite) & jnp.isfinite(sums["loss"])
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
     skipped_updates = jnp.where(ok, 0, state.skipped_updates + 1)
     metrics = {
@@ -131,31 +131,37 @@ def train_step(
 
 
 def jit_train_step(
-    spec: StateSpec, microbatches: int, new_warmup: int = 0, ramp: Ramp | None = None
+    spec: StateSpec, microbatches: int, ramp: Ramp | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted train_step: (state, batch, learning_rate) -> (state, metrics). The state is donated.
 
     The other arguments of train_step are fixed; see there.
     """
     return jax.jit(
-        functools.partial(train_step, spec=spec, microbatches=microbatches, new_warmup=new_warmup, ramp=ramp),
+        functools.partial(train_step, spec=spec, microbatches=microbatches, ramp=ramp),
         in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),
         out_shardings=(spec.shardings, replicated(spec.mesh)),
         donate_argnums=0,
     )
 
 
-def jit_growth(old: StateSpec, new: StateSpec, config: GrowthConfig) -> Callable[[TrainState, jax.Array], TrainState]:
-    """The jitted growth: (state, key) -> grown state. The old state is not donated: the certificate needs it."""
+def jit_growth(
+    old: StateSpec, new: StateSpec, config: GrowthConfig, new_warmup: int = 0
+) -> Callable[[TrainState, jax.Array], TrainState]:
+    """The jitted growth: (state, key) -> grown state. The old state is not donated: the certificate needs it.
+
+    Args:
+        new_warmup: number of updates in which new parameters reach their full learning rate.
+    """
     return jax.jit(
-        lambda state, key: grow(state, Growth(old.config, new.config, config, key)),
+        lambda state, key: grow(state, Growth(old.config, new.config, config, key, new_warmup)),
         in_shardings=(old.shardings, replicated(old.mesh)),
         out_shardings=new.shardings,
     )
 
 
 def nonfinite_leaves(finite: np.ndarray, params: Params) -> list[str]:
-    """Paths of the parameters whose gradient was not finite.
+    """Paths of the parameters whose gradient or new value was not finite.
 
     Args:
         finite: the metric of train_step, one flag for each leaf in tree order.

@@ -68,6 +68,31 @@ def growth_error(old, family, sizes, **fields):
     return logit_error(params, grown, old, new)
 
 
+def error_in_roundings(old, family, sizes):
+    """`growth_error` in units of the rounding that either model's own logits have.
+
+    The unit is how far the logits move when every parameter moves by one relative rounding, up or down. A LayerNorm
+    over one or two channels, for example, amplifies roundings a thousandfold, in a model that never grew too.
+    """
+    new = resize(old, family, **sizes)
+    params = random_params(old, spread=0.3)
+    grown = grow64(params, old, new, family)
+    unit = max(rounding_error(params, old), rounding_error(grown, new))
+    return logit_error(params, grown, old, new) / unit
+
+
+def rounding_error(params, config):
+    """`logit_error` between a model and itself with every parameter moved by 2^-52 of its value, the largest of two."""
+
+    def moved(seed):
+        signs = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda x: np.asarray(x, np.float64) * (1 + 2.0**-52 * signs.choice([-1, 1], np.shape(x))), params
+        )
+
+    return max(logit_error(params, moved(seed), config, config) for seed in range(2))
+
+
 def with_rule(family, dim, rule=None, source=None):
     """The table of families, in which `family` has another rule or another source along the axis `dim`."""
     axes = families.FAMILIES[family].axes

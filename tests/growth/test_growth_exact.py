@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 import reference
 from conftest import random_batch, random_params, with_fields
-from growth_cases import ALL, BLOCKS, EXACT, GROUPED, KEY, LLAMA, SMALL, grow64, growth_error, logit_error
-from hypothesis import given, settings
+from growth_cases import (
+    ALL,
+    BLOCKS,
+    EXACT,
+    GROUPED,
+    KEY,
+    LLAMA,
+    SMALL,
+    error_in_roundings,
+    grow64,
+    growth_error,
+    logit_error,
+)
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flmjax.config import GrowthConfig, resize
@@ -48,6 +60,7 @@ def test_growth_of_all_axes_at_once_is_exact(family, block):
 
 
 @settings(max_examples=16, deadline=None)
+@example("duplicate", "gpt_xpos_tied", (1, 2, 1, 1, 1), (0, 1, 1, 0, 2))
 @given(
     st.sampled_from(EXACT),
     st.sampled_from(sorted(BLOCKS)),
@@ -60,7 +73,7 @@ def test_growth_is_exact_at_any_size(family, block, sizes, steps):
     small = dict(zip(names, (a for a, _ in even), strict=True))
     old = with_fields(SMALL, **BLOCKS[block] | small | {"vocab_size": 13, "num_kv_heads": None})
     large = {n: a + min(b, 2 * a) for n, (a, b) in zip(names, even, strict=True)}
-    assert growth_error(old, family, large) <= 1e-12
+    assert error_in_roundings(old, family, large) <= 64
 
 
 @settings(max_examples=10, deadline=None)

@@ -23,9 +23,9 @@ def test_learning_rate_counts_updates_over_all_stages(tiny_spec):
     )
     rates = [learning_rate(stages, i) for i in range(22)]
     np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])
-    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(6)]
     np.testing.assert_allclose(rates[4:10], cosine, rtol=1e-6)
-    np.testing.assert_allclose(rates[10:20], [0.5] * 7 + [0.375, 0.25, 0.125], rtol=1e-6)
+    np.testing.assert_allclose(rates[10:20], [0.5] * 6 + [0.375, 0.25, 0.125, 0.0], rtol=1e-6)
     np.testing.assert_allclose(rates[20:], 0.3)
     with pytest.raises(ValueError, match="schedule ends"):
         learning_rate(stages, 22)
@@ -46,12 +46,38 @@ def test_learning_rate_after_growth_follows_its_policy():
     def cosine(n, length):
         return (1 + math.cos(math.pi * n / length)) / 2
 
-    unbroken = [0.5, 1.0, *[cosine(i, 8) for i in range(8)]]
+    unbroken = [0.5, 1.0, *[cosine(i, 7) for i in range(8)]]
     np.testing.assert_allclose(rates("continue"), unbroken, rtol=1e-5)
     warmed = [*unbroken[:4], unbroken[4] / 2, *unbroken[5:]]  # the warm-up is two of four updates, one of two
     np.testing.assert_allclose(rates("rewarm", rewarm_fraction=0.5), warmed, rtol=1e-5)
-    rewound = [*unbroken[:4], *[cosine(i, 6) for i in range(4)], 1.0, cosine(1, 2)]
+    rewound = [*unbroken[:4], *[cosine(i, 5) for i in range(4)], 1.0, cosine(1, 1)]
     np.testing.assert_allclose(rates("rewind"), rewound, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 0), (3, 2), (7, 0), (10, 4), (1000, 10)])
+@pytest.mark.parametrize("fraction", [0.001, 0.2, 1.0])
+def test_last_update_has_the_final_rate(schedule, steps, warmup, fraction):
+    """A decay over `steps` ended one update early, and one of a single update never began."""
+    stage = StageConfig(
+        steps=steps,
+        warmup_steps=warmup,
+        schedule=schedule,
+        decay_fraction=fraction,
+        learning_rate=1.0,
+        final_learning_rate=0.1,
+    )
+    rates = [learning_rate((stage,), i) for i in range(steps)]
+    assert rates[-1] == pytest.approx(0.1, rel=1e-6)
+    assert max(rates[:-1]) > 0.1
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if warmup:
+        assert rates[warmup - 1] == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_the_only_update_of_a_stage_has_the_peak_rate(schedule):
+    assert learning_rate((StageConfig(steps=1, learning_rate=0.5, schedule=schedule),), 0) == 0.5
 
 
 def test_warm_up_of_new_weights_is_a_share_of_the_stage():

@@ -18,6 +18,8 @@ from flmjax.data.batch import global_batch
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp, masked
 from flmjax.model.loss import loss_sums
+from flmjax.model.mup import scaling_of
+from flmjax.model.transformer import abstract_params
 from flmjax.optimizer.adam import AdamState, make_optimizer
 from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.rules import batch_sharding
@@ -145,6 +147,51 @@ def test_mup_scales_matrices_inside_the_blocks(one_device_mesh):
         )
 
     map_with_axes(check, spec.axes, before, after.params, standard.params)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "grown"), [({"mlp_dim": 256}, "mlp/down"), ({"num_heads": 8}, "attention/output"), ({}, None)]
+)
+def test_mup_scales_an_axis_that_grows_alone(sizes, grown):
+    """A matrix whose fan-in doubles gets half the rate and 1 / sqrt(2) of the deviation; the others keep theirs."""
+    old = with_fields(TINY, base_embed_dim=8, mlp_dim=128, num_heads=4)
+    new = resize(old, **sizes)
+
+    def check(path, leaf):
+        before, after = scaling_of(old, leaf), scaling_of(new, leaf)
+        factor = 2 if grown is not None and path == f"layers/{grown}/kernel" else 1
+        assert after.rate_divisor == pytest.approx(factor * before.rate_divisor), path
+        assert after.init_std == pytest.approx(before.init_std / math.sqrt(factor)), path
+
+    map_with_axes(check, abstract_params(old)[1])
+    wider = resize(new, embed_dim=2 * new.embed_dim, mlp_dim=2 * new.mlp_dim, num_heads=2 * new.num_heads)
+    assert wider.mlp_multiplier == 2 * new.mlp_multiplier
+    assert wider.heads_multiplier == 2 * new.heads_multiplier
+
+
+@pytest.mark.parametrize("optimizer", [{"weight_decay": 3e38}, {"eps": 1e-45, "b2": 0.0}])
+def test_a_parameter_is_never_made_nonfinite(optimizer, one_device_mesh):
+    """Finite gradients and a huge setting: the update was accepted, and every parameter was infinite."""
+    spec = state_spec(TINY, OptimizerConfig(**optimizer), one_device_mesh)
+    state = init_state(spec, 0)
+    before = jax.tree.map(np.asarray, state.params)
+    after, metrics = jit_train_step(spec, 1)(state, random_batch(TINY), np.float32(1e38))
+    assert int(metrics["skipped_updates"]) == 1
+    chex.assert_trees_all_equal(after.params, before)
+    assert nonfinite_leaves(np.asarray(metrics["finite"]), before)
+
+
+def test_padding_of_the_vocabulary_does_not_move(one_device_mesh):
+    """Weight decay shrank rows that no gradient reaches."""
+    config = with_fields(TINY, tied_embedding=False)
+    spec = state_spec(config, OptimizerConfig(weight_decay=0.5), one_device_mesh)
+    state = init_state(spec, 0)
+    before = jax.tree.map(np.asarray, state.params)
+    after, _ = jit_train_step(spec, 1)(state, random_batch(config), np.float32(1e-2))
+    real = config.vocab_size
+    np.testing.assert_array_equal(after.params["embedding"][real:], before["embedding"][real:])
+    np.testing.assert_array_equal(after.params["head"][:, real:], before["head"][:, real:])
+    assert (np.asarray(after.params["head"])[:, :real] != before["head"][:, :real]).all()
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
