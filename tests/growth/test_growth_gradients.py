@@ -90,7 +90,7 @@ def test_growing_moments_is_training_the_grown_model(family, split, fields, embe
         gradient = jax.grad(loss)(params, config)
         adam = optax.ScaleByAdamState(jnp.ones((), jnp.int32), gradient, jax.tree.map(jnp.square, gradient))
         births = {name: jnp.full(size, FIRST, jnp.int32) for name, size in axis_sizes(config).items()}
-        return AdamState(adam, births, jnp.zeros((), jnp.int32))
+        return AdamState(adam, births, jax.tree.map(jnp.zeros_like, births), jnp.zeros((), jnp.int32))
 
     def both(params):
         state = State(params, (first_moments(params, old),))
