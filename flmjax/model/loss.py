@@ -68,7 +68,7 @@ def source_sums(
     sums_B = {"loss": loss_B, "weight": jnp.sum(batch["weights"], axis=1), "bytes": batch["bytes"]}
     if "marks" in batch:
         judged_BL, correct_BL = _judgements(x_BLD, table_VD, batch, placement)
-        sums_B |= {"judged": jnp.sum(judged_BL, axis=1), "correct": jnp.sum(correct_BL, axis=1)}
+        sums_B |= {"judged": jnp.sum(judged_BL, axis=1), "correct": jnp.sum(judged_BL & correct_BL, axis=1)}
     is_of_source_BS = source_B[:, None] == jnp.arange(num_sources)
     return {name: jnp.sum(jnp.where(is_of_source_BS, x_B[:, None], 0), axis=0) for name, x_B in sums_B.items()}
 
@@ -127,18 +127,18 @@ def teacher_sums(
         "teacher_loss": jnp.sum(loss_B, where=is_teacher_B),
         "teacher_weight": jnp.sum(weight_B, where=is_teacher_B),
         "judged": jnp.sum(judged_BL),
-        "correct": jnp.sum(correct_BL),
+        "correct": jnp.sum(judged_BL & correct_BL),
     }
 
 
 def _judgements(
     x_BLD: jax.Array, table_VD: jax.Array, batch: dict[str, jax.Array], placement: Placement | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether each target (B, L) is judged, and whether it is judged correctly; see teacher_sums."""
+    """Whether each target (B, L) is judged, and whether its mark has the larger logit; see teacher_sums."""
     judged_BL = (batch["decisive"] > 0) & (batch["weights"] > 0)
     for_true_BL = _logit_difference(x_BLD, table_VD, batch["marks"], placement)
     correct_BL = jnp.where(batch["targets"] == batch["marks"][:, :1], for_true_BL > 0, for_true_BL < 0)
-    return judged_BL, judged_BL & correct_BL
+    return judged_BL, correct_BL
 
 
 def teacher_means(sums: dict[str, Any]) -> dict[str, Any]:
