@@ -12,10 +12,10 @@ import pytest
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import loader
-from flmjax.data.loader import TrainingStream, spread_rows
+from flmjax.data.loader import TrainingStream
 from flmjax.data.mixture import MixturePhase, SampleOrder, default_mixture_weights, exact_phases
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import load, short_names
+from flmjax.data.prepared import load
 from flmjax.data.sources.documents import is_held_out
 
 LENGTH = 8  # "0000123" and the end token: a row is a document, and its id can be read from it
@@ -381,48 +381,11 @@ def test_validation_rows_are_held_out_and_spread_over_the_sources(two):
     assert set(ids(some)) <= set(ids(everything))
 
 
-@pytest.mark.parametrize(
-    ("counts", "rows", "per_source"),
-    [
-        ([(100, 101), (300, 301)], 8, [2, 6]),
-        ([(1000, 1001), (3, 4), (0, 1)], 8, [6, 1, 1]),  # a small source and one without a full row
-        ([(1000, 1001), (3, 4), (0, 0)], 8, [7, 1, 0]),
-        ([(1000, 1001), (90, 91), (900, 901), (1, 2)], 8, [3, 1, 3, 1]),
-        ([(3, 4), (2, 3)], 8, [4, 3]),
-        ([(9, 10), (1, 2), (1, 2)], 2, [2, 0, 0]),  # more sources than rows
-        ([(0, 1), (0, 1)], 8, [1, 1]),
-        ([(0, 0)], 8, [0]),
-    ],
-)
-def test_every_source_has_a_validation_row(counts, rows, per_source):
-    chosen = spread_rows(counts, rows)
-    assert [sum(source == i for source, _ in chosen) for i in range(len(counts))] == per_source
-    assert len(set(chosen)) == len(chosen)
-    assert all(0 <= row < counts[source][1] for source, row in chosen)
-
-
 def test_validation_rows_name_their_source(two):
     validation = two.validation_set(12)
     assert validation.labels == ("x", "y")
     assert [i // 1_000_000 for i in ids(validation.rows)] == validation.sources.tolist()
     assert not validation.is_teacher.any()
-
-
-@pytest.mark.parametrize(
-    ("names", "short"),
-    [
-        (("python_docs", "hsk_levels"), ("python_docs", "hsk_levels")),
-        (("/data/en/", "/data/zh"), ("en", "zh")),
-        (("/a/en/*.txt", "/a/zh/*.txt"), ("en_.txt", "zh_.txt")),
-        (("/a/x", "/b/x", "/b/y"), ("a_x", "b_x", "b_y")),
-        (("文/一", "文/二 三"), ("一", "二_三")),
-        (("a b", "a_b"), ("0_a_b", "1_a_b")),
-        (("*", "/"), ("0_source", "1_source")),
-    ],
-)
-def test_short_names_of_sources_differ(names, short):
-    """They are names of metrics: TensorBoard tags and JSON keys."""
-    assert short_names(names) == short
 
 
 def test_validation_shorter_than_a_row_is_one_padded_row(two):
