@@ -53,6 +53,24 @@ def get_config():
     )
     return to_config_dict(RunConfig(model=model, stages=(stage,), data=data, log_every=1, evaluation_rows=8))
 """
+APART = """
+from flmjax.config import *
+
+def get_config():
+    model = ModelConfig(num_layers=1, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=48, max_length=64)
+    english = StageConfig(
+        name="english", steps=20, batch_size=4, learning_rate=1e-2, schedule="constant",
+        mixture_weights=(1.0, 0.0, 0.5, 0.5),
+    )
+    both = StageConfig(name="both", steps=5, batch_size=4, mixture_weights=(1.0, 1.0, 0.5, 0.5))
+    data = DataConfig(
+        sources=(r"LAB/en.txt", r"LAB/zh.txt"), teachers=(r"LAB/en_judged.jsonl", r"LAB/zh_judged.jsonl"),
+        vocabulary="bytes",
+    )
+    return to_config_dict(RunConfig(
+        model=model, stages=(english, both), data=data, log_every=10, evaluation_rows=8
+    ))
+"""
 
 
 def start(

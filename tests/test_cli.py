@@ -219,7 +219,15 @@ def test_clip_norm_that_cannot_be_is_refused(value):
         (two_stages(GrowthConfig(rate_policy="rewram")), "did you mean rewarm"),
         (two_stages(GrowthConfig(), learning_rate=0.5), r"stages\[1\].learning_rate=0.5 is not read.*'stage'"),
         (RunConfig(data=DataConfig(mixture_weights=(1.0, 2.0))), "data.mixture_weights has 2 entries for 1 sources"),
-        (RunConfig(data=DataConfig(mixture_weights=(0.0,))), "0.0 must be positive"),
+        (RunConfig(data=DataConfig(mixture_weights=(0.0,))), "at least one weight must be positive"),
+        (
+            RunConfig(data=DataConfig(sources=("a", "b"), mixture_weights=(1.0, -0.5))),
+            "data.mixture_weights: -0.5 must be positive, or 0 to leave a source out",
+        ),
+        (
+            RunConfig(stages=(StageConfig(mixture_weights=(0.0, 0.0)),), data=DataConfig(sources=("a", "b"))),
+            r"stages\[0\].mixture_weights=\(0.0, 0.0\): at least one weight must be positive",
+        ),
     ],
 )
 def test_rules_between_fields_are_checked_once(config, words):

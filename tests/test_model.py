@@ -11,7 +11,6 @@ import reference
 from conftest import TINY, random_batch, random_params, with_fields
 
 from flmjax.config import ConfigError
-from flmjax.evaluation.generate import generate
 from flmjax.model.attention import IMPLEMENTATIONS, attend, choose
 from flmjax.model.layers import Norm
 from flmjax.model.loss import loss_sums
@@ -242,21 +241,3 @@ def test_parameters_are_counted_by_hand():
     # table 64 x 32; a layer: 4 projections 32 x 32 + 32, mlp 2 x 32 x 48 + 48 + 32, two norms of 2 x 32; final norm
     by_hand = 64 * 32 + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 48 + 48 + 32 + 4 * 32) + 2 * 32
     assert count_parameters(abstract_params(TINY)[0]) == by_hand
-
-
-def test_prompts_continue_in_a_batch_as_they_do_alone():
-    """Padding must not change how a short prompt continues: huggingface/transformers#26137."""
-    config = with_fields(TINY, max_length=32)
-    params = random_params(config)
-    prompts = [np.arange(n, dtype=np.int32) * 7 % config.vocab_size for n in (3, 9, 17)]
-    key = jax.random.key(0)
-    for temperature in (0.0, 0.8):
-        batched = generate(params, config, prompts, 20, key, temperature)
-        alone = [generate(params, config, [prompt], 20, key, temperature)[0] for prompt in prompts]
-        assert [len(ids) for ids in batched] == [23, 29, 32]  # 37 would not fit
-        for prompt, one, other in zip(prompts, batched, alone, strict=True):
-            np.testing.assert_array_equal(one, other)
-            np.testing.assert_array_equal(one[: len(prompt)], prompt)
-    greedy = generate(params, config, prompts, 20, key, 0.0)[0]
-    logits = forward(params, config, greedy[None])[0]
-    np.testing.assert_array_equal(np.argmax(logits[2:-1], axis=-1), greedy[3:])

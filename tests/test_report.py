@@ -139,6 +139,33 @@ def test_teachers_have_their_columns_and_their_tile(tmp_path):
     assert row["train loss"] == f"{lines[-1]['language_loss']:.3f}"  # that of text, as in validation
 
 
+def test_validation_by_source_is_a_table(tmp_path):
+    make_teacher_workdir(tmp_path)
+    sources = {"loss/en": 1.5, "bits_per_byte/en": 0.75, "loss/zh": None, "bits_per_byte/zh": 2.5}
+    change(tmp_path, "validation", **sources, **{"judgement_accuracy/isa": 0.875, "judgement_accuracy/cola": 0.5})
+    page = report(tmp_path)
+    head, *rows = page.tables[1]
+    assert head == ["source", "stage", "val. loss", "val. bits/byte", "val. judgements"]
+    assert rows[:4] == [
+        ["en", "small", "1.500", "0.750", "-"],
+        ["zh", "small", "-", "2.500", "-"],
+        ["isa", "small", "-", "-", "87.5%"],
+        ["cola", "small", "-", "-", "50.0%"],
+    ]
+    assert [row[1] for row in rows[4:]] == ["large"] * 4
+
+
+def test_little_held_out_text_is_a_warning_of_the_page(tmp_path):
+    make_workdir(tmp_path)
+    path = tmp_path / "data" / "meta.json"
+    few, enough = {"documents": 2, "tokens": 99}, {"documents": 20, "tokens": 999}
+    sources = {"en": {"train": enough, "validation": enough}, "zh": {"train": enough, "validation": few}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sources": sources}))
+    text = report(tmp_path).text
+    assert "Source 'zh': its validation loss stands on 2 held-out documents of 99 tokens" in text
+    assert "Source 'en'" not in text
+
+
 @pytest.mark.parametrize("alternating", [False, True])
 def test_the_picture_shows_judgements_against_chance(tmp_path, alternating):
     make_teacher_workdir(tmp_path, alternating)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from run_cases import ALTERNATING, BIG, CONFIG, assert_same_run, batches, start
+from run_cases import ALTERNATING, APART, BIG, CONFIG, assert_same_run, batches, start
 
 from flmjax.config import ConfigError, MeshShape, from_config_dict
 from flmjax.data.loader import TrainingStream
@@ -299,12 +299,65 @@ def test_growth_goes_to_another_mesh(lab):
     assert "straight: num_heads=2 does not divide over mesh axis tensor=4" in result.stderr
 
 
-def test_lines_of_alternating_batches_have_both_kinds(lab):
-    """A line that is written every three steps has the newest batch of language and the newest of teachers."""
+def test_a_prompt_as_long_as_a_sequence_is_refused_before_training(lab):
+    """google-deepmind/gemma#488."""
+    result = start(lab, "never", lab / "prompt", f"--config.sample_prompt={'a' * 32}", expect=2)
+    assert "sample_prompt has 32 tokens" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list((lab / "prompt" / "checkpoints").glob("[0-9]*"))
+
+
+def test_two_sources_and_two_teachers_are_validated_apart(lab):
+    """NVIDIA-NeMo/Megatron-Bridge#618: metrics, terminal and report; the second source joins in the second stage."""
+    for name, letter in (("en", "e"), ("zh", "z")):
+        text = "\n\n\n".join(f"{letter * (40 + i % 50)} {i}" for i in range(400))
+        (lab / f"{name}.txt").write_text(text)
+        rows = [json.dumps({"proposition": f"{i} {letter}", "judgement": i % 2 == 0}) for i in range(300)]
+        (lab / f"{name}_judged.jsonl").write_text("\n".join(rows))
+    (lab / "apart.py").write_text(APART.replace("LAB", str(lab)))
+    shown = start(lab, "never", lab / "apart", config="apart.py").stdout
+    lines = [line for line in read_metrics(lab / "apart") if line["kind"] == "validation"]
+    assert len(lines) == 2
+    for line in lines:
+        for label in ("en.txt", "zh.txt"):
+            loss, bits = line[f"loss/{label}"], line[f"bits_per_byte/{label}"]
+            assert bits == pytest.approx(loss / np.log(2), rel=0.05)  # a byte each, and the end tokens
+            assert f"{label} {bits:.4f}" in shown
+        for label in ("en_judged.jsonl", "zh_judged.jsonl"):
+            assert f"{label} {100 * line[f'judgement_accuracy/{label}']:.1f} %" in shown
+    first = lines[0]
+    assert first["loss/zh.txt"] > first["loss/en.txt"] + 1  # its weight in the first stage is 0
+    page = (lab / "apart" / "report.html").read_text()
+    assert "Validation by source" in page
+    assert "zh_judged.jsonl" in page
+
+
+def test_a_resume_inside_a_window_of_lines_loses_no_metric(lab):
+    """The line of step 8 has the teachers' batch of step 7, though the run was resumed after it."""
+    write_alternating(lab)
+    straight, resumed = lab / "window", lab / "window_resumed"
+    flags = ("--config.log_every=4", "--config.checkpoint.every=7")
+    start(lab, "never", straight, *flags, config="alternating.py")
+    start(lab, "saved:8", resumed, *flags, config="alternating.py", expect=-9)
+    assert "resume at step 7:" in start(lab, "never", resumed, *flags, config="alternating.py").stdout
+    timeless = [
+        [{k: v for k, v in line.items() if k not in ("tokens_per_second", "model_flops_utilization")} for line in lines]
+        for lines in map(read_metrics, (straight, resumed))
+    ]
+    assert timeless[0] == timeless[1]
+    assert None not in timeless[1][-1].values()
+
+
+def write_alternating(lab):
     rows = [json.dumps({"proposition": f"{i} is a number", "judgement": i % 2 == 0}) for i in range(300)]
     (lab / "propositions.jsonl").write_text("\n".join(rows))
     config = ALTERNATING.replace("TEXT", str(lab / "text")).replace("PROPOSITIONS", str(lab / "propositions.jsonl"))
     (lab / "alternating.py").write_text(config)
+
+
+def test_lines_of_alternating_batches_have_both_kinds(lab):
+    """A line that is written every three steps has the newest batch of language and the newest of teachers."""
+    write_alternating(lab)
     every, third = lab / "alternating_1", lab / "alternating_3"
     start(lab, "never", every, config="alternating.py")
     start(lab, "never", third, "--config.log_every=3", config="alternating.py")

@@ -47,9 +47,7 @@ def run(shape, steps=20):
     spec = state_spec(CONFIG, OptimizerConfig(), mesh)
     state = init_state(spec, 0)
     start = jax.tree.map(np.asarray, state.params)
-    rows = random_batch(CONFIG, rows=8)
-    rows.pop("bytes")
-    batch = global_batch(rows, np.ones(61, np.float32), batch_sharding(mesh))
+    batch = global_batch(random_batch(CONFIG, rows=8), batch_sharding(mesh))
     place = Placement(mesh)
     _, grads = jax.jit(
         lambda p, b: gradients(p, b, jax.random.key(0), CONFIG, place), out_shardings=(None, spec.shardings.params)
@@ -90,9 +88,7 @@ def test_constraints_reach_the_lowered_program():
     """Flax 0.12 drops every logical constraint without a word where it finds no mesh."""
     mesh = mesh_of((2, 2, 2))
     spec = state_spec(CONFIG, OptimizerConfig(), mesh)
-    rows = random_batch(CONFIG, rows=8)
-    rows.pop("bytes")
-    batch = global_batch(rows, np.ones(61, np.float32), batch_sharding(mesh))
+    batch = global_batch(random_batch(CONFIG, rows=8), batch_sharding(mesh))
     text = jit_train_step(spec, 1).lower(spec.abstract, batch, np.float32(0)).as_text()
     constraints = re.findall(r"sharding_constraint.*", text)
     residual = [line for line in constraints if re.search(r'"replica", "fsdp"}, {"tensor"}', line)]

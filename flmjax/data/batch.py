@@ -18,6 +18,8 @@ class Batch(TypedDict, total=False):
             a mark, and 0 on a proposition's other tokens, on padding, and where data.document_attention keeps documents
             apart and the target is the first token of the next document. A true end token has the weight of its place,
             although padding has the same id.
+        bytes, float32 (B,): UTF-8 bytes of text that the weighted targets stand for (round_trip.py); 0 in a sequence of
+            propositions.
     A batch of sequences with segments (BatchKind.segments) also has
         segment_ids, int32 (B, L): 1, 2, ... for the documents of a sequence, which do not attend to one another, and 0
             on padding. Text without data.document_attention is one segment.
@@ -25,8 +27,6 @@ class Batch(TypedDict, total=False):
     If the data have teachers (BatchKind.teachers), also
         decisive, float32 (B, L): 1 where the target is the token of a mark that decides the judgement, else 0.
         marks, int32 (B, 2): ids of the true and of the false mark at the deciding token; in a sequence of text 0 and 0.
-    On the devices (`global_batch`), also
-        bytes, float32 (B,): UTF-8 bytes of text that the weighted targets stand for; 0 in a sequence of propositions.
 
     A sample of the training stream has the same entries for one sequence, without the axis B.
     """
@@ -34,11 +34,11 @@ class Batch(TypedDict, total=False):
     tokens: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    bytes: np.ndarray
     segment_ids: np.ndarray
     positions: np.ndarray
     decisive: np.ndarray
     marks: np.ndarray
-    bytes: np.ndarray
 
 
 class BatchKind(NamedTuple):
@@ -72,17 +72,11 @@ def abstract_batch(
     return {**shapes, "bytes": jax.ShapeDtypeStruct((rows,), np.float32, sharding=sharding)}
 
 
-def global_batch(batch: Batch, token_bytes: np.ndarray, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """A Batch on the devices of all processes, with the entry bytes.
+def global_batch(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """A Batch on the devices of all processes.
 
     Args:
         batch: the sequences of this process.
-        token_bytes: UTF-8 bytes of text that each id stands for, float32 (vocabulary,).
         sharding: of the sequences over the devices.
     """
-    bytes_B = (token_bytes[batch["targets"]] * batch["weights"]).sum(axis=1, dtype=np.float32)
-    if "marks" in batch:  # marks are no text
-        is_text_B = batch["marks"][:, 0] == batch["marks"][:, 1]
-        bytes_B = np.where(is_text_B, bytes_B, np.float32(0))
-    arrays: Batch = {**batch, "bytes": bytes_B}
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flmjax.data.prepared import COUNTS, DECISIVE
+from flmjax.data.round_trip import NO_CORRECTIONS, round_trip
 from flmjax.data.sources.freelm import Marks
 from flmjax.data.spool import NO_JUDGEMENT, Spooled
 from flmjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -67,12 +68,21 @@ class Encoder:
     def encode(self, part: Part) -> None:
         """Write the file of a part: "tokens", "lengths" of the documents in tokens, of propositions loss "weights".
 
-        Only the mark of a proposition has loss weights other than 0: the model learns the judgement, not the text.
+        Only the mark of a proposition has loss weights other than 0: the model learns the judgement, not the text. The
+        file also has "corrections" of the tokens' bytes (round_trip.py), and the number of "changed" documents, those
+        that do not decode to their text.
         """
         end = np.array([self.tokenizer.end_id] if self.end_of_document else [], np.uint32)
         tokens: list[np.ndarray] = []  # two arrays for each document: its text, and the end token or mark
         loss_weights: list[np.ndarray] = []
-        for ids, judgement in zip(self.tokenizer.encode_batch(part.texts()), part.judgements, strict=True):
+        corrections, changed, first = [NO_CORRECTIONS], 0, 0
+        texts = part.texts()
+        for text, ids, judgement in zip(texts, self.tokenizer.encode_batch(texts), part.judgements, strict=True):
+            comparison = round_trip(self.tokenizer, text, ids)
+            changed += not comparison.is_exact
+            if judgement == NO_JUDGEMENT:  # propositions have no bits per byte
+                corrections.append(comparison.corrections + np.array([first, 0]))
+                first += len(ids) + len(end)
             if judgement == NO_JUDGEMENT:
                 tokens += [ids, end]
                 continue
@@ -84,6 +94,7 @@ class Encoder:
             loss_weights[-1][len(ids) + self.marks.differs] = DECISIVE
         lengths = np.array([len(array) for array in tokens], np.uint64)
         columns = {"tokens": np.concatenate(tokens), "lengths": lengths[::2] + lengths[1::2]}
+        columns |= {"corrections": np.concatenate(corrections), "changed": np.array(changed)}
         if loss_weights:
             columns["weights"] = np.concatenate(loss_weights)
         partial = part.path.with_suffix(".tmp.npz")
@@ -94,8 +105,8 @@ class Encoder:
         """The arrays of a part; a file that a power cut left damaged is written again."""
         try:
             with np.load(part.path) as stored:
-                return dict(stored)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+                return {**stored, "corrections": stored["corrections"]}  # an older version wrote no corrections
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             self.encode(part)
             with np.load(part.path) as stored:
                 return dict(stored)

@@ -6,6 +6,7 @@ import numpy as np
 
 from flmjax.data.batch import Batch
 from flmjax.data.loader import TrainingStream
+from flmjax.data.prepared import data_warnings
 from flmjax.data.spool import SPLITS
 from flmjax.data.tokenizers import Tokenizer
 from flmjax.text_table import text_table
@@ -45,6 +46,7 @@ def summary(stream: TrainingStream) -> str:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
         place = prepared.marks.differs + 1
         notes.append(f"marks: true {spelled[0]}, false {spelled[1]}; their tokens differ first at number {place}")
+    notes += data_warnings(prepared.meta["sources"], stream.length)
     return "\n".join([*notes, text_table(rows, left=2)])
 
 

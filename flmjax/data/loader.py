@@ -6,12 +6,13 @@ from there with any batch size and any number of hosts, threads and buffered bat
 A row is a sequence of `length` tokens: one sample of the stream, one row of a batch (batch.py).
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import grain
 import numpy as np
@@ -20,7 +21,7 @@ from flmjax.config import ConfigError, DataConfig, RunConfig
 from flmjax.data.batch import Batch, BatchKind
 from flmjax.data.mixture import ENDLESS, ExactPhase, MixturePhase, SampleOrder, exact_phases, mixture_schedule
 from flmjax.data.packing import first_propositions, make_proposition_row, make_row, num_rows
-from flmjax.data.prepared import Prepared
+from flmjax.data.prepared import Prepared, short_names
 
 STREAM_VERSION = 1  # of the rules in this package that decide sample n
 
@@ -41,8 +42,8 @@ class TrainingStream:
         schedule: phases of the mixture; the last has no end.
 
     Raises:
-        ConfigError: for a schedule without phases, or with mixture weights that are not positive or not one for each
-            source (mixture.exact_phases).
+        ConfigError: for a schedule without phases, or with mixture weights that are negative, all 0 or not one for
+            each source (mixture.exact_phases).
     """
 
     prepared: Prepared
@@ -63,7 +64,7 @@ class TrainingStream:
     @functools.cached_property
     def samples(self) -> grain.MapDataset[Batch]:
         """The samples: element n is sample n of the run, a Batch without the axis B."""
-        order = SampleOrder(self._phases, [self.prepared.is_teacher(source) for source in self.prepared.sources])
+        order = SampleOrder(self._phases, self._is_teacher)
         datasets = []
         for source in self.prepared.sources:
             seed = int.from_bytes(hashlib.sha256(f"{self.seed} {source}".encode()).digest()[:4])
@@ -122,22 +123,35 @@ class TrainingStream:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
         return iter(rows_of_host.batch(batch_size // hosts).to_iter_dataset(options))
 
-    def validation_rows(self, rows: int) -> Batch:
+    def validation_set(self, rows: int) -> "ValidationSet":
         """At most `rows` held-out rows of text, then at most `rows` of teachers, evenly spread over the sources.
 
-        The rows are the same at every call. Rows with padding are taken only if there are fewer than `rows` full rows.
+        The rows are the same at every call. Every source has a row if `rows` are enough (spread_rows).
 
         Raises:
             ConfigError: if no row is held out.
         """
-        chosen: list[Batch] = []
-        for of_teachers in (False, True):
-            names = [source for source in self.prepared.sources if self.prepared.is_teacher(source) is of_teachers]
-            chosen += _spread([self._rows(source, "validation") for source in names], rows)
+        names, is_teacher = self.prepared.sources, self._is_teacher
+        of_sources = [self._rows(source, "validation") for source in names]
+        chosen: list[tuple[int, int]] = []
+        for kind in (False, True):
+            sources = [i for i in range(len(names)) if is_teacher[i] is kind]
+            counts = [(of_sources[i].full_rows, len(of_sources[i])) for i in sources]
+            chosen += [(sources[i], row) for i, row in spread_rows(counts, rows)]
         if not chosen:
             raise ConfigError("there is no validation row; add text or raise data.validation_fraction")
-        stacked = {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}  # type: ignore[literal-required]
-        return cast(Batch, stacked)
+        batches = [of_sources[i][row] for i, row in chosen]
+        stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}  # type: ignore[literal-required]
+        return ValidationSet(
+            cast(Batch, stacked),
+            np.array([i for i, _ in chosen], np.int32),
+            short_names(names),
+            np.array(is_teacher),
+        )
+
+    def validation_rows(self, rows: int) -> Batch:
+        """The rows of `validation_set`."""
+        return self.validation_set(rows).rows
 
     def check_size(self, batch_size: int) -> None:
         """Refuse a training set that does not fill a batch, or a source that does not fill a row.
@@ -159,22 +173,58 @@ class TrainingStream:
     def _phases(self) -> list[ExactPhase]:
         return exact_phases(self.schedule, len(self.prepared.sources))
 
+    @property
+    def _is_teacher(self) -> list[bool]:
+        return [self.prepared.is_teacher(source) for source in self.prepared.sources]
+
     def _rows(self, source: str, split: str) -> "_TextRows | _PropositionRows":
         rows = _PropositionRows if self.prepared.is_teacher(source) else _TextRows
         return rows(self.prepared, source, split, self.length, self.data)
 
 
-def _spread(sources: Sequence["_TextRows | _PropositionRows"], rows: int) -> list[Batch]:
-    """At most `rows` rows, evenly spread over the full rows of all sources, then padded rows if these are too few."""
-    starts = np.cumsum([0] + [source.full_rows for source in sources])  # of each source among all full rows
+class ValidationSet(NamedTuple):
+    """R held-out rows of the S sources of a run.
+
+    Attributes:
+        rows: the rows, a Batch of R.
+        sources: source of each row, int32 (R,), 0 to S - 1.
+        labels: short name of each source, S.
+        is_teacher: whether each source is a teacher's, bool (S,).
+    """
+
+    rows: Batch
+    sources: np.ndarray
+    labels: tuple[str, ...]
+    is_teacher: np.ndarray
+
+
+def spread_rows(counts: Sequence[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
+    """(source, row) of at most `rows` rows, evenly spread over the full rows of all sources.
+
+    A source whose share of `rows` is less than one row has one row nevertheless, unless there are more such sources
+    than `rows`. Rows with padding are taken of a source without full rows, and where there are too few full rows.
+
+    Args:
+        counts: for each source the number of full rows, and of all rows.
+    """
+    small: set[int] = set()
+    while True:
+        spread, total = rows - len(small), sum(full for i, (full, _) in enumerate(counts) if i not in small)
+        less = {i for i, (full, count) in enumerate(counts) if i not in small and count and full * spread < total}
+        if not less or len(less) >= spread:
+            break
+        small |= less
+    sources = [i for i in range(len(counts)) if i not in small]
+    starts = np.cumsum([0] + [counts[i][0] for i in sources])  # of each source among all full rows
     full = int(starts[-1])
-    indices = range(full) if full <= rows else [(2 * i + 1) * full // (2 * rows) for i in range(rows)]
+    indices = range(full) if full <= spread else [(2 * i + 1) * full // (2 * spread) for i in range(spread)]
     chosen = []
-    for i in indices:
-        source = int(np.searchsorted(starts, i, side="right")) - 1
-        chosen.append(sources[source][i - int(starts[source])])
-    padded = [(source, i) for source in sources for i in range(source.full_rows, len(source))]
-    return chosen + [source[i] for source, i in padded[: rows - len(chosen)]]
+    for index in indices:
+        place = int(np.searchsorted(starts, index, side="right")) - 1
+        chosen.append((sources[place], index - int(starts[place])))
+    chosen += [(i, counts[i][0] // 2) for i in sorted(small)]
+    padded = [(i, row) for i, (full, count) in enumerate(counts) for row in range(full, count)]
+    return chosen + [row for row in padded if row not in chosen][: rows - len(chosen)]
 
 
 class _TextRows:
@@ -187,6 +237,8 @@ class _TextRows:
         self._end_id = prepared.tokenizer.end_id
         self._document_attention = data.document_attention
         self._kind = BatchKind.of(data, prepared.marks is not None)
+        self._token_bytes = prepared.tokenizer.token_bytes
+        self._corrections = prepared.byte_corrections(source, split)
         self.full_rows = max(len(self._tokens) - 1, 0) // length
 
     def __len__(self) -> int:
@@ -202,10 +254,22 @@ class _TextRows:
             document_attention=self._document_attention,
             segments=self._kind.segments,
         )
+        row["bytes"] = self._bytes(int(index), row)
         if self._kind.teachers:
             row["decisive"] = np.zeros(self._length, np.float32)
             row["marks"] = np.zeros(2, np.int32)
         return row
+
+    def _bytes(self, index: int, row: Batch) -> np.ndarray:
+        """UTF-8 bytes of text that the row's weighted targets stand for, float32 ()."""
+        sizes_L = self._token_bytes[row["targets"]]
+        if len(self._corrections):
+            first = index * self._length + 1  # token of the stream that is the row's first target
+            places = (first, first + self._length)
+            start, end = (bisect.bisect_left(self._corrections, place, key=lambda pair: pair[0]) for place in places)
+            corrections = np.asarray(self._corrections[start:end])
+            sizes_L[corrections[:, 0] - first] += corrections[:, 1]
+        return np.array((sizes_L * row["weights"]).sum(), np.float32)
 
 
 class _PropositionRows:
@@ -239,6 +303,7 @@ class _PropositionRows:
             mark_weight=self._mark_weight,
         )
         row["marks"] = self._marks
+        row["bytes"] = np.zeros((), np.float32)
         return row
 
 

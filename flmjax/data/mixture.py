@@ -26,7 +26,8 @@ class MixturePhase(NamedTuple):
     """Consecutive samples of a run that come from one mixture.
 
     Attributes:
-        mixture_weights: relative numbers of samples, one for each source; they need not add up to 1.
+        mixture_weights: relative numbers of samples, one for each source; they need not add up to 1. A source of
+            weight 0 gives no sample.
         samples: number of samples of the phase. None: the phase has no end.
         block: 0 mixes text and teachers evenly; else they alternate in blocks of this many samples, a batch each.
     """
@@ -84,14 +85,16 @@ def exact_phases(schedule: Sequence[MixturePhase], num_sources: int) -> list[Exa
     """The phases with integer shares: empty ones left out, equal neighbours joined, the last without end.
 
     Raises:
-        ConfigError: for a schedule without phases, for mixture weights that are not positive or not one for each
+        ConfigError: for a schedule without phases, for mixture weights that are negative, all 0 or not one for each
             source, and for a phase before the last without a number of samples.
     """
     phases: list[ExactPhase] = []
     for i, (weights, samples, block) in enumerate(schedule):
-        if len(weights) != num_sources or not all(math.isfinite(w) and w > 0 for w in weights):
+        valid = all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights)
+        if len(weights) != num_sources or not valid:
             raise ConfigError(
-                f"schedule[{i}]: mixture weights {weights} must be {num_sources} positive numbers, one for each source"
+                f"schedule[{i}]: mixture weights {weights} must be {num_sources} numbers, one for each source: "
+                "positive, or 0 for a source that is not read"
             )
         is_last = i == len(schedule) - 1
         if not is_last and (samples is None or samples < 0):
@@ -119,12 +122,12 @@ def counts_after(shares: Shares, n: int) -> list[int]:
     """Number of samples that each source gives among the first n of a phase.
 
     Each source takes its share, rounded up, of the samples that the sources before it left. From n to n + 1 exactly one
-    count rises.
+    count rises, never that of a source whose share is 0.
     """
     counts = []
     samples_left, shares_left = n, sum(shares)
     for share in shares:
-        others = samples_left * (shares_left - share) // shares_left
+        others = samples_left * (shares_left - share) // max(shares_left, 1)  # shares are left as long as samples are
         counts.append(samples_left - others)
         samples_left, shares_left = others, shares_left - share
     return counts

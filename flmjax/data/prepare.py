@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
-from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta, sha256
+from flmjax.data.prepared import CORRECTIONS, FORMAT, META_FILE, Prepared, load, read_meta, sha256
 from flmjax.data.sources import text_source
 from flmjax.data.sources.documents import Document, Source
 from flmjax.data.sources.freelm import marks, teacher_source
@@ -205,10 +205,12 @@ class _Preparation:
                 "slug": spool.slug,
                 "is_teacher": source.is_teacher,
                 "duplicates": spool.duplicates(),
+                "changed": 0,  # documents whose tokens do not decode to their text
             }
             for split in SPLITS:
                 stem = self.folder / f"{spool.slug}-{split}"
-                tokens = _seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
+                tokens, changed = _seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
+                counts[source.name]["changed"] += changed
                 sizes = spool.splits[split].sizes
                 counts[source.name][split] = {"documents": len(sizes), "tokens": tokens, "bytes": int(sizes.sum())}
         hashes = {s: np.concatenate([spool.splits[s].hashes for spool in spools.values()]) for s in SPLITS}
@@ -275,7 +277,10 @@ class _Preparation:
         return spools
 
     def check(self, spools: Mapping[str, Spool]) -> None:
-        """Refuse a source without training documents, and texts of which none is held out."""
+        """Refuse a source without training documents, and a source of text without held-out documents.
+
+        A source whose mixture weight is 0 needs no held-out document.
+        """
         fraction = self.data.validation_fraction
         for source in self.sources:
             sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
@@ -283,14 +288,17 @@ class _Preparation:
                 raise ConfigError(f"{self.field(source)}: '{source.name}' has no documents (no text at all)")
             if not sizes["train"]:
                 raise ConfigError(f"{self.field(source)}: every document of '{source.name}' is held out; add documents")
-        texts = [spools[source.name] for source in self.sources if not source.is_teacher]
-        if texts and not any(len(spool.splits["validation"].sizes) for spool in texts):
-            total = sum(len(spool.splits["train"].sizes) for spool in texts)
-            raise ConfigError(
-                f"none of the {total} documents is held out at data.validation_fraction={fraction}: add documents, "
-                f"divide the text into more documents (by two blank lines in .txt files; into more files with "
-                f"data.split_by='path'), or raise the fraction"
-            )
+        weights = self.data.mixture_weights or self.rates or (1.0,) * len(self.sources)
+        for source, weight in zip(self.sources, weights, strict=True):
+            sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
+            if weight and not source.is_teacher and not sizes["validation"]:
+                by_text = ", hold out by document with data.split_by='text'" * (self.data.split_by == "path")
+                raise ConfigError(
+                    f"{self.field(source)}: none of the {sizes['train']} documents of '{source.name}' is held out at "
+                    f"data.validation_fraction={fraction}: add documents, divide the text into more documents (by two "
+                    f"blank lines in .txt files; into more files with data.split_by='path'){by_text}, raise the "
+                    f"fraction, or set its data.mixture_weights to 0"
+                )
 
     def field(self, source: Source) -> str:
         """The setting that names a source, for messages."""
@@ -337,12 +345,16 @@ def _watched(items: Iterable[Any], label: str, progress: bool) -> Iterator[Any]:
     return iter(tqdm(items, label, unit=" documents", leave=False, disable=None if progress else True))
 
 
-def _seal(parts: list[Part], encoder: Encoder, stem: Path, is_teacher: bool, files: dict[str, Any]) -> int:
-    """Join the parts of a split to its token files and describe these in `files`; returns the number of tokens."""
-    kinds = {"u32": "<u4", "offsets.u64": "<u8", **({"weights.u8": "u1"} if is_teacher else {})}
+def _seal(parts: list[Part], encoder: Encoder, stem: Path, is_teacher: bool, files: dict[str, Any]) -> tuple[int, int]:
+    """Join the parts of a split to its token files and describe these in `files`.
+
+    Returns:
+        The number of tokens, and that of the documents that do not decode to their text.
+    """
+    kinds = {"u32": "<u4", "offsets.u64": "<u8", CORRECTIONS: "<i8", **({"weights.u8": "u1"} if is_teacher else {})}
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in kinds}
     hashes = {kind: hashlib.sha256() for kind in kinds}
-    total = 0
+    total = changed = 0
     with contextlib.ExitStack() as stack:
         opened = {kind: stack.enter_context(path.open("wb")) for kind, path in paths.items()}
 
@@ -355,14 +367,18 @@ def _seal(parts: list[Part], encoder: Encoder, stem: Path, is_teacher: bool, fil
             columns = encoder.read(part)
             ends = total + np.cumsum(columns["lengths"])
             write("u32", columns["tokens"])
+            write(CORRECTIONS, columns["corrections"] + np.array([total, 0]))
+            changed += int(columns["changed"])
             write("offsets.u64", np.concatenate([[total], ends[:-1]]))
             if is_teacher:
                 write("weights.u8", columns["weights"])
             total = int(ends[-1])
         write("offsets.u64", np.array([total]))
+    if not paths[CORRECTIONS].stat().st_size:
+        paths.pop(CORRECTIONS).unlink()
     for kind, path in paths.items():
         files[path.name] = {"bytes": path.stat().st_size, "sha256": hashes[kind].hexdigest()}
-    return total
+    return total, changed
 
 
 def _gzip_bits_per_byte(spools: Iterable[Spool]) -> float | None:

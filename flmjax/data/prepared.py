@@ -4,12 +4,16 @@ The directory holds meta.json, the tokenizer's files, and for each source and sp
     <slug>-<split>.u32           tokens, little-endian uint32 (T,)
     <slug>-<split>.offsets.u64   first token of each document, then T: little-endian uint64 (D + 1,)
     <slug>-<split>.weights.u8    of teachers: loss weight of each token as a target, uint8 (T,): 0, COUNTS or DECISIVE
+    <slug>-<split>.bytes.i64     only where a vocabulary changes text (round_trip.py): token, correction of its bytes,
+                                 little-endian int64 (n, 2)
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from flmjax.data.tokenizers import Tokenizer, load_tokenizer
 META_FILE = "meta.json"
 VERIFIED_FILE = "verified.json"  # size, time and inode of each file when its checksum was last correct
 FORMAT = 1  # of the directory; a change that makes old directories unreadable raises it
+CORRECTIONS = "bytes.i64"  # end of the names of the files with corrections of bytes
+MIN_HELD_OUT = 10  # documents; the validation loss of fewer is not reliable
 COUNTS, DECISIVE = 1, 2  # loss weights: the target is in the loss; it also decides the judgement
 
 
@@ -72,6 +78,15 @@ class Prepared:
         None for text: all its tokens are in the loss.
         """
         return self._map(f"{self._slug(source)}-{split}.weights.u8", "u1") if self.is_teacher(source) else None
+
+    def byte_corrections(self, source: str, split: str) -> np.ndarray:
+        """Corrections of a source's tokens, mapped from disk, int64 (n, 2), in the order of the tokens.
+
+        Each is the index of a token in `tokens`, and the UTF-8 bytes of text that it stands for less token_bytes of its
+        id; other tokens have no correction.
+        """
+        name = f"{self._slug(source)}-{split}.{CORRECTIONS}"
+        return self._map(name, "<i8").reshape(-1, 2) if name in self.meta["files"] else np.zeros((0, 2), np.int64)
 
     def is_teacher(self, source: str) -> bool:
         """Whether a source is a teacher's: propositions, not text."""
@@ -127,6 +142,42 @@ def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
             "'plain'"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
+
+
+def short_names(names: Sequence[str]) -> tuple[str, ...]:
+    """A different short name of each source, of letters, digits, "_", "." and "-": the end of its path."""
+    parts = [[part for part in re.split(r"[/\\]", name) if part] for name in names]
+    for length in range(1, max(1, *map(len, parts)) + 1):
+        ends = ["/".join(of_name[-length:]) for of_name in parts]
+        short = tuple(re.sub(r"[^\w.-]+", "_", end).strip("_") or "source" for end in ends)
+        if len(set(short)) == len(names):
+            return short
+    return tuple(f"{i}_{name}" for i, name in enumerate(short))
+
+
+def data_warnings(sources: Mapping[str, Any], length: int) -> list[str]:
+    """Lines that a reader of results must know: sources with little held-out text, texts that a vocabulary changes.
+
+    Args:
+        sources: the entry "sources" of meta.json.
+        length: tokens of a sequence.
+    """
+    lines = []
+    for name, counts in sources.items():
+        documents, tokens = counts["validation"]["documents"], counts["validation"]["tokens"]
+        if documents < MIN_HELD_OUT or tokens <= length:
+            lines.append(
+                f"source '{name}': its validation loss stands on {documents} held-out documents of {tokens:,} tokens, "
+                f"not on {MIN_HELD_OUT} documents and a sequence of {length:,} tokens at least; add documents, raise "
+                "data.validation_fraction, or hold out by document with data.split_by='text'"
+            )
+        if counts.get("changed"):
+            total = sum(counts[split]["documents"] for split in ("train", "validation"))
+            lines.append(
+                f"source '{name}': the tokens of {counts['changed']:,} of {total:,} documents do not decode to the "
+                "same text: the vocabulary normalises it or has no piece for some characters"
+            )
+    return lines
 
 
 def load(directory: Path, full: bool = False) -> Prepared:

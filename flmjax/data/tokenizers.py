@@ -2,12 +2,11 @@
 
 All tokenizers have the same members. `end_id` ends a document, and no text is ever encoded to it, whatever the text
 spells. decode(encode(text)) is the text for a SentencePiece model that `train` returns, for bytes and for cl100k; a
-SentencePiece model of another origin may normalise text.
+SentencePiece model of another origin may normalise text, which round_trip.py measures.
 """
 
 import functools
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +18,11 @@ import numpy as np
 import sentencepiece
 
 from flmjax.config import ConfigError
+from flmjax.data.vocabulary_training import train_model
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 MODEL_FILE = "tokenizer.model"
 SETTINGS_FILE = "tokenizer.json"
-_UNKNOWN_ID, _END_ID = 0, 1
 
 CHUNK = 50_000  # characters encoded at once: at 4 bytes each, at most the 200,000 ids that bpe_openai can return
 GROUP = 100  # chunks that SentencePiece's threads share: up to 5,000,000 ids as Python numbers
@@ -88,30 +87,7 @@ class SentencePieceTokenizer:
             ConfigError: if the text has too few different pieces, or too many characters, for `vocab_size`; names a
                 size that works.
         """
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_training_lines(documents, keep),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                character_coverage=0.9995,  # the rarest characters are spelled in bytes
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                split_digits=True,
-                unk_id=_UNKNOWN_ID,
-                eos_id=_END_ID,
-                bos_id=-1,
-                pad_id=-1,
-                num_threads=1,
-                minloglevel=3,
-            )
-        except RuntimeError as error:
-            raise ConfigError(_explain(str(error), vocab_size)) from error
-        return cls(model.getvalue())
+        return cls(train_model(documents, vocab_size, keep))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 (n,), without an end token."""
@@ -145,7 +121,60 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; end tokens stand for nothing, bytes that are no UTF-8 for U+FFFD."""
-        return self.processor.decode([int(i) for i in ids if i != self.end_id])
+        ids = np.asarray(ids, np.int64)
+        return self.processor.decode(ids[ids != self.end_id].tolist())
+
+    def spelled(self, ids: np.ndarray) -> bytes:
+        """The bytes of each id's piece, one after another: the text of `ids` with a space that encoding has added."""
+        pieces = self._piece_bytes
+        return b"".join([pieces[i] for i in ids.tolist()])
+
+    def surface_bytes(self, text: str) -> np.ndarray:
+        """UTF-8 bytes of `text` that each id of encode(text) stands for, int64 (n,), as the model's normaliser says.
+
+        The sum is that of the text: characters that the normaliser drops count for the id before or after them.
+        """
+        sizes: list[int] = []
+        dropped = 0  # bytes of fragments without any id, which count for the next one
+        for i, chunk in enumerate(split_text(text, LINE_BORDER)):
+            ids: list[int] = []
+            sizes_of_chunk: list[int] = []
+            for j, fragment in enumerate(chunk.split(SPACE) if self._spells_space else [chunk]):
+                if j:
+                    ids += self._space_bytes
+                    sizes_of_chunk += [1] * len(self._space_bytes)
+                fragment_ids, fragment_sizes, rest = self._surfaces(fragment)
+                ids += fragment_ids
+                sizes_of_chunk += fragment_sizes
+                dropped += rest
+            if i and self._starts_with_prefix(np.array(ids[:1])):
+                dropped += sizes_of_chunk.pop(0)
+            if sizes_of_chunk:
+                sizes_of_chunk[0] += dropped
+                dropped = 0
+            sizes += sizes_of_chunk
+        if sizes:
+            sizes[-1] += dropped
+        return np.array(sizes, np.int64)
+
+    def _surfaces(self, fragment: str) -> tuple[list[int], list[int], int]:
+        """Ids of a text that is encoded at once, the UTF-8 bytes of each, and the bytes of a text without ids."""
+        pieces, size = self.processor.encode(fragment, out_type="proto").pieces, len(fragment.encode())
+        ends = [*(piece.end for piece in pieces[:-1]), size] if pieces else []  # in bytes
+        sizes = np.diff(np.maximum.accumulate(np.array(ends, np.int64)), prepend=0).tolist()
+        return [piece.id for piece in pieces], sizes, 0 if pieces else size
+
+    @functools.cached_property
+    def _piece_bytes(self) -> list[bytes]:
+        """The text of each id in UTF-8; none for control pieces, the unknown piece and an end id above the pieces."""
+        processor = self.processor
+        texts = [b""] * self.vocab_size
+        for i in range(processor.vocab_size()):
+            if processor.is_byte(i):
+                texts[i] = bytes([int(processor.id_to_piece(i)[3:5], 16)])  # <0x41>
+            elif not processor.is_control(i) and not processor.is_unknown(i):
+                texts[i] = processor.id_to_piece(i).replace(SPACE, " ").encode()
+        return texts
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -153,14 +182,7 @@ class SentencePieceTokenizer:
 
         Control pieces and the unknown piece stand for no text either.
         """
-        processor = self.processor
-        sizes = np.zeros(self.vocab_size, np.float32)
-        for i in range(processor.vocab_size()):
-            if processor.is_byte(i):
-                sizes[i] = 1
-            elif not processor.is_control(i) and not processor.is_unknown(i):
-                sizes[i] = len(processor.id_to_piece(i).replace(SPACE, " ").encode())
-        return sizes
+        return np.array([len(text) for text in self._piece_bytes], np.float32)
 
     def save(self, directory: Path) -> list[Path]:
         """Write the files that `load_tokenizer` reads; returns their paths."""
@@ -349,30 +371,3 @@ def split_text(text: str, border: re.Pattern[str]) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _training_lines(documents: Iterable[str], keep: float) -> Iterator[str]:
-    """A share `keep` of the lines, each of at most 1000 characters: SentencePiece skips lines above 4192 bytes.
-
-    A line break stands in front of the next line, because the trainer removes it at the end of a line.
-    """
-    index = 0
-    for document in documents:
-        for line in re.findall(r"\n*[^\n]{1,1000}", document):
-            index += 1
-            if int(index * keep) > int((index - 1) * keep):
-                yield line
-
-
-def _explain(error: str, vocab_size: int) -> str:
-    """An error of SentencePiece's trainer in terms of the settings."""
-    if match := re.search(r"value <= (\d+)", error):
-        return (
-            f"data.vocab_size={vocab_size} is too large for this little text: at most {match[1]} pieces can be formed; "
-            f"lower it, add text, or set data.vocabulary='bytes'"
-        )
-    if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        return f"data.vocab_size={vocab_size} is too small: the characters of this text alone need {match[1]}; raise it"
-    if "sentences_.empty()" in error:
-        return "there is no text to train a vocabulary on"
-    return f"SentencePiece cannot train on this text: {error}"

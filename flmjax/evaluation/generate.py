@@ -7,9 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import ModelConfig
+from flmjax.config import ConfigError, ModelConfig
+from flmjax.data.tokenizers import Tokenizer
 from flmjax.model.transformer import forward
 from flmjax.sharding.axes import Params
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer, max_length: int) -> np.ndarray:
+    """Ids (P,) of a prompt, at least one: a prompt without any token is the end token, after which a text begins.
+
+    Raises:
+        ConfigError: for a prompt that is no Unicode text, or that leaves no place for a token within max_length.
+    """
+    try:
+        ids = tokenizer.encode(text)
+    except UnicodeEncodeError:
+        raise ConfigError(f"sample_prompt={text!r} holds half of a surrogate pair, which is no text") from None
+    if len(ids) >= max_length:
+        raise ConfigError(
+            f"sample_prompt has {len(ids)} tokens, which leaves no place for a sample in "
+            f"model.max_length={max_length}; shorten it, or set sample_tokens=0"
+        )
+    return ids if len(ids) else np.array([tokenizer.end_id], np.uint32)
 
 
 def generate(
@@ -27,7 +46,7 @@ def generate(
 
     Args:
         params: float32 parameters.
-        prompts: ids (P,) of each prompt, at least one; cut to max_length - 1.
+        prompts: ids (P,) of each prompt, at least one (prompt_ids); cut to max_length - 1.
         key: key of the sampling; a token's draw depends on the key and the token's position.
         temperature: divisor of the logits; 0 takes the most probable token.
 

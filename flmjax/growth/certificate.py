@@ -205,6 +205,8 @@ class Comparison(NamedTuple):
 
 def _compare(growth: Growth, batch: Mapping[str, Any], params: tuple[Params, Params], **settings: Any) -> Comparison:
     numbers = Comparison(*jax.tree.map(float, jit_comparison(growth, **settings)(params, batch)))
+    # A KL divergence is not negative, but near 0 its terms of both signs are rounded by more than their sum.
+    numbers = numbers._replace(kl=math.nan if math.isnan(numbers.kl) else max(numbers.kl, 0.0))
     return numbers if growth.family.ramps else numbers._replace(mask_removed=None)
 
 

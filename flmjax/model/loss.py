@@ -35,8 +35,54 @@ def loss_sums(
         The sum over all sequences, in at least float32, which training minimises, and a dictionary of sums: "loss" (the
         same sum), "weight" of the targets, "bytes" of text; if the batch has marks, also the sums of `teacher_sums`.
     """
+    x_BLD, table_VD = _features(params, batch, config, placement, dropout_key)
+    loss, loss_B = cross_entropy_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
+    sums = {"loss": loss, "weight": jnp.sum(batch["weights"]), "bytes": jnp.sum(batch["bytes"])}
+    if "marks" in batch:
+        sums |= teacher_sums(x_BLD, table_VD, loss_B, batch, placement)
+    return loss, sums
+
+
+def source_sums(
+    params: Params,
+    batch: dict[str, jax.Array],
+    source_B: jax.Array,
+    num_sources: int,
+    config: ModelConfig,
+    placement: Placement | None = None,
+) -> dict[str, jax.Array]:
+    """Sums over the sequences of each of S sources, without dropout, for evaluation.
+
+    Args:
+        params: parameters of Transformer(config).
+        batch: arrays of a Batch (flmjax.data.batch) on the devices.
+        source_B: source of each sequence, int32 (B,), 0 to S - 1.
+        num_sources: S.
+
+    Returns:
+        Arrays (S,): "loss" in nats, "weight" of the targets, "bytes" of text; if the batch has marks, also "judged",
+        the number of decisive targets with a weight, and "correct", as in teacher_sums.
+    """
+    x_BLD, table_VD = _features(params, batch, config, placement)
+    _, loss_B = cross_entropy_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
+    sums_B = {"loss": loss_B, "weight": jnp.sum(batch["weights"], axis=1), "bytes": batch["bytes"]}
+    if "marks" in batch:
+        judged_BL, correct_BL = _judgements(x_BLD, table_VD, batch, placement)
+        sums_B |= {"judged": jnp.sum(judged_BL, axis=1), "correct": jnp.sum(judged_BL & correct_BL, axis=1)}
+    is_of_source_BS = source_B[:, None] == jnp.arange(num_sources)
+    return {name: jnp.sum(jnp.where(is_of_source_BS, x_B[:, None], 0), axis=0) for name, x_B in sums_B.items()}
+
+
+def _features(
+    params: Params,
+    batch: dict[str, jax.Array],
+    config: ModelConfig,
+    placement: Placement | None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """States (B, L, D) and the table (V, D) whose product are the logits."""
     model: Any = Transformer(config, placement, deterministic=dropout_key is None)
-    x_BLD, table_VD = model.apply(
+    return model.apply(
         {"params": params},
         batch["tokens"],
         batch.get("segment_ids"),
@@ -44,11 +90,6 @@ def loss_sums(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="features",
     )
-    loss, loss_B = cross_entropy_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
-    sums = {"loss": loss, "weight": jnp.sum(batch["weights"]), "bytes": jnp.sum(batch["bytes"])}
-    if "marks" in batch:
-        sums |= teacher_sums(x_BLD, table_VD, loss_B, batch, placement)
-    return loss, sums
 
 
 def token_cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,9 +119,7 @@ def teacher_sums(
     """
     marks_B2, weight_B = batch["marks"], jnp.sum(batch["weights"], axis=1)
     is_teacher_B = marks_B2[:, 0] != marks_B2[:, 1]
-    judged_BL = (batch["decisive"] > 0) & (batch["weights"] > 0)
-    for_true_BL = _logit_difference(x_BLD, table_VD, marks_B2, placement)
-    correct_BL = jnp.where(batch["targets"] == marks_B2[:, :1], for_true_BL > 0, for_true_BL < 0)
+    judged_BL, correct_BL = _judgements(x_BLD, table_VD, batch, placement)
     # Each kind is summed by itself: without teachers the rounding error of "all - text" would look like a loss.
     return {
         "language_loss": jnp.sum(loss_B, where=~is_teacher_B),
@@ -90,6 +129,16 @@ def teacher_sums(
         "judged": jnp.sum(judged_BL),
         "correct": jnp.sum(judged_BL & correct_BL),
     }
+
+
+def _judgements(
+    x_BLD: jax.Array, table_VD: jax.Array, batch: dict[str, jax.Array], placement: Placement | None
+) -> tuple[jax.Array, jax.Array]:
+    """Whether each target (B, L) is judged, and whether its mark has the larger logit; see teacher_sums."""
+    judged_BL = (batch["decisive"] > 0) & (batch["weights"] > 0)
+    for_true_BL = _logit_difference(x_BLD, table_VD, batch["marks"], placement)
+    correct_BL = jnp.where(batch["targets"] == batch["marks"][:, :1], for_true_BL > 0, for_true_BL < 0)
+    return judged_BL, correct_BL
 
 
 def teacher_means(sums: dict[str, Any]) -> dict[str, Any]:

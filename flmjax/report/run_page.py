@@ -193,6 +193,7 @@ def run_page(run: RunRecord, name: str, wide: bytes, narrow: bytes) -> str:
         narrow=base64_text(narrow),
         words=f"Loss, bits per byte{judgements}, parameters, learning rate and throughput of the run",
         stages=_stage_table(run),
+        sources=_source_table(run),
         tints=TINTS,
         saving=_saving(run),
         flops_convention=FLOPS_CONVENTION,
@@ -240,6 +241,7 @@ def _warnings(run: RunRecord) -> list[str]:
         warnings.append(f"Skipped updates (gradient not finite): {skipped}.")
     if run.stages[-1].parameters is None:
         warnings.append("The vocabulary's size is unknown (no meta.json): no parameters, no cost comparison.")
+    warnings += [f"{line[0].upper()}{line[1:]}." for line in run.data_warnings]
     if run.last["step"] < run.config.total_steps:
         warnings.append(f"The run is not finished: {run.last['step']:,} of {run.config.total_steps:,} steps.")
     return warnings
@@ -267,6 +269,18 @@ def _stage_table(run: RunRecord) -> Table:
             row += [number(record.validation.get("teacher_loss")), f"{accuracy} of {judged}"]
         rows.append(row)
     return Table(head.split(","), rows)
+
+
+def _source_table(run: RunRecord) -> Table:
+    """The last validation of every stage by source, and by teacher; empty for a run with one of either kind."""
+    metrics = ("loss", "bits_per_byte", "judgement_accuracy")
+    rows = []
+    for record in run.stages:
+        labels = dict.fromkeys(key.split("/", 1)[1] for key in record.validation if "/" in key)
+        for label in labels:
+            loss, bits, accuracy = (record.validation.get(f"{metric}/{label}") for metric in metrics)
+            rows.append([label, record.stage.name, number(loss), number(bits), number(accuracy, ".1%")])
+    return Table(["source", "stage", "val. loss", "val. bits/byte", "val. judgements"], rows)
 
 
 def _saving(run: RunRecord) -> dict[str, str] | None:

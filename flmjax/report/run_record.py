@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
+from flmjax.data.prepared import data_warnings
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
@@ -42,6 +43,7 @@ class RunRecord:
         train, validation, growth, sample: the lines of metrics.jsonl of each kind.
         certificates: of every growth so far.
         gzip: bits per byte of the held-out text under gzip -9; None: unknown.
+        data_warnings: what a reader must know of the data (data/prepared.py).
         last: the line with the most steps.
         stages: those that have begun.
     """
@@ -54,6 +56,7 @@ class RunRecord:
     sample: list[Record]
     certificates: list[Record]
     gzip: float | None
+    data_warnings: list[str]
     last: Record
     stages: list[StageRecord]
 
@@ -108,6 +111,7 @@ def read_run(workdir: Path) -> RunRecord:
         **{k: [r for r in records if r["kind"] == k] for k in ("train", "validation", "growth", "sample")},
         certificates=[_read_json(path) or {} for path in sorted((workdir / "certificates").glob("step_*.json"))],
         gzip=meta.get("validation_gzip_bits_per_byte"),
+        data_warnings=data_warnings(meta.get("sources", {}), config.model.max_length),
         last=latest(timed),
         stages=stages,
     )

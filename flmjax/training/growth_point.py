@@ -48,10 +48,8 @@ def grow_into(
     assert stage.previous is not None
     first = samples_before(stage.previous, stage.start)
     host_batches = stream.batches(start=first, batch_size=stage.config.batch_size, **this_host())
-    token_bytes, sharding = stream.prepared.tokenizer.token_bytes, batch_sharding(new.mesh)
-    batches = (
-        global_batch(batch, token_bytes, sharding) for batch in itertools.islice(host_batches, stage.tuning_steps)
-    )
+    sharding = batch_sharding(new.mesh)
+    batches = (global_batch(batch, sharding) for batch in itertools.islice(host_batches, stage.tuning_steps))
     model = dataclasses.replace(new.config, dropout=0.0)
 
     def value_and_grad(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Params]:
@@ -85,11 +83,12 @@ def prove_growth(
     """
     size = whole_rows(config.certificate_rows, mesh)
     stream = dataclasses.replace(stream, length=growth.old.max_length)
-    batch = next(padded_batches(stream.validation_rows(size), size))
+    validation = stream.validation_set(size)
+    batch, _ = next(padded_batches((validation.rows, validation.sources), size))
     certificate = certify(
         params,
         growth,
-        global_batch(batch, stream.prepared.tokenizer.token_bytes, batch_sharding(mesh)),
+        global_batch(batch, batch_sharding(mesh)),
         point,
         placement=Placement(mesh),
         float64_below=config.certificate_float64_below,

@@ -15,9 +15,9 @@ from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.batch import global_batch
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import Prepared, with_vocabulary
-from flmjax.evaluation.generate import generate
-from flmjax.evaluation.validation_loss import LossSums, describe, jit_loss_sums, validation_loss
+from flmjax.data.prepared import Prepared, data_warnings, with_vocabulary
+from flmjax.evaluation.generate import generate, prompt_ids
+from flmjax.evaluation.validation_loss import SourceSums, describe, jit_source_sums, validation_loss
 from flmjax.growth.certificate import GrowthPoint
 from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tuning_flops
@@ -125,17 +125,22 @@ class Run:
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.tokenizer = data.tokenizer
         self.stream = TrainingStream.of_run(config, data)
-        self.validation = self.stream.validation_rows(config.evaluation_rows)
+        self.validation = self.stream.validation_set(config.evaluation_rows)
+        if config.sample_tokens:
+            self.prompt = prompt_ids(config.sample_prompt, self.tokenizer, config.model.max_length)
         if config.peak_flops is None:  # may be measured
             self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
         else:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
-        self.newest: dict[str, float] = {}  # newest values since the last line of metrics, without OF_ALL_ROWS
+        # Newest values since the last line of metrics, without OF_ALL_ROWS; checkpoints keep them.
+        self.newest: dict[str, float] = {}
 
     def run_schedule(self) -> None:
         """Train every stage that is not finished, with growth between stages."""
         for stage in self.config.schedule:
             self.stream.check_size(stage.config.batch_size)
+        for line in data_warnings(self.stream.prepared.meta["sources"], self.stream.length):
+            self.bar.log(f"warning: {line}")
         index, spec, state = self.start()
         for stage in self.config.schedule[index:]:
             if stage.index > index:
@@ -159,6 +164,7 @@ class Run:
                     f"(fingerprint {self.stream.fingerprint[:12]}, there {meta['fingerprint'][:12]})"
                 )
             stage = self.config.schedule[meta["stage"]]
+            self.newest = meta.get("newest_metrics", {})  # older checkpoints have none
         spec = self.spec(stage)
         if step is None:
             state = init_state(spec, self.config.seed)
@@ -180,10 +186,9 @@ class Run:
     def train_stage(self, state: TrainState, spec: StateSpec, stage: Stage) -> TrainState:
         """Train to the stage's end; log, evaluate and save when due. Returns the state at the end."""
         first, size = samples_before(stage, int(state.step)), stage.config.batch_size
-        token_bytes, sharding = self.tokenizer.token_bytes, batch_sharding(self.mesh)
         host_batches = self.stream.batches(start=first, batch_size=size, **this_host())
-        batches = (global_batch(batch, token_bytes, sharding) for batch in host_batches)
-        sums_of = jit_loss_sums(stage.model, self.mesh)
+        batches = (global_batch(batch, batch_sharding(self.mesh)) for batch in host_batches)
+        sums_of = jit_source_sums(stage.model, self.mesh, len(self.validation.labels))
         ramp = ramp_of(stage)
         unmask: Any = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
         rate = functools.partial(learning_rate, self.config.stages)
@@ -247,11 +252,10 @@ class Run:
         )
         self.bar.update(step, stage.name, values["loss"], speed or 0.0)
 
-    def evaluate(self, step: int, params: Params, sums_of: LossSums, stage: Stage) -> None:
+    def evaluate(self, step: int, params: Params, sums_of: SourceSums, stage: Stage) -> None:
         """Compute and write the validation loss."""
         batch_size = stage.config.batch_size // stage.layout.microbatches
-        token_bytes = self.tokenizer.token_bytes
-        values = validation_loss(params, self.validation, sums_of, batch_size, token_bytes, self.mesh)
+        values = validation_loss(params, self.validation, sums_of, batch_size, self.mesh)
         self.write("validation", step, stage, **values)
         self.bar.log(f"{stage.name} {step}: {describe(values)}")
 
@@ -261,6 +265,7 @@ class Run:
             "stage": stage.index,
             "samples_seen": samples_before(stage, step),
             "fingerprint": self.stream.fingerprint,
+            "newest_metrics": self.newest,
             "config": to_json(self.config),
         }
         self.checkpoints.save(step, to_items(state), meta)
@@ -281,10 +286,9 @@ class Run:
         """Write a text sample of the stage's last model."""
         if not self.config.sample_tokens:
             return
-        prompt = self.tokenizer.encode(self.config.sample_prompt)
         key = jax.random.key(self.config.seed)
-        ids = generate(state.params, stage.model, [prompt], self.config.sample_tokens, key)[0]
-        text = self.tokenizer.decode([i for i in ids[len(prompt) :] if i != self.tokenizer.end_id])
+        ids = generate(state.params, stage.model, [self.prompt], self.config.sample_tokens, key)[0]
+        text = self.tokenizer.decode(ids[len(self.prompt) :])
         step = int(state.step)
         self.writer.write("sample", step, stage=stage.name, prompt=self.config.sample_prompt, text=text)
 

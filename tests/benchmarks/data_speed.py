@@ -191,8 +191,8 @@ def step_speed(folder: Path, steps: int = 30) -> float:
     shape = (config.stages[0].batch_size, model.max_length)
     rng = np.random.default_rng(0)
     rows = {name: rng.integers(0, 2000, shape).astype(np.int32) for name in ("tokens", "targets")}
-    rows["weights"] = np.ones(shape, np.float32)
-    batch = global_batch(rows, np.ones(model.vocab_size, np.float32), batch_sharding(mesh))
+    rows |= {"weights": np.ones(shape, np.float32), "bytes": np.ones(shape[0], np.float32)}
+    batch = global_batch(rows, batch_sharding(mesh))
     state, metrics = step(state, batch, np.float32(1e-3))
     jax.block_until_ready(metrics)
     start = time.perf_counter()

@@ -61,11 +61,8 @@ def ours(microbatches: int) -> Step:
     mesh = make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
     spec = state_spec(MODEL, OPTIMIZER, mesh)
     tokens = rows().astype(np.int32)
-    batch = global_batch(
-        {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((BATCH, LENGTH), np.float32)},
-        np.ones(MODEL.padded_vocab_size, np.float32),
-        batch_sharding(mesh),
-    )
+    ones = {"weights": np.ones((BATCH, LENGTH), np.float32), "bytes": np.ones(BATCH, np.float32)}
+    batch = global_batch({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], **ones}, batch_sharding(mesh))
     compiled = jit_train_step(spec, microbatches)
     state, learning_rate = init_state(spec, 0), jnp.float32(LEARNING_RATE)
 

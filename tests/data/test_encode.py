@@ -180,7 +180,8 @@ def test_a_document_of_fifty_megabytes_is_one_document(tmp_path):
         file.writelines(line for _ in range(50_000_000 // len(line.encode()) + 1))
     (tmp_path / "short.md").write_text("short")
     for vocabulary, limit in (("bytes", 20), ("cl100k", 40)):
-        data = DataConfig(sources=(f"{tmp_path}/*.md", f"{tmp_path}/many.txt"), vocabulary=vocabulary)
+        sources = (f"{tmp_path}/*.md", f"{tmp_path}/many.txt")
+        data = DataConfig(sources=sources, vocabulary=vocabulary, mixture_weights=(0.0, 1.0))
         (tmp_path / "many.txt").write_text("\n\n\n".join(f"text {i}" for i in range(100)))
         start = time.monotonic()
         prepared = prepare(data, tmp_path / vocabulary)

@@ -13,7 +13,7 @@ import pytest
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import loader
 from flmjax.data.loader import TrainingStream
-from flmjax.data.mixture import MixturePhase, default_mixture_weights
+from flmjax.data.mixture import MixturePhase, SampleOrder, default_mixture_weights, exact_phases
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
 from flmjax.data.sources.documents import is_held_out
@@ -86,9 +86,11 @@ def two(tmp_path_factory) -> TrainingStream:
 
 def test_batches_have_the_rows_of_the_samples_in_order(one):
     batch = next(one.batches(start=5, batch_size=4))
-    assert sorted(batch) == ["targets", "tokens", "weights"]
+    assert {key: array.shape for key, array in batch.items()} == {
+        **dict.fromkeys(("tokens", "targets", "weights"), (4, LENGTH)),
+        "bytes": (4,),
+    }
     for key, array in batch.items():
-        assert array.shape == (4, LENGTH)
         np.testing.assert_array_equal(array, np.stack([one.samples[n][key] for n in range(5, 9)]))
 
 
@@ -254,6 +256,37 @@ def test_three_sources_stay_within_three_of_the_exact_share(tmp_path):
     assert np.abs(counts - np.arange(1, 1001)[:, None] * weights).max() < 3
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.25, 0.0, 0.75)])
+def test_a_source_of_weight_0_gives_no_sample(weights):
+    """levanter#868: a weight of 0 was refused, or divided by."""
+    phases = exact_phases([MixturePhase(weights, None)], len(weights))
+    order = SampleOrder(phases, [False] * len(weights))
+    counts = np.bincount([order[n][0] for n in range(400)], minlength=len(weights))
+    np.testing.assert_array_equal(counts, 400 * np.array(weights))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 2.0, 1.0), (0.0, 0.0, 3.0), (1.0, 0.0, 2.0)])
+def test_weight_0_counts_in_alternating_blocks_too(weights):
+    """One source of text and two teachers; a kind without any weight has no block."""
+    order = SampleOrder(exact_phases([MixturePhase(weights, None, block=4)], 3), [False, True, True])
+    drawn = [order[n][0] for n in range(120)]
+    assert {i for i in drawn} == {i for i, weight in enumerate(weights) if weight}
+    is_teacher = np.array(drawn).reshape(-1, 4) > 0
+    assert (is_teacher == is_teacher[:, :1]).all()
+
+
+def test_a_source_that_joins_later_starts_at_its_first_sample(two):
+    """The weight of the second source is 0 in the first phase, and that of the first source in the last."""
+    weights = (((1.0, 0.0), 30), ((1.0, 1.0), 40), ((0.0, 1.0), None))
+    drawn = sample_ids(replace(two, schedule=phases(*weights)), 0, 100)
+    even = sample_ids(replace(two, schedule=phases(((1.0, 1.0), None))), 0, 200)
+    first, second = ([i for i in even if (i >= 1_000_000) is later] for later in (False, True))
+    assert drawn[:30] == first[:30]
+    assert [i for i in drawn[30:] if i < 1_000_000] == first[30:50]
+    assert [i for i in drawn if i >= 1_000_000] == second[:50]
+    assert min(drawn[70:]) >= 1_000_000
+
+
 def test_default_mixture_weights_are_shares_of_training_tokens(two):
     assert default_mixture_weights(two.prepared, two.data) == pytest.approx((0.75, 0.25))
     stated = dataclasses.replace(two.data, mixture_weights=(1.0, 9.0))
@@ -299,8 +332,9 @@ def test_fingerprints_are_those_of_stored_checkpoints(one, two):
     ("schedule", "message"),
     [
         ([], "schedule is empty"),
-        ([((1.0,), None)], r"schedule\[0\]: mixture weights .* must be 2 positive numbers"),
-        ([((1.0, 0.0), None)], r"schedule\[0\]: mixture weights"),
+        ([((1.0,), None)], r"schedule\[0\]: mixture weights .* must be 2 numbers, one for each source"),
+        ([((1.0, -1.0), None)], r"schedule\[0\]: mixture weights"),
+        ([((0.0, 0.0), None)], r"schedule\[0\]: mixture weights"),
         ([((1.0, float("nan")), None)], r"schedule\[0\]: mixture weights"),
         ([((1.0, 1.0), None), ((1.0, 2.0), None)], r"schedule\[0\]: samples=None; only the last"),
     ],
@@ -322,8 +356,9 @@ def test_fewer_rows_than_a_batch_are_refused_with_both_numbers(tmp_path):
 
 def test_a_source_without_a_row_is_named(tmp_path):
     data = DataConfig(sources=("x", "y"), vocabulary="bytes", validation_fraction=FRACTION, end_of_document=False)
-    letter = next(c for c in "abcdefghijklmnop" if not is_held_out(c.encode(), FRACTION))
-    prepared = prepare(data, tmp_path / "data", sources={"x": numbered(50), "y": [letter]})
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    train, held_out = (next(c for c in letters if is_held_out(c.encode(), FRACTION) is side) for side in (False, True))
+    prepared = prepare(data, tmp_path / "data", sources={"x": numbered(50), "y": [train, held_out]})
     with pytest.raises(ConfigError, match="'y' has no training row"):
         TrainingStream(prepared, data, 0, LENGTH, phases(((1.0, 1.0), None))).check_size(4)
 
@@ -344,6 +379,13 @@ def test_validation_rows_are_held_out_and_spread_over_the_sources(two):
     assert everything["weights"].sum() == sum(counts) * LENGTH - 2
     assert training.isdisjoint(ids(everything))
     assert set(ids(some)) <= set(ids(everything))
+
+
+def test_validation_rows_name_their_source(two):
+    validation = two.validation_set(12)
+    assert validation.labels == ("x", "y")
+    assert [i // 1_000_000 for i in ids(validation.rows)] == validation.sources.tolist()
+    assert not validation.is_teacher.any()
 
 
 def test_validation_shorter_than_a_row_is_one_padded_row(two):

@@ -16,7 +16,7 @@ import pytest
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import prepare as module
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import load
+from flmjax.data.prepared import data_warnings, load
 from flmjax.data.sources.documents import Document
 
 BYTES = DataConfig(sources=("a", "b"), vocabulary="bytes", validation_fraction=0.2)
@@ -247,8 +247,33 @@ def test_a_source_without_text_is_named(tmp_path, empty):
 
 
 def test_no_held_out_document_says_how_to_get_one(tmp_path):
-    one = {"a": [DOCUMENTS["a"][0]], "b": [DOCUMENTS["a"][0]]}
-    failing(r"none of the 2 documents is held out .*two blank lines.*raise the fraction", one, tmp_path)
+    """One file for each language, with data.split_by='path', has 0 and 0 held-out documents."""
+    one = {"a": DOCUMENTS["a"], "b": [Document(text, "all.txt") for text in DOCUMENTS["a"]]}
+    cures = r"two blank lines.*split_by='path'\), raise the fraction, or set its data.mixture_weights to 0$"
+    failing(rf"data\.sources: none of the 60 documents of 'b' is held out .*{cures}", one, tmp_path)
+    by_path = DataConfig(**{**vars(BYTES), "split_by": "path"})
+    failing(r"hold out by document with data\.split_by='text'", one, tmp_path, by_path)
+
+
+def test_a_source_of_weight_0_needs_no_held_out_document(tmp_path):
+    one = {"a": DOCUMENTS["a"], "b": [DOCUMENTS["a"][0]]}
+    done = prepare(DataConfig(**{**vars(BYTES), "mixture_weights": (1.0, 0.0)}), tmp_path / "data", sources=one)
+    assert done.meta["sources"]["b"]["validation"]["documents"] == 0
+    line = data_warnings(done.meta["sources"], 64)[-1]
+    assert line.startswith("source 'b': its validation loss stands on 0 held-out documents of 0 tokens, not on 10")
+
+
+def test_little_held_out_text_is_said_by_source():
+    """A validation loss stood on 99 tokens, and nothing said so."""
+    enough, few, short = ({"documents": d, "tokens": t} for d, t in ((10, 65), (9, 9000), (11, 64)))
+    counts = {name: {"validation": of_name} for name, of_name in (("x", enough), ("a", short), ("b", few))}
+    lines = data_warnings(counts, 64)
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "source 'a': its validation loss stands on 11 held-out documents of 64 tokens, not on 10"
+    )
+    assert lines[1].startswith("source 'b': its validation loss stands on 9 held-out documents of 9,000 tokens")
+    assert "data.validation_fraction" in lines[1]
 
 
 def test_a_source_without_training_documents_is_named(tmp_path, prepared):

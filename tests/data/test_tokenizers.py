@@ -111,38 +111,6 @@ def test_pieces_are_longer_than_bytes_and_digits_stay_single(pieces):
     assert len(pieces.encode("1984")) == 4
 
 
-def test_training_twice_gives_the_same_model_and_other_text_another(pieces):
-    assert SentencePieceTokenizer.train(CORPUS, 400).fingerprint == pieces.fingerprint
-    assert SentencePieceTokenizer.train(CORPUS[:30], 400).fingerprint != pieces.fingerprint
-
-
-def test_keep_trains_on_a_part_spread_evenly(pieces):
-    half = [line for i, text in enumerate(CORPUS) for line in text.split("\n")[:1] if i % 2]
-    lines = [text.split("\n")[0] for text in CORPUS]  # one line a document; every second one is kept
-    assert (
-        SentencePieceTokenizer.train(lines, 320, keep=0.5).fingerprint
-        == SentencePieceTokenizer.train(half, 320).fingerprint
-    )
-
-
-def test_a_vocabulary_too_large_names_the_largest_that_works():
-    with pytest.raises(ConfigError, match=r"data\.vocab_size=4000 .*at most (\d+) pieces") as error:
-        SentencePieceTokenizer.train(CORPUS, 4000)
-    largest = int(str(error.value).split("at most ")[1].split()[0])
-    assert SentencePieceTokenizer.train(CORPUS, largest).vocab_size == largest
-
-
-def test_a_vocabulary_too_small_names_what_the_characters_need():
-    text = ["".join(chr(0x4E00 + i) for i in range(200))] * 3
-    with pytest.raises(ConfigError, match=r"data\.vocab_size=300 is too small: .* need 458"):  # 258 + 200
-        SentencePieceTokenizer.train(text, 300)
-
-
-def test_no_text_is_one_line():
-    with pytest.raises(ConfigError, match="no text to train"):
-        SentencePieceTokenizer.train([], 300)
-
-
 def test_control_tokens_spelled_in_text_are_text(tokenizer):
     text = "<|endoftext|> a<|fim_prefix|><|fim_middle|><|fim_suffix|><|endofprompt|></s><pad>"
     ids = tokenizer.encode(text)

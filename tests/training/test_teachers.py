@@ -1,7 +1,6 @@
 """Batches with teachers: rows of propositions, judged by their marks."""
 
 import functools
-import math
 import re
 
 import chex
@@ -13,8 +12,8 @@ from conftest import TINY, random_params, with_fields
 from step_cases import FALSE, TEACHER_WEIGHT, TRUE, log_train, mixed_batch, on_mesh, plain_nll
 
 from flmjax.config import MeshShape, OptimizerConfig
-from flmjax.evaluation.validation_loss import jit_loss_sums
-from flmjax.model.loss import loss_sums, teacher_means, teacher_sums
+from flmjax.evaluation.validation_loss import jit_source_sums, validation_means
+from flmjax.model.loss import loss_sums, teacher_sums
 from flmjax.model.transformer import forward
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import init_state, state_spec
@@ -100,16 +99,17 @@ def test_metrics_with_teachers_are_equal_on_a_mesh_of_every_axis(tiny_spec, tiny
     batch, results = mixed_batch(), []
     for of_mesh, update in ((tiny_spec, tiny_step), (sharded, jit_train_step(sharded, 1))):
         state, placed = init_state(of_mesh, 0), on_mesh(batch, of_mesh.mesh)
-        sums = jit_loss_sums(of_mesh.config, of_mesh.mesh)(state.params, placed)
+        sums = jit_source_sums(TINY, of_mesh.mesh, 2)(state.params, placed, (batch["decisive"] > 0).any(1).astype(int))
         _, metrics = update(state, placed, np.float32(1e-3))
         results.append(jax.tree.map(np.asarray, (sums, metrics)))
     chex.assert_trees_all_close(results[1], results[0], rtol=2e-6)
     sums, metrics = results[0]
-    assert sums["judged"] == 20
-    expected = teacher_means(sums)
-    assert set(expected) < set(metrics)
-    chex.assert_trees_all_close({name: metrics[name] for name in expected}, expected, rtol=2e-6)
-    np.testing.assert_allclose(metrics["loss"], sums["loss"] / sums["weight"], rtol=2e-6)
+    assert sums["judged"].tolist() == [0, 20]
+    means = validation_means(sums, ("text", "teacher"), np.array([False, True]))
+    np.testing.assert_allclose(metrics["language_loss"], means["loss"], rtol=2e-6)
+    for name in ("bits_per_byte", "teacher_loss", "judgement_accuracy"):
+        np.testing.assert_allclose(metrics[name], means[name], rtol=2e-6)
+    np.testing.assert_allclose(metrics["loss"], sums["loss"].sum() / sums["weight"].sum(), rtol=2e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -120,7 +120,7 @@ def test_judging_gathers_no_table_and_multiplies_no_matrix(tied):
     plain = {name: x for name, x in batch.items() if name not in ("marks", "decisive")}
 
     def program(batch):
-        return jit_loss_sums(spec.config, spec.mesh).lower(spec.abstract.params, batch)
+        return jit_source_sums(config, mesh, 2).lower(spec.abstract.params, batch, np.zeros(8, np.int32))
 
     judging, without = program(batch), program(plain)
     assert judging.as_text().count("dot_general") == without.as_text().count("dot_general") > 0
@@ -143,13 +143,3 @@ def test_a_batch_of_one_kind_has_no_mean_of_the_other(
     assert int(metrics["skipped_updates"]) == 0
     lines = log_train(tmp_path, tiny_spec, metrics)
     assert {name for name in names if lines[0][name] is None} == none
-
-
-def test_bytes_are_those_of_language_alone(tiny_spec, tiny_step, one_device_mesh):
-    batch = mixed_batch(rows=4, teachers=(1, 2))
-    placed = on_mesh(batch, one_device_mesh)
-    by_hand = (batch["targets"] * batch["weights"])[[0, 3]].sum(axis=1)
-    np.testing.assert_allclose(placed["bytes"], [by_hand[0], 0, 0, by_hand[1]])
-    _, metrics = tiny_step(init_state(tiny_spec, 0), placed, np.float32(0))
-    total = float(metrics["language_loss"]) * batch["weights"][[0, 3]].sum() / math.log(2)
-    np.testing.assert_allclose(float(metrics["bits_per_byte"]), total / by_hand.sum(), rtol=1e-5)
