@@ -131,11 +131,15 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
 def _json_values(path: Path) -> Iterator[tuple[str, object]]:
     """The items of a JSON array, or JSON values one after another; memory holds one of them and a block."""
     decode = json.JSONDecoder().raw_decode
-    text, place, number, least = "", 0, 1, 0
+    pieces: list[str] = []
+    number, least = 1, 0  # number of the next record; characters that are read before it is tried again
     is_array = is_end = False
     for block in itertools.chain(_blocks(path), [""]):
-        text, place = text[place:] + block, 0
-        while not block or len(text) >= least:
+        pieces.append(block)
+        if block and sum(map(len, pieces)) < least:
+            continue
+        text, place = "".join(pieces), 0
+        while True:
             place = _SEPARATORS.match(text, place).end()  # type: ignore[union-attr]
             if place == len(text):
                 break
@@ -149,12 +153,14 @@ def _json_values(path: Path) -> Iterator[tuple[str, object]]:
                 try:
                     value, place = decode(text, place)
                 except (ValueError, RecursionError) as error:
-                    least = 2 * (len(text) - place)  # the rest of the record may not be read yet
-                    if not block or least > 2 * MAX_DOCUMENT_BYTES:
+                    size = len(text) - place
+                    if not block or size > MAX_DOCUMENT_BYTES:
                         raise ConfigError(f"{path}: record {number} is no JSON or {_TOO_LONG}: {error}") from None
+                    least = min(2 * size, MAX_DOCUMENT_BYTES + 1)  # the rest of the record may not be read yet
                     break
                 yield f"record {number}", value
                 number, least = number + 1, 0
+        pieces = [text[place:]]
     if is_array and not is_end:
         raise ConfigError(f"{path}: the array has no end after {number - 1} records")
 
