@@ -73,4 +73,5 @@ def _field(is_teacher: bool) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"flmjax: {line}", file=sys.stderr, flush=True)
+    printable = line.encode("utf-8", "backslashreplace").decode()  # names of files in bytes that are no UTF-8
+    print(f"flmjax: {printable}", file=sys.stderr, flush=True)

@@ -144,7 +144,7 @@ def _trains(settings: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Keep other processes of this machine out until the block ends; a killed process releases its lock, too."""
-    with path.open("w") as file:
+    with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
