@@ -49,7 +49,7 @@ def report_changes(data: DataConfig, prepared: Prepared) -> None:
             source = open_source()
         except ConfigError:
             continue
-        stored = prepared.meta["sources"][source.name]
+        stored = prepared.meta["sources"].get(source.name, {})
         if stored.get("stamp", source.stamp) != source.stamp:
             now = 0 if source.files is None else len(source.files.paths)
             _say(

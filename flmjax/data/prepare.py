@@ -109,7 +109,9 @@ def _settings(data: DataConfig) -> dict[str, Any]:
     settings = {field: getattr(data, field) for field in fields}
     for field in settings.keys() & {"sources", "teachers"}:
         settings[field] = [portable_name(name) for name in settings[field]]
-    if data.mixture is None and data.vocabulary is None:
+    if data.vocabulary is not None:
+        settings["vocabulary"] = portable_name(data.vocabulary)
+    elif data.mixture is None:
         settings["vocabulary"] = "sentencepiece"
     return json.loads(json.dumps(settings))
 

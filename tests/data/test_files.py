@@ -3,6 +3,7 @@
 import bz2
 import errno
 import gzip
+import lzma
 import os
 import sys
 import unicodedata
@@ -175,6 +176,8 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("", "a source is empty"),
+        (" ", "a source is empty"),
         ("x" * 300, "cannot be read: File name too long"),
         ("a\0b", "cannot be read: embedded null byte"),
         ("/dev/null", "is neither a regular file nor a folder"),
@@ -229,16 +232,23 @@ def test_names_of_any_bytes_are_keys_and_sources(tmp_path):
     assert document.key.encode("utf-8", "surrogateescape") == "名字.txt".encode("gbk")
 
 
-def test_a_zstandard_file_is_read_over_all_its_frames(tmp_path):
-    """A frame that can be skipped, as pzstd writes, holds no text; a file that was cut is refused."""
-    zstandard = pytest.importorskip("zstandard")
-    frames = [zstandard.compress(f"part {i}\n".encode() * 20_000) for i in range(3)]
-    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
-    path = tmp_path / "a.md.zst"
-    path.write_bytes(skipped + frames[0] + frames[1] + skipped + frames[2])
+def zstandard_compress(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard").compress(data)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress), (".zst", zstandard_compress)],
+)
+def test_a_compressed_file_is_read_over_all_its_frames(tmp_path, suffix, compress):
+    """Files of several frames come from pigz, pixz, pbzip2 and pzstd; padding and frames to be skipped hold no text."""
+    frames = [compress(f"part {i}\n".encode() * 20_000) for i in range(3)]
+    between = {".zst": b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc", ".xz": bytes(4)}.get(suffix, b"")
+    path = tmp_path / f"a.md{suffix}"
+    path.write_bytes(frames[0] + between + frames[1] + frames[2] + between)
     expected = "".join(f"part {i}\n" * 20_000 for i in range(3))[:-1]
     assert texts_of(path) == [expected]
-    for content in (frames[0] + frames[1][:-4], frames[0] + b"garbage!", b"garbage!", frames[0][:5]):
+    for content in (frames[0] + frames[1][:-4], frames[0] + b"garbage!" * 9, b"garbage!", frames[0][:5], b""):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"a\.md\.zst: not a complete \.zst file"):
+        with pytest.raises(ConfigError, match=rf"a\.md\{suffix}: not a complete \{suffix} file"):
             texts_of(path)

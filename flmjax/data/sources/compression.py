@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import functools
 import gzip
 import importlib
 import io
@@ -10,23 +11,61 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from flmjax.config import ConfigError
 
-_ZSTD_PIECE = 512  # compressed bytes read at once: 128 blocks of 4 bytes, each of at most 128 KiB: 16 MiB of text
+# Compressed bytes that are read at once. zstandard cannot limit the text of a piece: 128 blocks of 4 bytes, each of at
+# most 128 KiB of text, are 16 MiB.
+_PIECE = 512
+_TEXT = 1 << 20  # bytes of text that a piece gives at once, where that can be limited
 
 
-class _ZstdFile(io.RawIOBase):
-    """The text of all frames of a .zst file, by the package zstandard.
+class _Frame(Protocol):
+    """A decompressor of one frame, as those of bz2 and lzma."""
 
-    The package's own reader takes a file that was cut for a complete one, and ends after the first frame.
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _ZstandardFrame:
+    """A frame by the package zstandard."""
+
+    needs_input = True
+
+    def __init__(self, zstandard: ModuleType):
+        self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+    @property
+    def eof(self) -> bool:
+        """Whether the frame has ended."""
+        return self._frame.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """Bytes after the frame."""
+        return self._frame.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """The text of some bytes; `max_length` is not kept."""
+        return self._frame.decompress(data)
+
+
+class _Frames(io.RawIOBase):
+    """The text of all frames of a file.
+
+    The files of bz2, lzma and zstandard take a damaged frame after the first one, or a cut one, for the end.
     """
 
-    def __init__(self, path: Path, zstandard: ModuleType):
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    def __init__(self, path: Path, new_frame: Callable[[], _Frame]):
         self._file = path.open("rb")
-        self._frame: Any = None  # None between frames
+        self._new_frame = new_frame
+        self._frame: _Frame | None = None  # None between frames
         self._compressed = b""
         self._text = memoryview(b"")
 
@@ -37,14 +76,22 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer; returns the number of bytes, 0 at the end of the file."""
         while not self._text:
-            compressed = self._compressed or self._file.read(_ZSTD_PIECE)
-            if not compressed:
-                if self._frame is not None:
+            compressed = b""
+            if self._frame is None or self._frame.needs_input:
+                compressed = self._compressed or self._file.read(_PIECE)
+                self._compressed = b""
+                if not compressed and self._frame is not None:
                     raise EOFError("the file ends inside a frame")
-                return 0
-            frame = self._frame or self._decompressor.decompressobj()
-            self._text = memoryview(frame.decompress(compressed))
-            self._frame, self._compressed = (None, frame.unused_data) if frame.eof else (frame, b"")
+                if not compressed:
+                    return 0
+            if self._frame is None:
+                compressed = compressed.lstrip(b"\0")  # padding
+                if not compressed:
+                    continue
+                self._frame = self._new_frame()
+            self._text = memoryview(self._frame.decompress(compressed, _TEXT))
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
         count = min(len(buffer), len(self._text))
         buffer[:count] = self._text[:count]
         self._text = self._text[count:]
@@ -64,19 +111,21 @@ def _zstd() -> ModuleType | None:
     return None
 
 
-def _open_zstd(path: Path, mode: str) -> BinaryIO:
+def _zstd_frame() -> _Frame:
     module = _zstd()
     assert module is not None, "check_compressions refuses the file"
-    if module.__name__ == "zstandard":
-        return cast(BinaryIO, io.BufferedReader(_ZstdFile(path, module)))
-    return module.open(path, mode)
+    return _ZstandardFrame(module) if module.__name__ == "zstandard" else module.ZstdDecompressor()
+
+
+def _frames(new_frame: Callable[[], _Frame], path: Path, mode: str) -> io.BufferedReader:
+    return io.BufferedReader(_Frames(path, new_frame))
 
 
 COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
     ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".bz2": bz2.open,
-    ".zst": _open_zstd,
+    ".xz": functools.partial(_frames, lzma.LZMADecompressor),
+    ".bz2": functools.partial(_frames, bz2.BZ2Decompressor),
+    ".zst": functools.partial(_frames, _zstd_frame),
 }
 
 
@@ -104,6 +153,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         damaged.append(module.ZstdError)
     try:
         with cast(BinaryIO, COMPRESSIONS.get(suffix, open)(path, "rb")) as file:
+            if suffix in COMPRESSIONS and not path.stat().st_size:
+                raise EOFError("the file is empty")
             yield file
     except tuple(damaged) as error:
         raise ConfigError(f"{path}: not a complete {suffix} file: {error}") from error

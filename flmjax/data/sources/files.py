@@ -5,6 +5,7 @@ formats are read, all others and hidden entries are left out and counted. Links 
 several links lead to counts once, by device and inode.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import glob
@@ -61,16 +62,13 @@ class Files:
         return unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
 
     def stamp(self) -> str:
-        """sha256 (hexadecimal) of the paths below the root, sizes and modification times of the files.
-
-        Raises:
-            OSError: for a file that is gone.
-        """
+        """sha256 (hexadecimal) of the paths below the root, sizes and modification times of the files."""
         digest = hashlib.sha256()
         for path in self.paths:
-            status = path.stat()
-            digest.update(os.fsencode(path.relative_to(self.root)))
-            digest.update(f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
+            with contextlib.suppress(OSError):  # a file that is gone by now
+                status = path.stat()
+                digest.update(os.fsencode(path.relative_to(self.root)))
+                digest.update(b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
     def counts(self) -> dict[str, int]:
@@ -123,6 +121,8 @@ def find(
         ConfigError: if the path does not exist or is a file of another format; if no file of the folder or the glob is
             read; for a folder, a file or a link that cannot be read, and for a compression that needs a package.
     """
+    if not source.strip():
+        raise ConfigError(f"{field}: a source is empty; name a file, a folder or a glob ('.' is the current folder)")
     path = _local_path(source, field)
     walker = _Walker(field)
     status = walker.status(path, missing_ok=True)

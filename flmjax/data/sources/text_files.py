@@ -85,7 +85,8 @@ def _text_of(record: dict[str, Any], place: str) -> str:
     if not wrong and (names == ["text"] or {"instruction", "output"} <= {*names}):
         return "\n\n".join(record[name] for name in names if record[name])
     fields = f'{place} has neither "text" nor "instruction" and "output"; it has: {", ".join(record)}'
-    raise ConfigError("; ".join([fields, *wrong]))
+    cure = "correct it, or leave the file out (the glob FOLDER/**/*.txt takes a part of a folder)"
+    raise ConfigError("; ".join([fields, *wrong, cure]))
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------
