@@ -1,13 +1,14 @@
 """Text files as documents: plain text, Markdown and JSON records, also compressed."""
 
 import codecs
+import io
 import itertools
 import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flmjax.config import ConfigError
 from flmjax.data.sources.compression import opened
@@ -171,16 +172,17 @@ def _json_values(path: Path) -> Iterator[tuple[str, object]]:
 
 def _plain_lines(path: Path) -> Iterator[str]:
     """The lines of plain text; JSON records under a suffix of plain text are refused."""
-    is_first = True
-    for line in _lines(path):
-        if is_first and line.strip():
-            is_first = False
-            if _is_record(line.strip()):
-                raise ConfigError(
-                    f"{path}: its first line is a JSON record, but its suffix is '{format_of(path)}'; call it .jsonl "
-                    "(a record a line) or .json (an array), so that every record becomes a document"
-                )
+    lines = _lines(path)
+    for line in lines:
+        if _is_record(line.strip()):
+            raise ConfigError(
+                f"{path}: its first line is a JSON record, but its suffix is '{format_of(path)}'; call it .jsonl "
+                "(a record a line) or .json (an array), so that every record becomes a document"
+            )
         yield line
+        if line.strip():
+            break
+    yield from lines
 
 
 def _is_record(line: str) -> bool:
@@ -196,16 +198,18 @@ def _is_record(line: str) -> bool:
 
 def _lines(path: Path) -> Iterator[str]:
     with opened(path) as file:
-        yield from _decoded(_raw_lines(file, path), path)
-
-
-def _raw_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    number = 0
-    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        if len(line) > MAX_DOCUMENT_BYTES:
-            raise ConfigError(f"{path}: line {number} is {_TOO_LONG}; divide it, or remove it")
-        yield line
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")  # carriage returns stay in the text
+        number = 0
+        try:
+            while line := text.readline(MAX_DOCUMENT_BYTES + 1):
+                number += 1
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    raise ConfigError(f"{path}: line {number} is {_TOO_LONG}; divide it, or remove it")
+                yield line
+        except UnicodeDecodeError:
+            for _ in _blocks(path):  # names the byte
+                pass
+            raise
 
 
 def _blocks(path: Path) -> Iterator[str]:
