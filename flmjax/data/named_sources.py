@@ -1,15 +1,14 @@
 """Sources that the settings name: which of their files are left out, and whether they have changed since."""
 
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.prepared import Prepared
 from flmjax.data.sources import text_source
 from flmjax.data.sources.documents import Source
-from flmjax.data.sources.files import describe_left_out
+from flmjax.data.sources.files import say
 from flmjax.data.sources.freelm import teacher_source
 
 
@@ -30,14 +29,6 @@ def file_description(source: Source) -> dict[str, Any]:
     return {**stamp, "files": len(source.files.paths), "files_left_out": source.files.counts()}
 
 
-def report_left_out(sources: Iterable[Source]) -> None:
-    """Say on standard error which files of the sources are not read."""
-    for source in sources:
-        if source.files is not None and source.files.left_out:
-            count, left_out = len(source.files.paths), describe_left_out(source.files)
-            _say(f"{_field(source.is_teacher)}: '{source.name}': {count} files; left out: {left_out}")
-
-
 def report_changes(data: DataConfig, prepared: Prepared) -> None:
     """Say on standard error which sources have changed since `prepared` was written.
 
@@ -52,7 +43,7 @@ def report_changes(data: DataConfig, prepared: Prepared) -> None:
         stored = prepared.meta["sources"].get(source.name, {})
         if stored.get("stamp", source.stamp) != source.stamp:
             now = 0 if source.files is None else len(source.files.paths)
-            _say(
+            say(
                 f"{field}: '{source.name}' has changed since {prepared.directory} was prepared "
                 f"({stored.get('files')} files then, {now} now); its old text is used. To prepare it anew, delete that "
                 "folder, or set data.directory to another one"
@@ -70,8 +61,3 @@ def _entries(data: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
 
 def _field(is_teacher: bool) -> str:
     return "data.teachers" if is_teacher else "data.sources"
-
-
-def _say(line: str) -> None:
-    printable = line.encode("utf-8", "backslashreplace").decode()  # names of files in bytes that are no UTF-8
-    print(f"flmjax: {printable}", file=sys.stderr, flush=True)

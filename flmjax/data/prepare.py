@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
-from flmjax.data.named_sources import file_description, named_sources, report_changes, report_left_out
+from flmjax.data.named_sources import file_description, named_sources, report_changes
 from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta, sha256
 from flmjax.data.sources.documents import Document, Source
-from flmjax.data.sources.files import portable_name
+from flmjax.data.sources.files import portable_name, report_left_out
 from flmjax.data.sources.freelm import marks
 from flmjax.data.spool import SPLITS, Spool, slugs
 from flmjax.data.tokenizers import (
@@ -194,7 +194,8 @@ class _Preparation:
 
     def run(self) -> None:
         """Read the sources, train or load the vocabulary, tokenise and seal; finished steps are not repeated."""
-        report_left_out(self.sources)
+        for source in self.sources:
+            report_left_out(self.field(source), source.name, source.files)
         self.open()
         spools = self.read()
         tokenizer = self.vocabulary or self.train_vocabulary(spools)

@@ -11,7 +11,7 @@ import unicodedata
 import pytest
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data.sources import hsk, python_docs, text_files, text_source
+from flmjax.data.sources import python_docs, text_files, text_source
 from flmjax.data.sources.documents import Document
 from flmjax.data.sources.freelm import teacher_source
 
@@ -55,10 +55,12 @@ def test_hsk_documents_are_groups_of_chinese_and_english_lines():
     assert all(1 <= text.count("\n\n") + 1 <= 12 for text in documents)
 
 
-def test_hsk_without_its_package_names_the_install_command(monkeypatch):
+def test_hsk_without_its_package_names_the_install_command_at_once(monkeypatch):
+    teacher = lambda name: teacher_source(name, DataConfig())
     monkeypatch.setitem(sys.modules, "hsk_sentences_audio", None)
-    with pytest.raises(ConfigError, match=r"pip install 'flmjax\[data\]'"):
-        next(hsk.documents())
+    for name, source in (("hsk", text_source), ("hsk_levels", teacher), ("hsk_translations", teacher)):
+        with pytest.raises(ConfigError, match=r"pip install 'flmjax\[data\]'"):
+            source(name)
 
 
 def test_two_blank_lines_separate_txt_documents(tmp_path):

@@ -35,10 +35,11 @@ def text_source(name: str, split_by: str = "text", field: str = "data.sources") 
         field: the setting that error messages name.
 
     Raises:
-        ConfigError: at once for a name that is neither built in nor a path; at the first document for a missing
-            optional package; while reading for a file that is not UTF-8 (with the file and the byte).
+        ConfigError: at once for a name that is neither built in nor a path, for a file or a folder that cannot be read,
+            and for a missing optional package; while reading as text_files.documents.
     """
     if name in BUILT_IN:
+        BUILT_IN[name]()  # a missing package is named at once; no document is read
         return Source(name, BUILT_IN[name], stamp=name)  # the corpora are part of the installation
     files = find(name, BUILT_IN, field)
     read = lambda: text_files.documents(files, split_by == "path")

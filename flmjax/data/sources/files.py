@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import stat
+import sys
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -82,6 +83,18 @@ def describe_left_out(files: Files) -> str:
     for label, paths in sorted(files.left_out.items()):
         words.append(f"{len(paths)} {label} ({paths[0].name}{', ...' * (len(paths) > 1)})")
     return ", ".join(words)
+
+
+def report_left_out(field: str, source: str, files: Files | None) -> None:
+    """Say on standard error which files of a source are not read, if there are any."""
+    if files is not None and files.left_out:
+        say(f"{field}: '{source}': {len(files.paths)} files; left out: {describe_left_out(files)}")
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, whatever bytes are in the names of files."""
+    printable = line.encode("utf-8", "backslashreplace").decode()
+    print(f"flmjax: {printable}", file=sys.stderr, flush=True)
 
 
 def uncompressed_name(path: Path) -> str:

@@ -180,6 +180,7 @@ def teacher_source(name: str, data: DataConfig) -> Source:
     """
     kind, colon, rest = name.partition(":")
     if name in BUILT_IN:
+        BUILT_IN[name](data.validation_fraction)  # a missing package is named at once; no document is read
         return Source(name, lambda: BUILT_IN[name](data.validation_fraction), True, stamp=name)
     if kind == "topic" and colon:
         text = text_source(rest, data.split_by, "data.teachers")

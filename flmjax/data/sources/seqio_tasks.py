@@ -12,6 +12,7 @@ from typing import Any
 from flmjax.config import ConfigError, nearest
 from flmjax.data.sources import text_source
 from flmjax.data.sources.documents import as_document, key_bytes
+from flmjax.data.sources.files import report_left_out
 from flmjax.data.sources.freelm import TEMPLATES, Template, propositions
 from flmjax.data.tokenizers import Cl100kTokenizer
 from flmjax.stderr import captured_stderr
@@ -55,10 +56,16 @@ def local_files_source(files: Mapping[str, str | Sequence[str]], split_by: str =
         split_by: as in the settings.
     """
 
+    said: set[str] = set()  # entries whose files were reported; a split is read several times
+
     def elements(split: str) -> Iterator[dict[str, str | bytes]]:
         entries = files[split]
         for entry in (entries,) if isinstance(entries, str) else entries:
-            for document in map(as_document, text_source(entry, split_by, f"split '{split}'").read()):
+            source = text_source(entry, split_by, f"split '{split}'")
+            if entry not in said:
+                said.add(entry)
+                report_left_out(f"split '{split}'", source.name, source.files)
+            for document in map(as_document, source.read()):
                 yield {"text": document.text, "key": key_bytes(document.key or "")}
 
     def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:

@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError
-from flmjax.data.sources.files import Files, find
+from flmjax.data.sources.files import Files, find, report_left_out
 from flmjax.data.sources.text_files import documents
 
 SPLITS = ("train", "validation")
@@ -59,7 +59,8 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
         for path in files.paths:
             one_file = Files([path], files.root)
             for i, document in enumerate(documents(one_file)):
-                name = f"{path.relative_to(files.root)}#{i}"
+                relative = os.fsencode(path.relative_to(files.root)).decode("utf-8", "backslashreplace")
+                name = f"{relative}#{i}"
                 yield name, {"text": document.text, "id": name, "key": document.key or ""}
 
 
@@ -73,7 +74,7 @@ def build(folder: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> T
     Raises:
         ConfigError: for a folder without text files, or with files beside the folders of its splits.
     """
-    find(os.fspath(folder), (), "folder")
+    report_left_out("folder", os.fspath(folder), find(os.fspath(folder), (), "folder"))
     root = Path(data_dir)
     config = tfds.download.DownloadConfig(manual_dir=os.path.abspath(folder))
     shutil.rmtree(root / TextFolder.name / str(TextFolder.VERSION), ignore_errors=True)
