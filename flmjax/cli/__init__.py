@@ -1,5 +1,6 @@
 """`flmjax COMMAND --config=FILE[:WORDS] [--config.FIELD=VALUE ...] --workdir=DIR`: flags to dataclasses to one call."""
 
+import io
 import os
 import sys
 
@@ -20,6 +21,9 @@ def main(argv: list[str]) -> int:
         The exit status: 0, 1 for an error while the command ran, 2 for a command line that cannot be meant, 130 for an
         interruption.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of any encoding shows names and texts of any characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         if argv == ["--version"]:
             print(version_text())

@@ -42,6 +42,11 @@ def summary(stream: TrainingStream) -> str:
         f"{prepared.meta.get('duplicates', 0):,} documents repeat another one, "
         f"{prepared.meta.get('held_out_in_training', 0):,} held-out texts are also in the training text"
     ]
+    for source in prepared.sources:
+        if left_out := prepared.meta["sources"][source].get("files_left_out"):
+            count = prepared.meta["sources"][source]["files"]
+            labels = ", ".join(f"{number} {label}" for label, number in left_out.items())
+            notes.append(f"{source}: {count:,} files; left out: {labels}")
     if prepared.marks is not None:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
         place = prepared.marks.differs + 1

@@ -22,6 +22,7 @@ from flmjax.data.batch import Batch, BatchKind
 from flmjax.data.mixture import ENDLESS, ExactPhase, MixturePhase, SampleOrder, exact_phases, mixture_schedule
 from flmjax.data.packing import first_propositions, make_proposition_row, make_row, num_rows
 from flmjax.data.prepared import Prepared, short_names
+from flmjax.data.sources.documents import key_bytes
 
 STREAM_VERSION = 1  # of the rules in this package that decide sample n
 
@@ -67,7 +68,7 @@ class TrainingStream:
         order = SampleOrder(self._phases, self._is_teacher)
         datasets = []
         for source in self.prepared.sources:
-            seed = int.from_bytes(hashlib.sha256(f"{self.seed} {source}".encode()).digest()[:4])
+            seed = int.from_bytes(hashlib.sha256(key_bytes(f"{self.seed} {source}")).digest()[:4])
             datasets.append(grain.MapDataset.source(self._rows(source, "train")).shuffle(seed=seed).repeat())
         return grain.MapDataset.select_from_datasets(datasets, order)
 

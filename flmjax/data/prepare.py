@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,11 +23,12 @@ from tqdm import tqdm
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
+from flmjax.data.named_sources import file_description, named_sources, report_changes
 from flmjax.data.prepared import CORRECTIONS, FORMAT, META_FILE, Prepared, load, read_meta, sha256
-from flmjax.data.sources import text_source
 from flmjax.data.sources.documents import Document, Source
-from flmjax.data.sources.freelm import marks, teacher_source
-from flmjax.data.spool import SPLITS, Spool
+from flmjax.data.sources.files import portable_name, report_left_out
+from flmjax.data.sources.freelm import marks
+from flmjax.data.spool import SPLITS, Spool, slugs
 from flmjax.data.tokenizers import (
     MODEL_FILE,
     SETTINGS_FILE,
@@ -60,7 +60,8 @@ def prepare(
     Memory holds some parts of 4 to 32 MB of text for each process, and a few bytes for each document; while this runs,
     the disk holds the text and a second copy of the tokens. For 16 MB of text or more, processes are started: a script
     that calls this needs Python's `if __name__ == "__main__":`. If another process is preparing `directory`, this one
-    waits for it. Files that change after the preparation are not noticed.
+    waits for it. Standard error says which files are left out, and for an existing directory which sources have changed
+    since; it keeps its text.
 
     Args:
         sources: documents of each entry of data.sources and data.teachers, in place of built-in corpora and files.
@@ -79,16 +80,17 @@ def prepare(
     if sources is not None and set(sources) != set(names):
         raise ConfigError(f"sources are {sorted(sources)}, but data.sources and data.teachers are {sorted(names)}")
     if (directory / META_FILE).exists():
-        return _load_same(directory, settings, full_check)
+        return _load_same(directory, data, settings, full_check, sources is None)
+    partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
+    preparation = _Preparation(data, settings, partial, sources, progress)  # a wrong name leaves nothing behind
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _lock(directory.with_name(f".{directory.name}.lock")):
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
-            return _load_same(directory, settings, full_check)
+            return _load_same(directory, data, settings, full_check, False)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
-        partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
         try:
-            _Preparation(data, settings, partial, sources, progress).run()
+            preparation.run()
             os.replace(partial, directory)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,12 +107,18 @@ def _settings(data: DataConfig) -> dict[str, Any]:
     if data.mixture is not None or data.teachers:
         fields += ["true_mark", "false_mark"]
     settings = {field: getattr(data, field) for field in fields}
-    if data.mixture is None and data.vocabulary is None:
+    for field in settings.keys() & {"sources", "teachers"}:
+        settings[field] = [portable_name(name) for name in settings[field]]
+    if data.vocabulary is not None:
+        settings["vocabulary"] = portable_name(data.vocabulary)
+    elif data.mixture is None:
         settings["vocabulary"] = "sentencepiece"
     return json.loads(json.dumps(settings))
 
 
-def _load_same(directory: Path, settings: dict[str, Any], full: bool) -> Prepared:
+def _load_same(
+    directory: Path, data: DataConfig, settings: dict[str, Any], full: bool, check_sources: bool
+) -> Prepared:
     default = _settings(DataConfig())
     stored = {**default, **read_meta(directory)["settings"]}
     current = {**default, **settings}
@@ -124,7 +132,10 @@ def _load_same(directory: Path, settings: dict[str, Any], full: bool) -> Prepare
     ]
     if differing:
         raise ConfigError(f"{directory} was prepared with other settings: {'; '.join(differing)}; choose another one")
-    return load(directory, full)
+    prepared = load(directory, full)
+    if check_sources:
+        report_changes(data, prepared)
+    return prepared
 
 
 def _trains(settings: dict[str, Any]) -> bool:
@@ -135,7 +146,7 @@ def _trains(settings: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Keep other processes of this machine out until the block ends; a killed process releases its lock, too."""
-    with path.open("w") as file:
+    with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -174,9 +185,8 @@ class _Preparation:
                     f"data.mixture='{data.mixture}': {', '.join(tasks)}; None takes the mixture's rates"
                 )
         else:
-            self.sources = [text_source(name, data.split_by) for name in data.sources]
-            self.sources += [teacher_source(name, data) for name in data.teachers]
-        self.slugs = _slugs(tuple(source.name for source in self.sources))
+            self.sources = named_sources(data)
+        self.slugs = slugs(tuple(source.name for source in self.sources))
         self.has_teacher = any(source.is_teacher for source in self.sources)
         self.vocabulary = self.ready_vocabulary(mixture_vocabulary)  # errors are raised before a source is read
         if self.vocabulary is not None and self.has_teacher:
@@ -184,6 +194,8 @@ class _Preparation:
 
     def run(self) -> None:
         """Read the sources, train or load the vocabulary, tokenise and seal; finished steps are not repeated."""
+        for source in self.sources:
+            report_left_out(self.field(source), source.name, source.files)
         self.open()
         spools = self.read()
         tokenizer = self.vocabulary or self.train_vocabulary(spools)
@@ -206,6 +218,7 @@ class _Preparation:
                 "is_teacher": source.is_teacher,
                 "duplicates": spool.duplicates(),
                 "changed": 0,  # documents whose tokens do not decode to their text
+                **file_description(source),
             }
             for split in SPLITS:
                 stem = self.folder / f"{spool.slug}-{split}"
@@ -240,14 +253,15 @@ class _Preparation:
             spool.delete()
         (self.folder / PROGRESS_FILE).unlink()
         (self.folder / VOCABULARY_FILE).unlink()
-        (self.folder / META_FILE).write_text(json.dumps(meta, indent=1, ensure_ascii=False))
+        # ASCII: it also holds the bytes of file names that are no UTF-8.
+        (self.folder / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     def open(self) -> None:
         """Create the folder, or keep the work of an earlier process: its settings and stamps must be the same."""
         progress = self.folder / PROGRESS_FILE
         current = {"settings": self.settings, "stamps": {source.name: source.stamp for source in self.sources}}
         try:
-            stored = json.loads(progress.read_text())
+            stored = json.loads(progress.read_text(encoding="utf-8"))
             same = stored["settings"] == self.settings and list(stored["stamps"]) == list(current["stamps"])
         except (OSError, ValueError, KeyError, TypeError):
             same = False
@@ -260,7 +274,7 @@ class _Preparation:
                     Spool(self.folder, slug).forget()
             for part in self.folder.glob("*.part*"):  # their vocabulary may have been trained on the old text
                 part.unlink()
-        progress.write_text(json.dumps(current))
+        progress.write_text(json.dumps(current), encoding="utf-8")
 
     def read(self) -> dict[str, Spool]:
         """The documents of every source on disk."""
@@ -324,20 +338,11 @@ class _Preparation:
     def save_vocabulary(self, tokenizer: Tokenizer) -> list[str]:
         """Write the vocabulary and return the names of its files; parts with the ids of another one are removed."""
         path = self.folder / VOCABULARY_FILE
-        if not path.exists() or path.read_text() != tokenizer.fingerprint:
+        if not path.exists() or path.read_text(encoding="utf-8") != tokenizer.fingerprint:
             for old in (*self.folder.glob("*.part*"), self.folder / MODEL_FILE, self.folder / SETTINGS_FILE):
                 old.unlink(missing_ok=True)
-            path.write_text(tokenizer.fingerprint)
+            path.write_text(tokenizer.fingerprint, encoding="utf-8")
         return [saved.name for saved in tokenizer.save(self.folder)]
-
-
-def _slugs(sources: tuple[str, ...]) -> list[str]:
-    """Names of the sources in file names: letters and digits, and a hash if the name has other characters."""
-    slugs = []
-    for source in sources:
-        plain = re.sub(r"[^a-z0-9_]", "-", source.lower()).strip("-")[-40:]
-        slugs.append(plain if plain == source else f"{plain}-{hashlib.sha256(source.encode()).hexdigest()[:8]}")
-    return slugs
 
 
 def _watched(items: Iterable[Any], label: str, progress: bool) -> Iterator[Any]:

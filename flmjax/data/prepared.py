@@ -205,13 +205,13 @@ def load(directory: Path, full: bool = False) -> Prepared:
             raise ConfigError(f"{path} has changed: its sha256 is not that of {META_FILE}; prepare again")
     if verified != stamps:
         with contextlib.suppress(OSError):  # the directory may be read-only
-            (directory / VERIFIED_FILE).write_text(json.dumps(stamps))
+            (directory / VERIFIED_FILE).write_text(json.dumps(stamps), encoding="utf-8")
     return Prepared(directory, meta, load_tokenizer(directory))
 
 
 def _read_verified(directory: Path) -> dict[str, list[int]]:
     try:
-        return json.loads((directory / VERIFIED_FILE).read_text())
+        return json.loads((directory / VERIFIED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -224,7 +224,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """
     path = directory / META_FILE
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         stored_format = meta["format"]
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no prepared data ({META_FILE} is missing)") from None

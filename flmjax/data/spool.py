@@ -4,6 +4,7 @@ import array
 import dataclasses
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flmjax.config import ConfigError
-from flmjax.data.sources.documents import Document, as_document, is_held_out
+from flmjax.data.sources.documents import Document, as_document, is_held_out, key_bytes
 
 SPLITS = ("train", "validation")
 NO_JUDGEMENT = 2  # a text; 1 is a true proposition, 0 a false one
@@ -78,7 +79,7 @@ class Spool:
                 if not raw.strip():
                     continue
                 text_hash = hashlib.sha256(raw).digest()
-                key = raw if document.key is None else document.key.encode()
+                key = raw if document.key is None else key_bytes(document.key)
                 split = document.split or ("validation" if is_held_out(key, fraction) else "train")
                 files[split].write(raw)
                 sizes, judgements, hashes = columns[split]
@@ -120,6 +121,15 @@ class Spool:
         """Remove the files of the spool."""
         for path in (*self._paths.values(), self._columns_path):
             path.unlink()
+
+
+def slugs(sources: Iterable[str]) -> list[str]:
+    """Names of the sources in file names: letters and digits, and a hash if the name has other characters."""
+    names = []
+    for source in sources:
+        plain = re.sub(r"[^a-z0-9_]", "-", source.lower()).strip("-")[-40:]
+        names.append(plain if plain == source else f"{plain}-{hashlib.sha256(key_bytes(source)).hexdigest()[:8]}")
+    return names
 
 
 def _encoded(text: object, index: int, source: str) -> bytes:

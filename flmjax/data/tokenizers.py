@@ -358,7 +358,7 @@ def _read_model(path: Path, end_id: int | None = None) -> SentencePieceTokenizer
 
 def _write_settings(directory: Path, **settings: Any) -> Path:
     path = directory / SETTINGS_FILE
-    path.write_text(json.dumps(settings))
+    path.write_text(json.dumps(settings), encoding="utf-8")
     return path
 
 

@@ -49,9 +49,10 @@ def main() -> None:
 def load_texts(files: list[Path]) -> list[str]:
     """Documents to repeat."""
     from flmjax.data.sources import hsk, python_docs, text_files
+    from flmjax.data.sources.files import Files
 
     if files:
-        return [d.text for f in files for d in text_files.documents(text_files.Files([f], f.parent))]
+        return [d.text for f in files for d in text_files.documents(Files([f], f.parent))]
     return [*python_docs.documents(), *(d.text for d in hsk.documents())]
 
 

@@ -1,15 +1,19 @@
 """Sources of documents: built-in corpora and text files, and what they say about bad input."""
 
+import bz2
 import gzip
 import json
 import lzma
+import subprocess
 import sys
+import unicodedata
 
 import pytest
 
-from flmjax.config import ConfigError
-from flmjax.data.sources import hsk, python_docs, text_source
+from flmjax.config import ConfigError, DataConfig
+from flmjax.data.sources import python_docs, text_files, text_source
 from flmjax.data.sources.documents import Document
+from flmjax.data.sources.freelm import teacher_source
 
 
 def read_source(name, split_by="text"):
@@ -51,10 +55,12 @@ def test_hsk_documents_are_groups_of_chinese_and_english_lines():
     assert all(1 <= text.count("\n\n") + 1 <= 12 for text in documents)
 
 
-def test_hsk_without_its_package_names_the_install_command(monkeypatch):
+def test_hsk_without_its_package_names_the_install_command_at_once(monkeypatch):
+    teacher = lambda name: teacher_source(name, DataConfig())
     monkeypatch.setitem(sys.modules, "hsk_sentences_audio", None)
-    with pytest.raises(ConfigError, match=r"pip install 'flmjax\[data\]'"):
-        next(hsk.documents())
+    for name, source in (("hsk", text_source), ("hsk_levels", teacher), ("hsk_translations", teacher)):
+        with pytest.raises(ConfigError, match=r"pip install 'flmjax\[data\]'"):
+            source(name)
 
 
 def test_two_blank_lines_separate_txt_documents(tmp_path):
@@ -161,6 +167,156 @@ def test_a_line_that_is_no_document_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(b"\n" + line)
     with pytest.raises(ConfigError, match=message):
         read_source(str(tmp_path))
+
+
+RECORDS = [{"text": f"text {i} \n\n\n 文", "more": [i, {"text": "]"}]} for i in range(5)]
+TEXTS = [record["text"] for record in RECORDS]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".bz2"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".JSON"])
+def test_json_lines_are_as_many_documents_as_lines(tmp_path, suffix, compression):
+    """datajuicer/data-juicer#919: JSON lines under another suffix became one document."""
+    compress = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[compression]
+    path = tmp_path / f"a{suffix}{compression}"
+    path.write_bytes(compress("\n".join(json.dumps(record) for record in RECORDS).encode()))
+    for source in (path, tmp_path, f"{tmp_path}/*"):
+        assert read_source(str(source)) == TEXTS
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("value", ["array", "objects", "nothing"])
+def test_a_json_file_may_be_an_array_or_objects_over_lines(tmp_path, monkeypatch, value, indent):
+    monkeypatch.setattr(text_files, "BLOCK", 7)  # every record is cut by blocks
+    path = tmp_path / "a.json"
+    match value:
+        case "array":
+            path.write_text("\ufeff \n" + json.dumps(RECORDS, indent=indent, ensure_ascii=False) + "\n")
+        case "objects":
+            path.write_text("\n".join(json.dumps(record, indent=indent) for record in RECORDS))
+        case "nothing":
+            path.write_text("[\n]")
+    assert read_source(str(path)) == ([] if value == "nothing" else TEXTS)
+    if value == "array":
+        keys = [document.key for document in text_source(str(path), "path").read()]
+        assert keys[:2] == ["a.json: record 1", "a.json: record 2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"}, {"text": "b"', r"a\.json: record 2 is no JSON or longer than"),
+        ('[{"text": "a"}', "the array has no end after 1 records"),
+        ('[{"text": "a"}] {"text": "b"}', "there is text after the array"),
+        ('[{"text": "a"}, 5]', "record 2 is no JSON object but 5"),
+        ('["a", "b"]', 'record 1 is no JSON object but "a"'),
+        ('{\n "data": [{"text": "a"}]\n}', 'record 1 has neither "text" nor .* it has: data'),
+        ('{\n "text": \n}', "record 1 is no JSON"),
+        ("text", "line 1 is not JSON"),
+        ('[{"text": "' + "\\ud83d" + '"}]', "record 1 holds half of a surrogate pair"),
+        ("[" * 100_000, "record 1 is no JSON"),
+    ],
+)
+def test_a_json_file_of_other_content_is_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.md", "a.jl", "a.data.gz", "a.docs.txt"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "a"}\n{"text": "b"}',
+        '\n [{"text": "a"}, {"text": "b"}]',
+        '{"instruction": "a", "output": "b"}',
+    ],
+)
+def test_json_records_under_a_suffix_of_text_are_refused(tmp_path, name, content):
+    """datajuicer/data-juicer#919."""
+    raw = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    with pytest.raises(ConfigError, match=rf"{name}: its first line is a JSON record, but .* call it \.jsonl"):
+        read_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", ["{text}", '{"a": 1}\n{"a": 2}', "[1] Smith et al.", '["text"]', "{", "[{"])
+def test_text_that_begins_with_a_brace_is_text(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    assert read_source(str(tmp_path)) == [content]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, 5, True, [], {}, ["a"]])
+@pytest.mark.parametrize("field", ["text", "instruction", "input", "output"])
+def test_a_field_that_is_no_text_is_refused_if_it_is_false_too(tmp_path, field, value):
+    """NVIDIA-NeMo/Megatron-Bridge#5907: a field of 0 was taken for a missing one."""
+    record = {"instruction": "add", "input": "1", "output": "5", field: value}
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(record))
+    with pytest.raises(ConfigError, match=r'a\.jsonl: line 2 has neither "text" nor'):
+        read_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["text", "input", "key"])
+def test_a_field_that_is_null_is_missing(tmp_path, field):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "add", "output": "5", field: None}))
+    (document,) = text_source(str(tmp_path)).read()
+    assert document == Document("add\n\n5")
+
+
+@pytest.mark.parametrize("value", [0, False, [], {}])
+def test_a_key_of_zero_is_refused_everywhere(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**RECORDS[0], "key": value}))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"premise": "a", "hypothesis": "b", "label": 0, "key": value}))
+    for source in (text_source(f"{tmp_path}/a.jsonl"), teacher_source(f"rte:{tmp_path}/t.jsonl", DataConfig())):
+        with pytest.raises(ConfigError, match=r'line 1: its "key" is .*, but must be a text'):
+            list(source.read())
+
+
+def test_keys_of_records_are_equal_composed_and_decomposed(tmp_path):
+    lines = [json.dumps({"text": "a", "key": unicodedata.normalize(form, "Żółć")}) for form in ("NFC", "NFD")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert len({document.key for document in text_source(str(tmp_path)).read()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '\n{"text": "' + "a" * 1000 + '"}', r"a\.jsonl: line 2 is longer than .*; divide it"),
+        ("a.txt", "one\n\n\ntwo " + "a" * 1000, r"a\.txt: line 4 is longer"),
+        ("a.txt", "one\n\n\n" + "two 文\n\n" * 120, r"a\.txt: the document at line 4 is .* \(in this file two blank"),
+        ("a.docs.txt", "one\n\n" + "two\n" * 300, r"the document at line 3 is .* \(in this file a blank line ends one"),
+        ("a.md", "\none\n\n\n" * 300, r"the document at line 2 is .* \(in this file the end of the file ends"),
+        ("a.md", "a\n" + "\n" * 2000, r"the document at line 1 is"),
+        ("a.json", '[{"text": "a"}, {"text": "' + "a" * 5000, r"a\.json: record 2 is no JSON or longer than"),
+        ("a.json", '[{"text": "a"}, {"text": "' + "a" * 5000 + '"}]', r"record 2 is no JSON or longer than"),
+    ],
+)
+def test_a_document_has_a_greatest_size(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(text_files, "BLOCK", 100)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    with pytest.raises(ConfigError, match=message.replace(name.replace(".", r"\."), rf"{name}\.gz")):
+        read_source(str(tmp_path))
+
+
+def test_memory_does_not_grow_with_a_long_line_in_a_small_file(tmp_path):
+    """A gz of some 600 kB that holds one line of 600 MB took more than twice that in memory."""
+    zeros = b"a" * (1 << 20)
+    for name in ("a.jsonl.gz", "a.json.gz", "a.txt.gz"):
+        with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
+            file.write(b'[{"text": "' if name == "a.json.gz" else b"")
+            for _ in range(600):
+                file.write(zeros)
+        code = (
+            "import sys; from flmjax.config import ConfigError; from flmjax.data.sources import text_source\n"
+            "try: list(text_source(sys.argv[1]).read())\n"
+            "except ConfigError as error: print(error)\n"
+            "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+        )
+        line = [sys.executable, "-c", code, str(tmp_path / name)]
+        message, kilobytes = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert "longer than 64 MiB" in message
+        assert int(kilobytes) < 400_000, name
 
 
 def test_parallel_pages_of_two_folders_have_one_key(tmp_path):

@@ -11,7 +11,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data.sources import seqio_mixture, seqio_tasks, text_files, tfds_folder
+from flmjax.data.sources import files, seqio_mixture, seqio_tasks, text_files, tfds_folder
 
 FILES = {
     "b.txt": "First\ntext\n\n\n第二篇\n",
@@ -43,7 +43,7 @@ def decoded(elements):
 def test_seqio_and_grain_read_the_documents_of_text_files(tmp_path):
     folder = write(tmp_path / "text")
     builder = tfds_folder.build(folder, tmp_path / "data")
-    expected = list(text_files.documents(text_files.find(str(folder), ())))
+    expected = list(text_files.documents(files.find(str(folder), ())))
     assert list(builder.info.splits) == ["train"]
     by_grain = decoded(grain.MapDataset.source(builder.as_data_source("train")))
     assert [(row["text"], row["key"]) for row in by_grain] == [(d.text, d.key or "") for d in expected]
@@ -63,7 +63,7 @@ def test_folders_train_and_validation_are_splits_of_a_task(tmp_path, monkeypatch
     source = seqio.TfdsDataSource("text_folder:1.0.0", tfds_data_dir=str(tmp_path / "data"))
     seqio_tasks.add_text_task("folder", source)
     (read,) = seqio_mixture.read_mixture(DataConfig(mixture="folder")).sources
-    expected = text_files.documents(text_files.find(str(tmp_path / "text/train"), ()))
+    expected = text_files.documents(files.find(str(tmp_path / "text/train"), ()))
     assert [d for d in read.read() if d.split == "train"] == [d._replace(split="train") for d in expected]
     assert [d.text for d in read.read() if d.split == "validation"] == ["held out"]
 

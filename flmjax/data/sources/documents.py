@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from flmjax.data.sources.files import Files
+
 
 class Document(NamedTuple):
     """One text, or one proposition of a teacher.
@@ -32,17 +34,24 @@ class Source:
         is_teacher: True if all documents are propositions, False if all are texts.
         stamp: changes when the documents may have changed (paths, sizes and times of files). A preparation that was
             interrupted keeps the text of a source whose stamp is the same. None: unknown, so the source is read again.
+        files: the files that are read and those that are left out; None for a source that is no files.
     """
 
     name: str
     read: Callable[[], Iterator[Document | str]]
     is_teacher: bool = False
     stamp: str | None = None
+    files: Files | None = None
 
 
 def as_document(document: Document | str) -> Document:
     """A text as a Document; a Document as it is."""
     return document if isinstance(document, Document) else Document(document)
+
+
+def key_bytes(key: str) -> bytes:
+    """A key in UTF-8; a surrogate that stands for a byte of a file's name (PEP 383) is that byte."""
+    return key.encode("utf-8", "surrogateescape")
 
 
 def is_held_out(key: bytes, fraction: float) -> bool:

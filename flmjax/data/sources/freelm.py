@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from flmjax.config import ConfigError, DataConfig, nearest
 from flmjax.data.sources import BUILT_IN as BUILT_IN_TEXTS
 from flmjax.data.sources import hsk, text_source
-from flmjax.data.sources.documents import Document, Source, as_document, is_held_out
-from flmjax.data.sources.text_files import Files, find, json_lines, key_of, stamp
+from flmjax.data.sources.documents import Document, Source, as_document, is_held_out, key_bytes
+from flmjax.data.sources.files import RECORD_SUFFIXES, Files, find, portable_name
+from flmjax.data.sources.text_files import json_records, key_of
 from flmjax.data.tokenizers import Tokenizer
 
 RESERVOIR = 1000  # second texts of earlier pairs, from which false pairs are drawn
@@ -133,7 +134,7 @@ def propositions(example: Mapping[str, Any], template: Template) -> Iterator[Doc
     right = template.labels[label]
     wrong = sorted({word for word in template.labels.values() if word != right})
     try:
-        key = example.get("key") or template.text.format(**{**example, "label": ""})
+        key = example.get("key", template.text.format(**{**example, "label": ""}))
         yield Document(template.text.format(**{**example, "label": right.format(**example)}), key, True)
         word = random.Random(template.text.format(**{**example, "label": ""})).choice(wrong)
         yield Document(template.text.format(**{**example, "label": word.format(**example)}), key, False)
@@ -153,7 +154,7 @@ def judged_pairs(pairs: Iterable[tuple[str, str, str]], text: str, fraction: flo
     earlier: dict[bool, list[str]] = {False: [], True: []}  # second texts, by whether they are held out
     for key, first, second in pairs:
         chance = random.Random(f"{key}\n{first}\n{second}")  # seeded by a str, which is the same in every process
-        others = earlier[is_held_out(key.encode(), fraction)]
+        others = earlier[is_held_out(key_bytes(key), fraction)]
         yield Document(text.format(first=first, second=second), key, True)
         if others and (other := chance.choice(others)) != second:
             yield Document(text.format(first=first, second=other), key, False)
@@ -168,37 +169,39 @@ def teacher_source(name: str, data: DataConfig) -> Source:
 
     An entry is one of:
         a name in BUILT_IN;
-        `translation:FILES`: .jsonl files with two texts a line;
+        `translation:FILES`: files of JSON records with two texts;
         `topic:SOURCE`: paragraphs of any entry of data.sources;
-        `TEMPLATE:FILES`: .jsonl files with the fields of a template in TEMPLATES;
-        `FILES`: .jsonl files with "proposition" and "judgement" (true or false).
+        `TEMPLATE:FILES`: files of JSON records with the fields of a template in TEMPLATES;
+        `FILES`: files of JSON records with "proposition" and "judgement" (true or false).
+    FILES is a file, a folder or a glob; the suffixes .jsonl, .ndjson and .json are read from a folder.
 
     Raises:
         ConfigError: for an unknown template (with the nearest names), and for files that do not exist.
     """
     kind, colon, rest = name.partition(":")
-    read: Callable[[], Iterator[Document]]
     if name in BUILT_IN:
+        BUILT_IN[name](data.validation_fraction)  # a missing package is named at once; no document is read
         return Source(name, lambda: BUILT_IN[name](data.validation_fraction), True, stamp=name)
-    if not colon:
-        files = find(name, BUILT_IN, "data.teachers")
-        return Source(name, lambda: _judged_lines(files), True, stamp(files))
-    if kind == "topic":
-        source = text_source(rest, data.split_by, "data.teachers")
-        read = lambda: judged_pairs(_paragraph_pairs(source), PAIRS["topic"], data.validation_fraction)
-        return Source(name, read, True, source.stamp)
-    if kind == "translation":
-        files = find(rest, BUILT_IN_TEXTS, "data.teachers")
-        read = lambda: judged_pairs(_line_pairs(files), PAIRS["translation"], data.validation_fraction)
-        return Source(name, read, True, stamp(files))
-    if kind not in TEMPLATES:
+    if kind == "topic" and colon:
+        text = text_source(rest, data.split_by, "data.teachers")
+        pairs = lambda: judged_pairs(_paragraph_pairs(text), PAIRS["topic"], data.validation_fraction)
+        return dataclasses.replace(text, name=portable_name(name), read=pairs, is_teacher=True)
+    if colon and kind not in (*TEMPLATES, *PAIRS):
         raise ConfigError(f"data.teachers: there is no template '{kind}'{nearest(kind, [*TEMPLATES, *PAIRS])}")
-    files = find(rest, BUILT_IN_TEXTS, "data.teachers")
-    return Source(name, lambda: _labelled(files, TEMPLATES[kind]), True, stamp(files))
+    path, names = (rest, BUILT_IN_TEXTS) if colon else (name, BUILT_IN)
+    files = find(path, names, "data.teachers", RECORD_SUFFIXES)
+    read: Callable[[], Iterator[Document]]
+    if not colon:
+        read = lambda: _judged_lines(files)
+    elif kind == "translation":
+        read = lambda: judged_pairs(_line_pairs(files), PAIRS["translation"], data.validation_fraction)
+    else:
+        read = lambda: _labelled(files, TEMPLATES[kind])
+    return Source(portable_name(name), read, True, files.stamp(), files)
 
 
 def _judged_lines(files: Files) -> Iterator[Document]:
-    for place, record in json_lines(files):
+    for place, record in json_records(files):
         proposition, judgement = record.get("proposition"), record.get("judgement")
         if not isinstance(proposition, str) or not isinstance(judgement, bool):
             raise ConfigError(f'{place}: a teacher\'s line needs "proposition": a text, and "judgement": true or false')
@@ -206,15 +209,15 @@ def _judged_lines(files: Files) -> Iterator[Document]:
 
 
 def _labelled(files: Files, template: Template) -> Iterator[Document]:
-    for place, record in json_lines(files):
+    for place, record in json_records(files):
         try:
-            yield from propositions(record, template)
+            yield from propositions({**record, "key": key_of(record, place, None)}, template)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
 
 
 def _line_pairs(files: Files) -> Iterator[tuple[str, str, str]]:
-    for place, record in json_lines(files):
+    for place, record in json_records(files):
         texts = [value for name, value in record.items() if isinstance(value, str) and name not in ("key", "id")]
         if len(texts) != 2:
             raise ConfigError(f"{place}: a pair needs two texts, not {len(texts)}")

@@ -2,7 +2,8 @@
 
 import importlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import ModuleType
 
 from flmjax.config import ConfigError
 from flmjax.data.sources.documents import Document
@@ -20,8 +21,8 @@ def documents() -> Iterator[Document]:
     Raises:
         ConfigError: when the package is not installed.
     """
-    for _, key, group in _groups():
-        yield Document("\n\n".join(f"{chinese}\n{english}" for chinese, english in group), key)
+    text = lambda group: "\n\n".join(f"{chinese}\n{english}" for chinese, english in group)
+    return (Document(text(group), key) for _, key, group in _groups())
 
 
 def translations() -> Iterator[tuple[str, str, str]]:
@@ -30,9 +31,7 @@ def translations() -> Iterator[tuple[str, str, str]]:
     Raises:
         ConfigError: when the package is not installed.
     """
-    for _, key, group in _groups():
-        for chinese, english in group:
-            yield key, chinese, english
+    return ((key, chinese, english) for _, key, group in _groups() for chinese, english in group)
 
 
 def levels() -> Iterator[dict[str, str]]:
@@ -44,8 +43,12 @@ def levels() -> Iterator[dict[str, str]]:
     Raises:
         ConfigError: when the package is not installed.
     """
+    return _balanced(_groups())
+
+
+def _balanced(groups: Iterable[tuple[int, str, list[tuple[str, str]]]]) -> Iterator[dict[str, str]]:
     by_label: dict[str, list[dict[str, str]]] = {"beginners": [], "advanced learners": []}
-    for level, key, group in _groups():
+    for level, key, group in groups:
         if level != 4:
             label = "beginners" if level < 4 else "advanced learners"
             by_label[label] += [{"key": key, "sentence": chinese, "label": label} for chinese, _ in group]
@@ -57,11 +60,15 @@ def levels() -> Iterator[dict[str, str]]:
 
 
 def _groups() -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
-    """(level, key, pairs) of every document."""
+    """(level, key, pairs) of every document; a missing package is an error at once, not at the first document."""
     try:
         package = importlib.import_module("hsk_sentences_audio")
     except ModuleNotFoundError:
         raise ConfigError("'hsk' needs a package; pip install 'flmjax[data]'") from None
+    return _documents_of(package)
+
+
+def _documents_of(package: ModuleType) -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
     groups: dict[tuple[int, str], dict[tuple[str, str], None]] = {}  # an inner dict: an ordered set
     for sentence in package.iter_sentences():
         pair = sentence["chinese"], sentence["translation"]["en"]

@@ -172,7 +172,8 @@ def _documents(task: seqio.Task) -> Iterator[Document]:
 
 
 def _document(element: Mapping[str, Any], split: str | None) -> Document:
-    inputs, targets, key = (element.get(name, b"").decode("utf-8") for name in ("inputs", "targets", "key"))
+    inputs, targets = (element.get(name, b"").decode("utf-8") for name in ("inputs", "targets"))
+    key = element.get("key", b"").decode("utf-8", "surrogateescape")  # may be the path of a file
     judgement = element.get("judgement")
     if judgement not in (None, 0, 1):
         raise ConfigError(f"the judgement of {targets[:40]!r} is {judgement}, which is neither 0 nor 1")

@@ -11,7 +11,8 @@ from typing import Any
 
 from flmjax.config import ConfigError, nearest
 from flmjax.data.sources import text_source
-from flmjax.data.sources.documents import as_document
+from flmjax.data.sources.documents import as_document, key_bytes
+from flmjax.data.sources.files import report_left_out
 from flmjax.data.sources.freelm import TEMPLATES, Template, propositions
 from flmjax.data.tokenizers import Cl100kTokenizer
 from flmjax.stderr import captured_stderr
@@ -55,11 +56,17 @@ def local_files_source(files: Mapping[str, str | Sequence[str]], split_by: str =
         split_by: as in the settings.
     """
 
-    def elements(split: str) -> Iterator[dict[str, str]]:
+    said: set[str] = set()  # entries whose files were reported; a split is read several times
+
+    def elements(split: str) -> Iterator[dict[str, str | bytes]]:
         entries = files[split]
         for entry in (entries,) if isinstance(entries, str) else entries:
-            for document in map(as_document, text_source(entry, split_by, f"split '{split}'").read()):
-                yield {"text": document.text, "key": document.key or ""}
+            source = text_source(entry, split_by, f"split '{split}'")
+            if entry not in said:
+                said.add(entry)
+                report_left_out(f"split '{split}'", source.name, source.files)
+            for document in map(as_document, source.read()):
+                yield {"text": document.text, "key": key_bytes(document.key or "")}
 
     def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
         signature = {name: tf.TensorSpec((), tf.string) for name in ("text", "key")}
@@ -110,7 +117,10 @@ def add_teacher_task(name: str, source: seqio.DataSource, template: str | Templa
     def to_propositions(dataset: tf.data.Dataset) -> tf.data.Dataset:
         def elements() -> Iterator[dict[str, Any]]:
             for example in dataset.as_numpy_iterator():
-                for document in propositions(tf.nest.map_structure(_to_python, example), template):
+                fields = tf.nest.map_structure(_to_python, example)
+                if fields.get("key") == "":  # a feature cannot be missing
+                    del fields["key"]
+                for document in propositions(fields, template):
                     yield {"targets": document.text, "judgement": document.judgement, "key": document.key}
 
         dtypes = {"targets": tf.string, "judgement": tf.bool, "key": tf.string}

@@ -1,194 +1,257 @@
-"""Text files as documents: plain text, Markdown and JSON lines, also compressed; a file, a folder or a glob."""
+"""Text files as documents: plain text, Markdown and JSON records, also compressed."""
 
-import glob
-import gzip
-import hashlib
+import codecs
 import io
+import itertools
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any
 
-from flmjax.config import ConfigError, nearest
+from flmjax.config import ConfigError
+from flmjax.data.sources.compression import opened
 from flmjax.data.sources.documents import Document
+from flmjax.data.sources.files import RECORD_SUFFIXES, Files, format_of, uncompressed_name
 
-SUFFIXES = (".txt", ".md", ".jsonl")  # of the files that are read from a folder, plain or compressed
-_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-
-
-class Files(NamedTuple):
-    """The files of a source.
-
-    Attributes:
-        paths: sorted.
-        root: the folder that keys and ids give the paths relative to.
-    """
-
-    paths: list[Path]
-    root: Path
-
-
-def find(source: str, names: Iterable[str], field: str = "data.sources") -> Files:
-    """The files of a file's name, a folder (searched recursively for SUFFIXES) or a glob.
-
-    Args:
-        names: built-in sources; an error message suggests the nearest ones.
-        field: the setting that error messages name.
-
-    Raises:
-        ConfigError: if the path does not exist, or no file is in the folder or matches the glob.
-    """
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError as error:  # ~name, where no user has that name
-        raise ConfigError(f"{field}: '{source}': {error}") from None
-    if path.is_file():
-        return Files([path], path.parent)
-    if path.is_dir():
-        files = [p for p in path.rglob("*") if p.is_file() and _plain_name(p).endswith(SUFFIXES)]
-        if not files:
-            raise ConfigError(f"{field}: folder '{source}' holds no {' or '.join(SUFFIXES)} file (nor .gz, .xz)")
-        return Files(sorted(files), path)
-    if glob.has_magic(source):
-        files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-        if not files:
-            raise ConfigError(f"{field}: no file matches '{source}'")
-        return Files(sorted(files), next(p for p in path.parents if not glob.has_magic(str(p))))
-    if "/" in source or "." in source:
-        raise ConfigError(f"{field}: no file or folder '{source}'")
-    raise ConfigError(f"{field}: '{source}' is neither a built-in source nor a path{nearest(source, names)}")
-
-
-def stamp(files: Files) -> str:
-    """sha256 (hexadecimal) of the paths, sizes and modification times of the files."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files.paths]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+MAX_DOCUMENT_BYTES = 64 << 20  # of a document, and of a line or a record of JSON; it is read at once
+BLOCK = 1 << 20  # bytes of a file of JSON that are read at once
+_SEPARATORS = re.compile(r"[\s,]*")
+_TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
 
 
 def documents(files: Files, path_is_key: bool = False) -> Iterator[Document]:
     """The documents of `files`, one after another.
 
-    The name of a file, without .gz or .xz, says where its documents end:
+    The name of a file, without the suffix of a compression, says where its documents end:
         *.docs.txt: at a blank line;
         *.md: at the end of the file, which is one document;
-        *.jsonl: at the end of the line. A line is an object with "text", or with "instruction", "output" and
-            optionally "input", which become paragraphs; "key" (optional) is the document's key;
+        *.jsonl, *.ndjson: at the end of the line;
+        *.json: at the end of the line, or of a record of an array;
         all others: at two or more blank lines, so that a document may have paragraphs.
-    Blank lines before and after a document are removed; its text is not changed otherwise. Files are read line by line.
+    A record of JSON is an object with "text", or with "instruction", "output" and optionally "input", which become
+    paragraphs; "key" (optional) is the document's key. A field that is null is missing. Blank lines before and after a
+    document are removed; its text is not changed otherwise. Files are read line by line.
 
     Args:
-        path_is_key: True: a document without a key has the file's path below files.root as its key.
+        path_is_key: True: a document without a key has the file's key (Files.key), a record also its number.
 
     Raises:
-        ConfigError: naming the file, and the byte where it is not UTF-8 (counted after decompression), or the line
-            that is no such object.
+        ConfigError: naming the file, and the byte where it is not UTF-8 (counted after decompression); the line or the
+            record that is no such object; the line of a document of more than MAX_DOCUMENT_BYTES; or a file of JSON
+            records whose suffix is that of plain text.
     """
     for path in files.paths:
-        name = _plain_name(path)
-        key = str(path.relative_to(files.root)) if path_is_key else None
-        if name.endswith(".jsonl"):
-            for place, record in json_lines(Files([path], files.root)):
-                default = key and place.replace(str(path), key)  # every line has a key of its file and number
-                yield Document(_text_of(record, place), key_of(record, place, default))
+        key = files.key(path) if path_is_key else None
+        if format_of(path) in RECORD_SUFFIXES:
+            for number, record in _records(path):
+                place = f"{path}: {number}"
+                yield Document(_text_of(record, place), key_of(record, place, key and f"{key}: {number}"))
             continue
+        name = uncompressed_name(path).lower()
         blank_lines = 1 if name.endswith(".docs.txt") else None if name.endswith(".md") else 2
-        for text in _split(_lines(path), blank_lines):
+        for text in _split(_plain_lines(path), blank_lines, path):
             yield Document(text, key)
 
 
-def json_lines(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pairs (place, record) of the lines that are not blank: "FILE: line NUMBER", and the JSON object of the line.
+def json_records(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pairs (place, record) of files of JSON: "FILE: line NUMBER" or "FILE: record NUMBER", and a JSON object.
 
     Raises:
-        ConfigError: naming the file and the line that is no JSON object, or the byte that is no UTF-8.
+        ConfigError: naming the file and the line or record that is no JSON object, or the byte that is no UTF-8.
     """
     for path in files.paths:
-        for number, line in enumerate(_lines(path), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise ConfigError(f"{path}: line {number} holds half of a surrogate pair, no text: {error}") from None
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ConfigError(f"{path}: line {number} is no JSON object but {line.strip()[:40]!r}")
-            yield f"{path}: line {number}", record
+        for number, record in _records(path):
+            yield f"{path}: {number}", record
 
 
 def key_of(record: dict[str, Any], place: str, default: str | None) -> str | None:
-    """The "key" of a JSON line; `default` if the line has no key.
+    """The "key" of a JSON record in Unicode's normal form C; `default` if the record has no key.
 
     Raises:
-        ConfigError: naming the line whose key is no text.
+        ConfigError: naming the record whose key is no text.
     """
     key = record.get("key")
     if key is not None and not isinstance(key, str):
         raise ConfigError(f'{place}: its "key" is {key!r}, but must be a text')
-    return default if key is None else key
+    return default if key is None else unicodedata.normalize("NFC", key)
 
 
 def _text_of(record: dict[str, Any], place: str) -> str:
-    if isinstance(record.get("text"), str):
-        return record["text"]
-    paragraphs = record.get("instruction"), record.get("input") or "", record.get("output")
-    if all(isinstance(paragraph, str) for paragraph in paragraphs):
-        return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
-    raise ConfigError(f'{place} has neither "text" nor "instruction" and "output"; it has: {", ".join(record)}')
+    """The document of a record: its "text", or its paragraphs. A field that is null is missing, other values count."""
+    present = [name for name in ("text", "instruction", "input", "output") if record.get(name) is not None]
+    names = ["text"] if "text" in present else present
+    wrong = [f'"{name}" is {str(record[name])[:40]}, no text' for name in names if not isinstance(record[name], str)]
+    if not wrong and (names == ["text"] or {"instruction", "output"} <= {*names}):
+        return "\n\n".join(record[name] for name in names if record[name])
+    fields = f'{place} has neither "text" nor "instruction" and "output"; it has: {", ".join(record)}'
+    cure = "correct it, or leave the file out (the glob FOLDER/**/*.txt takes a part of a folder)"
+    raise ConfigError("; ".join([fields, *wrong, cure]))
 
 
-def _plain_name(path: Path) -> str:
-    name = path.name.lower()
-    return name.removesuffix(path.suffix.lower()) if path.suffix.lower() in _OPEN else name
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pairs (number, record): "line 3" or "record 3", and a JSON object."""
+    for number, value in _json_values(path) if _spans_lines(path) else _json_lines(path):
+        place = f"{path}: {number}"
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{place} holds half of a surrogate pair, no text: {error}") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f"{place} is no JSON object but {json.dumps(value, ensure_ascii=False)[:40]}")
+        yield number, value
+
+
+def _spans_lines(path: Path) -> bool:
+    """Whether a .json file holds an array, or an object that does not end in its first line."""
+    if format_of(path) != ".json":
+        return False
+    start = next(_blocks(path), "").lstrip()
+    first, line_break, _ = start.partition("\n")
+    if start.startswith("[") or not line_break:
+        return start.startswith("[")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return start.startswith("{")
+    return False
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
+
+
+def _json_values(path: Path) -> Iterator[tuple[str, object]]:
+    """The items of a JSON array, or JSON values one after another; memory holds one of them and a block."""
+    decode = json.JSONDecoder().raw_decode
+    pieces: list[str] = []
+    number, least = 1, 0  # number of the next record; characters that are read before it is tried again
+    is_array = is_end = False
+    for block in itertools.chain(_blocks(path), [""]):
+        pieces.append(block)
+        if block and sum(map(len, pieces)) < least:
+            continue
+        text, place = "".join(pieces), 0
+        while True:
+            place = _SEPARATORS.match(text, place).end()  # type: ignore[union-attr]
+            if place == len(text):
+                break
+            if text[place] == "[" and number == 1 and not is_array:
+                is_array, place = True, place + 1
+            elif text[place] == "]" and is_array and not is_end:
+                is_end, place = True, place + 1
+            elif is_end:
+                raise ConfigError(f"{path}: there is text after the array: {text[place : place + 40]!r}")
+            else:
+                try:
+                    value, place = decode(text, place)
+                except (ValueError, RecursionError) as error:
+                    size = len(text) - place
+                    if not block or size > MAX_DOCUMENT_BYTES:
+                        raise ConfigError(f"{path}: record {number} is no JSON or {_TOO_LONG}: {error}") from None
+                    least = min(2 * size, MAX_DOCUMENT_BYTES + 1)  # the rest of the record may not be read yet
+                    break
+                yield f"record {number}", value
+                number, least = number + 1, 0
+        pieces = [text[place:]]
+    if is_array and not is_end:
+        raise ConfigError(f"{path}: the array has no end after {number - 1} records")
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def _plain_lines(path: Path) -> Iterator[str]:
+    """The lines of plain text; JSON records under a suffix of plain text are refused."""
+    lines = _lines(path)
+    for line in lines:
+        if _is_record(line.strip()):
+            raise ConfigError(
+                f"{path}: its first line is a JSON record, but its suffix is '{format_of(path)}'; call it .jsonl "
+                "(a record a line) or .json (an array), so that every record becomes a document"
+            )
+        yield line
+        if line.strip():
+            break
+    yield from lines
+
+
+def _is_record(line: str) -> bool:
+    if not line.startswith(("{", "[")):
+        return False
+    try:
+        value, _ = json.JSONDecoder().raw_decode(line.removeprefix("[").lstrip())
+        _text_of(value, "")
+    except (ValueError, RecursionError, AttributeError, TypeError):  # ConfigError is a ValueError
+        return False
+    return True
 
 
 def _lines(path: Path) -> Iterator[str]:
-    opener = _OPEN.get(path.suffix.lower(), open)
-    try:
-        with cast(BinaryIO, opener(path, "rb")) as file:
-            yield from _decoded(file, path)
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: not a complete {path.suffix} file: {error}") from error
-
-
-def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")  # carriage returns stay in the text
-    try:
-        yield from lines
-    except UnicodeDecodeError:
-        file.seek(0)
-        raise ConfigError(f"{path}: not UTF-8 at {_first_bad_byte(file)}; convert the file") from None
-
-
-def _first_bad_byte(file: BinaryIO) -> str:
-    offset = 0
-    for raw in file:  # in UTF-8 the byte 0x0A occurs in no character but the line break
+    with opened(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")  # carriage returns stay in the text
+        number = 0
         try:
-            raw.decode("utf-8")
+            while line := text.readline(MAX_DOCUMENT_BYTES + 1):
+                number += 1
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    raise ConfigError(f"{path}: line {number} is {_TOO_LONG}; divide it, or remove it")
+                yield line
+        except UnicodeDecodeError:
+            for _ in _blocks(path):  # names the byte
+                pass
+            raise
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    with opened(path) as file:
+        yield from _decoded(iter(lambda: file.read(BLOCK), b""), path)
+
+
+def _decoded(pieces: Iterable[bytes], path: Path) -> Iterator[str]:
+    """Pieces of a file as text, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    for piece in itertools.chain(pieces, [b""]):
+        start = offset - len(decoder.getstate()[0])  # of a character that the piece before has begun
+        try:
+            text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            return f"byte {offset + error.start} (0x{raw[error.start]:02X})"
-        offset += len(raw)
-    raise AssertionError("every line of the file is UTF-8")
+            place, byte = start + error.start, error.object[error.start]
+            raise ConfigError(f"{path}: not UTF-8 at byte {place} (0x{byte:02X}); convert the file") from None
+        if text:
+            yield text if offset else text.removeprefix("\ufeff")
+        offset += len(piece)
 
 
-def _split(lines: Iterable[str], blank_lines: int | None) -> Iterator[str]:
+def _split(lines: Iterable[str], blank_lines: int | None, path: Path) -> Iterator[str]:
     document: list[str] = []
-    blank = 0
-    for line in lines:
-        if line.strip():
-            blank = 0
-            document.append(line)
-            continue
-        blank += 1
-        if blank == blank_lines:
+    blank = size = first = 0
+    for number, line in enumerate(lines, start=1):
+        is_blank = not line.strip()
+        blank = blank + 1 if is_blank else 0
+        if blank_lines is not None and blank == blank_lines:
             yield from _joined(document)
-            document = []
-        elif document:
+            document, size = [], 0
+        elif document or not is_blank:
+            first = first if document else number
             document.append(line)
+            size += len(line) if line.isascii() else len(line.encode())
+            if size > MAX_DOCUMENT_BYTES:
+                ends = {1: "a blank line", 2: "two blank lines"}.get(blank_lines or 0, "the end of the file")
+                raise ConfigError(
+                    f"{path}: the document at line {first} is {_TOO_LONG}; divide it into documents (in this file "
+                    f"{ends} ends one)"
+                )
     yield from _joined(document)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from flmjax.config import ConfigError
-from flmjax.data.sources import text_files
+from flmjax.data.sources.files import Files, find, report_left_out
+from flmjax.data.sources.text_files import documents
 
 SPLITS = ("train", "validation")
 
@@ -40,7 +41,7 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         folder = Path(dl_manager.manual_dir)
-        files = text_files.find(os.fspath(folder), (), "manual_dir")
+        files = find(os.fspath(folder), (), "manual_dir")
         splits = [split for split in SPLITS if (folder / split).is_dir()]
         if not splits:
             return {"train": self._generate_examples(files)}
@@ -52,13 +53,14 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
             paths[split].append(path)
         if not paths.get("train"):
             raise ConfigError(f"manual_dir: {folder} has a folder 'validation', but no text in 'train'")
-        return {split: self._generate_examples(text_files.Files(paths[split], folder)) for split in splits}
+        return {split: self._generate_examples(Files(paths[split], folder)) for split in splits}
 
-    def _generate_examples(self, files: text_files.Files) -> Iterator[tuple[str, dict[str, str]]]:
+    def _generate_examples(self, files: Files) -> Iterator[tuple[str, dict[str, str]]]:
         for path in files.paths:
-            one_file = text_files.Files([path], files.root)
-            for i, document in enumerate(text_files.documents(one_file)):
-                name = f"{path.relative_to(files.root)}#{i}"
+            one_file = Files([path], files.root)
+            for i, document in enumerate(documents(one_file)):
+                relative = os.fsencode(path.relative_to(files.root)).decode("utf-8", "backslashreplace")
+                name = f"{relative}#{i}"
                 yield name, {"text": document.text, "id": name, "key": document.key or ""}
 
 
@@ -72,7 +74,7 @@ def build(folder: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> T
     Raises:
         ConfigError: for a folder without text files, or with files beside the folders of its splits.
     """
-    text_files.find(os.fspath(folder), (), "folder")
+    report_left_out("folder", os.fspath(folder), find(os.fspath(folder), (), "folder"))
     root = Path(data_dir)
     config = tfds.download.DownloadConfig(manual_dir=os.path.abspath(folder))
     shutil.rmtree(root / TextFolder.name / str(TextFolder.VERSION), ignore_errors=True)

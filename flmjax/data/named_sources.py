@@ -1,0 +1,63 @@
+"""Sources that the settings name: which of their files are left out, and whether they have changed since."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flmjax.config import ConfigError, DataConfig
+from flmjax.data.prepared import Prepared
+from flmjax.data.sources import text_source
+from flmjax.data.sources.documents import Source
+from flmjax.data.sources.files import say
+from flmjax.data.sources.freelm import teacher_source
+
+
+def named_sources(data: DataConfig) -> list[Source]:
+    """The sources that data.sources and data.teachers name.
+
+    Raises:
+        ConfigError: for a name that is neither built in nor a path, and for files that cannot be read.
+    """
+    return [open_source() for _, open_source in _entries(data)]
+
+
+def file_description(source: Source) -> dict[str, Any]:
+    """What meta.json says of the files of a source: stamp, number of files read, and of those left out by suffix."""
+    stamp = {} if source.stamp is None else {"stamp": source.stamp}
+    if source.files is None:
+        return stamp
+    return {**stamp, "files": len(source.files.paths), "files_left_out": source.files.counts()}
+
+
+def report_changes(data: DataConfig, prepared: Prepared) -> None:
+    """Say on standard error which sources have changed since `prepared` was written.
+
+    Nothing is said of a source whose files are gone, because the prepared data are enough; nor of a seqio mixture and
+    of a directory of an older version, which have no stamps.
+    """
+    for field, open_source in _entries(data):
+        try:
+            source = open_source()
+        except ConfigError:
+            continue
+        stored = prepared.meta["sources"].get(source.name, {})
+        if stored.get("stamp", source.stamp) != source.stamp:
+            now = 0 if source.files is None else len(source.files.paths)
+            say(
+                f"{field}: '{source.name}' has changed since {prepared.directory} was prepared "
+                f"({stored.get('files')} files then, {now} now); its old text is used. To prepare it anew, delete that "
+                "folder, or set data.directory to another one"
+            )
+
+
+def _entries(data: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
+    if data.mixture is not None:
+        return
+    for name in data.sources:
+        yield _field(False), functools.partial(text_source, name, data.split_by)
+    for name in data.teachers:
+        yield _field(True), functools.partial(teacher_source, name, data)
+
+
+def _field(is_teacher: bool) -> str:
+    return "data.teachers" if is_teacher else "data.sources"
