@@ -6,7 +6,6 @@ sources that were read and the parts that were tokenised.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -36,6 +35,7 @@ from flmjax.data.tokenizers import (
     Tokenizer,
     named_tokenizer,
 )
+from flmjax.lock import locked
 
 PROGRESS_FILE = "progress.json"  # in an incomplete directory: settings, and stamps of the sources
 VOCABULARY_FILE = "vocabulary.txt"  # in an incomplete directory: fingerprint of the vocabulary of its parts
@@ -60,7 +60,7 @@ def prepare(
     Memory holds some parts of 4 to 32 MB of text for each process, and a few bytes for each document; while this runs,
     the disk holds the text and a second copy of the tokens. For 16 MB of text or more, processes are started: a script
     that calls this needs Python's `if __name__ == "__main__":`. If another process is preparing `directory`, this one
-    waits for it. Files that change after the preparation are not noticed.
+    says so and waits for it. Files that change after the preparation are not noticed.
 
     Args:
         sources: documents of each entry of data.sources and data.teachers, in place of built-in corpora and files.
@@ -80,8 +80,7 @@ def prepare(
         raise ConfigError(f"sources are {sorted(sources)}, but data.sources and data.teachers are {sorted(names)}")
     if (directory / META_FILE).exists():
         return _load_same(directory, settings, full_check)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(directory.with_name(f".{directory.name}.lock")):
+    with locked(directory.with_name(f".{directory.name}.lock"), str(directory), wait=True):
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
             return _load_same(directory, settings, full_check)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -130,14 +129,6 @@ def _load_same(directory: Path, settings: dict[str, Any], full: bool) -> Prepare
 def _trains(settings: dict[str, Any]) -> bool:
     """Whether the settings ask for a vocabulary that is trained on the text."""
     return settings["vocabulary"] in (None, "sentencepiece")
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine out until the block ends; a killed process releases its lock, too."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
