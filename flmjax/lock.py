@@ -92,7 +92,8 @@ def locked(path: Path, subject: str, *, wait: bool = False, log: Log = SHOW) -> 
     owner, shown = Owner.this_process(), None
     try:
         while isinstance(other := _acquire(path, owner, subject, created, log), Owner):
-            cure = "" if other.is_local else f"; if it has ended, delete {path}"
+            file = _owner_file(path)
+            cure = f"; if it has ended, delete {file}" if file.exists() and not other.is_local else ""
             if not wait:
                 raise ConfigError(f"{subject} is in use by {other}; wait for its end or take another folder{cure}")
             if other != shown:
@@ -105,6 +106,11 @@ def locked(path: Path, subject: str, *, wait: bool = False, log: Log = SHOW) -> 
         for folder in created:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def _owner_file(path: Path) -> Path:
+    """The file that stands in for the lock `path` on a file system without flock."""
+    return path.with_name(f"{path.name}.owner")
 
 
 def _acquire(path: Path, owner: Owner, subject: str, created: list[Path], log: Log) -> "Owner | contextlib.ExitStack":
@@ -122,9 +128,9 @@ def _acquire(path: Path, owner: Owner, subject: str, created: list[Path], log: L
             return _read(path) or Owner("unknown host", 0, None, "a moment ago")
         except OSError as error:
             if error.errno not in NO_FLOCK:
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from error
             path.unlink(missing_ok=True)
-            return _create(path.with_name(f"{path.name}.owner"), owner, subject, log)
+            return _create(_owner_file(path), owner, subject, log)
         if not _is_same_file(path, file.fileno()):  # the owner before removed it after this process had opened it
             return _acquire(path, owner, subject, created, log)
         if (dead := _read(path)) is not None:  # an owner that ends in order removes the file

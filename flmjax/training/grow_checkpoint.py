@@ -94,18 +94,16 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         CheckpointError: for an unreadable source.
         GrowthError: for impossible sizes, or a growth that does not keep its claim; no checkpoint is written.
     """
-    origin = _newest(source)
-    is_cut_off = unfinished_growth(workdir) is not None
-    if not is_cut_off and (
-        (workdir / "config.json").exists() or latest_whole_step(workdir / "checkpoints") is not None
-    ):
-        raise ConfigError(f"{workdir} holds a run already; take another --workdir")
-    _target(config, origin)  # raises before data is prepared
-    mesh_shape = validate_mesh(config, jax.device_count())
-    check_backend(config.model.attention, jax.devices()[0].platform, config.model.dtype)
-    check_mesh(_on_mesh(origin.stage.model, config), mesh_shape, f"--source={source}")
-    check_vocabulary(config, source, origin, workdir)
     with locked_workdir(workdir):
+        origin, checkpoints = _newest(source), workdir / "checkpoints"
+        is_run = (workdir / "config.json").exists() or latest_whole_step(checkpoints) is not None
+        if is_run and unfinished_growth(workdir) is None:
+            raise ConfigError(f"{workdir} holds a run already; take another --workdir")
+        _target(config, origin)  # raises before data is prepared
+        mesh_shape = validate_mesh(config, jax.device_count())
+        check_backend(config.model.attention, jax.devices()[0].platform, config.model.dtype)
+        check_mesh(_on_mesh(origin.stage.model, config), mesh_shape, f"--source={source}")
+        check_vocabulary(config, source, origin, workdir)
         begin_growth(workdir, source)
         try:
             _grow(config, source, origin, workdir, make_mesh(mesh_shape, jax.devices()), weights_only)
