@@ -147,7 +147,7 @@ def _check_rates(workdir: Path, past: tuple[StageConfig, ...], present: tuple[St
                 compared |= {border - 1, border}
             begin += stage.steps
     for update in sorted(compared & set(range(updates))):
-        before, after = learning_rate(past, update), learning_rate(present, update)
+        before, after = (np.float32(learning_rate(stages, update)) for stages in (past, present))  # as the step gets it
         if before != after:
             of_stages = [(f"stages[{i}]", *pair) for i, pair in enumerate(zip(past, present, strict=False))]
             changed = [line for path, a, b in of_stages for line in differences(a, b, path)]
