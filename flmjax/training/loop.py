@@ -313,7 +313,7 @@ class Run:
             model_flops_utilization=None if speed is None else speed * flops / (self.peak * self.mesh.size),
             skipped_updates=skipped,
         )
-        self.bar.update(step, stage.name, values["loss"], speed or 0.0)
+        self.bar.update(step, stage.name, values["loss"], speed)
 
     def evaluate(self, step: int, params: Params, sums_of: LossSums, stage: Stage) -> None:
         """Compute and write the validation loss."""

@@ -95,9 +95,9 @@ class ProgressBar:
             self._bar.initial = self._bar.n = step
             self._bar.refresh()
 
-    def update(self, step: int, stage: str, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, stage: str, loss: float, tokens_per_second: float | None) -> None:
         """Show that `step` steps of the run are complete; without a terminal every call prints one line."""
-        numbers = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+        numbers = f"loss {loss:.4f}" + (f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
         if self._bar is None:
             left = (time.monotonic() - self._start) / max(step - self._initial, 1) * (self._total - step)
             print(f"{stage} {step}/{self._total} {numbers}, {tqdm.format_interval(left)} left", flush=True)
