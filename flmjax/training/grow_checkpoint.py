@@ -206,7 +206,7 @@ def check_vocabulary(config: RunConfig, source: Path, origin: Position, workdir:
         return
     settings = vocabulary_settings(old_directory)
     if settings is None:
-        cure = {"directory": str(old_directory)}
+        cure: dict[str, object] = {"directory": str(old_directory)}
     else:
         cure = {name: value for name, value in settings.items() if getattr(config.data, name) != value}
         if is_prepared and config.data.directory is not None:

@@ -46,17 +46,14 @@ def _first_stage(config: RunConfig, index: int) -> StageConfig:
     """Stage number `index` of the source as the first stage of a run, without sizes and growth settings."""
     begun = config.stages[: index + 1]
     starts = [stage for i, stage in enumerate(begun) if i == 0 or stage.growth.rate_policy == "stage"]
-    schedule = {name: getattr(starts[-1], name) for name in SCHEDULE_FIELDS}
+    schedule: dict[str, Any] = {name: getattr(starts[-1], name) for name in SCHEDULE_FIELDS}
     if schedule["warmup_steps"] is not None:
         schedule["warmup_steps"] = min(schedule["warmup_steps"], begun[-1].steps - 1)
     mixtures = [stage.mixture_weights for stage in begun if stage.mixture_weights is not None]
+    sizes: dict[str, Any] = dict.fromkeys(STAGE_SIZES)
+    mixture = mixtures[-1] if mixtures else None
     return dataclasses.replace(
-        begun[-1],
-        name=STAGE_NAME,
-        growth=GrowthConfig(),
-        mixture_weights=mixtures[-1] if mixtures else None,
-        **schedule,
-        **dict.fromkeys(STAGE_SIZES),
+        begun[-1], name=STAGE_NAME, growth=GrowthConfig(), mixture_weights=mixture, **schedule, **sizes
     )
 
 
@@ -120,8 +117,9 @@ def grown_config(config: RunConfig, base: RunConfig) -> RunConfig:
     ]
     model = dataclasses.replace(config.model, **{name: getattr(derived, name) for name in follows})
     data = config.data
-    if not has_same_preparation(data, base.data) and data.directory == base.data.directory is not None:
-        directory, data = Path(data.directory), dataclasses.replace(data, directory=None)
+    is_source_folder = data.directory is not None and data.directory == base.data.directory
+    if is_source_folder and not has_same_preparation(data, base.data):
+        directory, data = Path(str(data.directory)), dataclasses.replace(data, directory=None)
         if (data.vocabulary, data.end_id) == (base.data.vocabulary, base.data.end_id):
             data = _with_vocabulary_of(directory, data)
     return dataclasses.replace(config, model=model, data=data)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flmjax.config import ModelConfig, OptimizerConfig
 from flmjax.model.transformer import abstract_params, init_params
 from flmjax.optimizer.adam import FIRST, make_optimizer
-from flmjax.sharding.axes import AxesTree, Params
+from flmjax.sharding.axes import AxesTree, Params, path_name
 from flmjax.sharding.rules import replicated, tree_shardings
 from flmjax.workdir.checkpoint import Checkpoints
 
@@ -123,13 +123,17 @@ def restore_items(
     written = to_items(state_spec(padded, spec.optimizer_config, spec.mesh).abstract)
     items = checkpoints.restore(step, jax.tree.map(_divisible, {name: written[name] for name in names}))
 
-    def fit(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def fit(path: tuple[Any, ...], x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.shape == like.shape:
+            return x
         x = x[tuple(slice(size) for size in like.shape)]
         widths = [(0, new - old) for old, new in zip(x.shape, like.shape, strict=True)]
-        return jnp.pad(x, widths, constant_values=FIRST if x.dtype == jnp.int32 else 0)  # births are integers
+        return jnp.pad(x, widths, constant_values=FIRST if "births" in path_name(path) else 0)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    fitted: dict[str, Any] = jax.jit(lambda x: jax.tree.map(fit, x, abstract), out_shardings=shardings)(items)
+    fitted: dict[str, Any] = jax.jit(
+        lambda items: jax.tree_util.tree_map_with_path(fit, items, abstract), out_shardings=shardings
+    )(items)
     return fitted
 
 
