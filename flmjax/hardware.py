@@ -5,6 +5,7 @@ FLOP/s is a rate of floating-point operations; bandwidths are in bytes/s, those 
 
 import dataclasses
 import math
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,14 @@ def peak_flops(device: "jax.Device", dtype: str) -> tuple[float, str]:
     chip, dtype = chip_of(device.device_kind), jnp.dtype(dtype).name
     if chip is not None and dtype in ("bfloat16", "float32"):
         return getattr(chip, dtype), f"data sheet of {chip.kind}, {dtype}"
-    return _measured_flops(device), f"measured: 1024 x 1024 float32 matrix multiplication on {device.device_kind}"
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = (
+        f", on a busy machine (load {load:.1f} on {cores} cores): utilisation looks too high"
+        if load > cores / 2
+        else ""
+    )
+    source = f"measured: 1024 x 1024 float32 matrix multiplication on {device.device_kind}{busy}"
+    return _measured_flops(device), source
 
 
 def _measured_flops(device: "jax.Device", size: int = 1024, budget_seconds: float = 0.3) -> float:

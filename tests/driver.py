@@ -1,6 +1,7 @@
 """`driver.py WHEN ARGS...`: the command line in a process that dies at a point that a test chooses.
 
 WHEN: never | batch:N (kill -9 before the N-th update) | saved:N (the same, once the last save is complete)
+| interrupt:N (Ctrl-C before the N-th update) | sampling (Ctrl-C while the first text sample is generated)
 | growth (inside the growth point, before its certificate) | saving:N (while the N-th save is being written)
 | full:N (from the N-th save on no file may grow past 20 kB)
 | nan:N (from the N-th update on every gradient is not a number).
@@ -25,6 +26,19 @@ def die(*_args, **_kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupt(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+def end_before_update(when, checkpoints):
+    if when == "interrupt":
+        raise KeyboardInterrupt
+    if when == "saved":
+        checkpoints.wait()
+    if when in ("batch", "saved"):
+        die()
+
+
 def log(step, tokens):
     with open(os.environ["DRIVER_LOG"], "a") as file:
         file.write(f"{step} {zlib.crc32(np.asarray(tokens).tobytes())}\n")
@@ -44,10 +58,8 @@ def main() -> int:
     def logged_stage(state, spec, stage, rate, batches):
         def logged_batches():
             for step, row in enumerate(batches, start=int(state.step)):
-                if when in ("batch", "saved") and step + 1 == int(number):
-                    if when == "saved":
-                        checkpoints.wait()
-                    die()
+                if step + 1 == int(number or 0):
+                    end_before_update(when, checkpoints)
                 log(step, row["tokens"])
                 if when == "nan" and step + 1 >= int(number):
                     row = {**row, "weights": row["weights"] * float("nan")}
@@ -69,6 +81,8 @@ def main() -> int:
     growth_point.tune = lambda params, growth, value_and_grad, batches, shardings: tune(
         params, growth, value_and_grad, logged(batches), shardings
     )
+    if when == "sampling":
+        loop.generate = interrupt
     if when == "growth":
         growth_point.certify = die
     return cli.main(sys.argv[2:])

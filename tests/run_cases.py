@@ -1,6 +1,7 @@
 """Configs of small runs, and the process that trains or grows them."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,19 @@ def get_config():
 """
 
 
+def make_lab(folder: Path) -> Path:
+    """A folder with text, configs, a compile cache, and the run `straight`, which was not interrupted."""
+    rng = random.Random(0)
+    words = [f"w{rng.randrange(1000)}" for _ in range(200)]
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i}.txt").write_text(" ".join(rng.choice(words) for _ in range(300)))
+    (folder / "config.py").write_text(CONFIG.replace("TEXT", str(folder / "text")))
+    (folder / "big.py").write_text(BIG.replace("TEXT", str(folder / "text")))
+    start(folder, "never", folder / "straight")
+    return folder
+
+
 def start(
     lab: Path,
     when: str,
@@ -80,7 +94,7 @@ def start(
     *flags: str,
     expect: int = 0,
     command: str = "train",
-    config: str = "config.py",
+    config: str | None = "config.py",
     devices: int = 1,
 ) -> subprocess.CompletedProcess:
     """Run `flmjax COMMAND --config --workdir FLAGS` by driver.py in a process, and assert its exit status.
@@ -100,8 +114,9 @@ def start(
         "DRIVER_LOG": str(workdir) + ".batches",
         "PYTHONPATH": os.pathsep.join([str(driver.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    line = [sys.executable, str(driver), when, command, f"--config={lab / config}", f"--workdir={workdir}"]
-    result = subprocess.run([*line, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    file = [] if config is None else [f"--config={lab / config}"]
+    line = [sys.executable, str(driver), when, command, *file, f"--workdir={workdir}", *flags]
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == expect, result.stdout + result.stderr
     return result
 

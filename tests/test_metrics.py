@@ -243,11 +243,11 @@ def test_a_log_file_gets_plain_lines_only():
     assert lines[3:] == ["validation 2.4"]
 
 
-def on_a_terminal(columns: int) -> str:
-    """What PROGRAM shows on a terminal of that width."""
+def on_a_terminal(columns: int, program: str = PROGRAM) -> str:
+    """What a program shows on a terminal of that width."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=theirs, stdout=theirs, stderr=theirs)
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the child's end closes its side
@@ -266,3 +266,25 @@ def test_a_terminal_shows_a_bar_with_stage_loss_speed_and_time():
 
 def test_a_terminal_without_a_width_gets_plain_lines():
     assert on_a_terminal(columns=0).startswith("small 20/40 loss 2.5000, 12,346 tokens/s, ")
+
+
+COMPILES = """
+import time
+from flmjax.workdir import progress
+progress.TICK_SECONDS = 0.2
+with progress.ProgressBar(total=40) as bar:
+    with bar.doing("compiling stage small"):
+        time.sleep(1.5)
+    bar.resume(10)
+    bar.update(20, stage="small", loss=2.5, tokens_per_second=None)
+"""
+
+
+def test_a_terminal_shows_a_clock_that_ticks_while_a_stage_compiles():
+    shown = on_a_terminal(100, COMPILES)
+    assert "compiling stage small 00:00" in shown
+    assert "compiling stage small 00:01" in shown
+    assert re.search(r"\rsmall 20/40 \|.*, loss 2.5000(?!.*tokens/s)", shown)
+    done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[0] == "compiling stage small"
+    assert "tokens/s" not in done.stdout  # the first step has no speed: it is not 0

@@ -1,44 +1,32 @@
 """Runs in subprocesses that are killed, resumed or starved of disk: each costs the last interval at most."""
 
 import json
-import random
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from run_cases import ALTERNATING, APART, BIG, CONFIG, assert_same_run, batches, start
+from run_cases import ALTERNATING, APART, assert_same_run, batches, make_lab, start
 
-from flmjax.config import ConfigError, MeshShape, from_config_dict
+from flmjax.config import MeshShape, from_config_dict
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepared import load
-from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import masked
 from flmjax.model.loss import loss_sums
 from flmjax.sharding.mesh import make_mesh
-from flmjax.training.grow_checkpoint import check_vocabulary
 from flmjax.training.state import state_spec
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import read_metrics
+from flmjax.workdir.paths import read_config
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A folder with text, configs, a compile cache, and the run `straight`, which was not interrupted."""
-    folder = tmp_path_factory.mktemp("lab")
-    rng = random.Random(0)
-    words = [f"w{rng.randrange(1000)}" for _ in range(200)]
-    (folder / "text").mkdir()
-    for i in range(40):
-        (folder / "text" / f"{i}.txt").write_text(" ".join(rng.choice(words) for _ in range(300)))
-    (folder / "config.py").write_text(CONFIG.replace("TEXT", str(folder / "text")))
-    (folder / "big.py").write_text(BIG.replace("TEXT", str(folder / "text")))
-    start(folder, "never", folder / "straight")
-    return folder
+    """A folder with the run `straight`, which was not interrupted: run_cases.make_lab."""
+    return make_lab(tmp_path_factory.mktemp("lab"))
 
 
 def test_a_run_writes_its_files_and_metrics(lab):
@@ -178,13 +166,85 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_works(lab):
 
 def test_the_same_command_leaves_a_finished_run_as_it_is(lab):
     before = (lab / "straight" / "metrics.jsonl").read_text()
-    assert "report" in start(lab, "never", lab / "straight").stdout
+    shown = start(lab, "never", lab / "straight").stdout
+    assert "finished at step 30, nothing left to do" in shown
+    assert "report" in shown
+    assert "compiling" not in shown
     assert (lab / "straight" / "metrics.jsonl").read_text() == before
 
 
 def test_workdir_of_another_config_is_refused_with_the_fields(lab):
     result = start(lab, "never", lab / "straight", "--config.model.mlp_dim=64", "--config.stages[1].steps=20", expect=2)
-    assert "model.mlp_dim: 48 -> 64; stages[1].steps: 15 -> 20" in result.stderr
+    assert "model.mlp_dim: 48 -> 64; take another --workdir (only steps from 30 on and later" in result.stderr
+
+
+MORE = """
+import dataclasses, importlib.util
+from flmjax.config import *
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("first", r"CONFIG")
+    first = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(first)
+    config = from_config_dict(first.get_config())
+    mask = GrowthConfig("mask", ramp_steps=2, rate_policy="stage")
+    further = StageConfig(name="larger", steps=3, batch_size=6, growth=mask, num_layers=3)
+    return to_config_dict(dataclasses.replace(config, stages=(*config.stages, further)))
+"""
+
+
+def test_a_finished_run_takes_more_steps_and_a_further_stage(lab):
+    """AI-Hypercomputer/maxtext#2882. The longer run is bitwise the one that was planned so from the start."""
+    workdir = lab / "extended"
+    start(lab, "never", workdir, "--config.stages[1].steps=12")
+    assert "resume at step 27" in start(lab, "never", workdir).stdout
+    for kind in ("train", "validation"):
+        lines = [[line for line in read_metrics(w) if line["kind"] == kind] for w in (lab / "straight", workdir)]
+        of_steps = [{line["step"]: line["loss"] for line in of_run} for of_run in lines]
+        assert of_steps[0].items() <= of_steps[1].items()
+    assert batches(workdir) == batches(lab / "straight")
+    (lab / "more.py").write_text(MORE.replace("CONFIG", str(lab / "config.py")))
+    start(lab, "never", workdir, config="more.py")
+    trained = [line["step"] for line in read_metrics(workdir) if line["kind"] == "train"]
+    assert trained == list(range(1, 34))
+    assert [line["step"] for line in read_metrics(workdir) if line["kind"] == "growth"] == [15, 30]
+    assert len(read_config(workdir).stages) == 3
+    assert "holds a run of another config: stages: 3 -> 2" in start(lab, "never", workdir, expect=2).stderr
+
+
+def test_an_interrupt_says_the_steps_and_the_missing_sample_follows(lab):
+    workdir = lab / "interrupted"
+    result = start(lab, "interrupt:8", workdir, expect=130)
+    assert "flmjax: interrupted: stopped at step 7; step 5 is on disk; run the same command again" in result.stderr
+    result = start(lab, "sampling", workdir, expect=130)
+    assert "stopped at step 15; step 15 is on disk" in result.stderr
+    start(lab, "never", workdir)
+    assert_same_run(lab / "straight", workdir)
+
+
+def test_a_start_says_what_it_does_and_no_number_twice(lab):
+    shown = start(lab, "batch:2", lab / "said", expect=-9).stdout.splitlines()
+    assert shown[:2] == ["loading", "preparing the data"]
+    assert "compiling stage small" in shown
+    assert not any("6 FLOPs" in line or "convention" in line for line in shown)
+
+
+def test_another_tensor_size_pads_the_vocabulary_anew(lab):
+    """257 rows of the table on one device are 258 on two, in parameters, moments and births."""
+    flags = ["--config.model.vocab_multiple=1", "--config.stages[0].steps=8", "--config.stages[1].steps=8"]
+    flags += ["--config.sample_tokens=0", "--config.checkpoint.keep=9"]
+    one, two = lab / "tensor1", lab / "tensor2"
+    start(lab, "never", one, *flags)
+    shutil.copytree(one, two)
+    for step in (two / "checkpoints").glob("1[1-9]"):
+        shutil.rmtree(step)
+    shown = start(lab, "never", two, *flags, "--config.mesh.fsdp=1", "--config.mesh.tensor=2", devices=2).stdout
+    assert "resume at step 10" in shown
+    losses = [[line["loss"] for line in read_metrics(w) if line["kind"] == "train"] for w in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    back = two / "checkpoints" / "16"
+    shutil.rmtree(back)
+    assert "resume at step 15" in start(lab, "never", two, *flags).stdout
 
 
 def test_settings_of_execution_may_change(lab):
@@ -205,98 +265,6 @@ def test_log_of_a_run_is_plain_lines(lab):
     result = start(lab, "batch:3", lab / "log", expect=-9)
     assert "\r" not in result.stdout + result.stderr
     assert "\x1b" not in result.stdout + result.stderr
-
-
-# ---- flmjax grow -----------------------------------------------------------------------------------------------------
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(lab):
-    workdir = lab / "dry"
-    flags = [f"--source={lab / 'straight'}", "--dry-run"]
-    shown = start(lab, "never", workdir, *flags, command="grow", config="big.py").stdout
-    assert re.search(
-        r"layers/mlp/up/kernel +\(2, 48, 48\) +-> \(3, 60, 80\) +layers 2 -> 3, new ones fresh; embed", shown
-    )
-    assert "'zero' from" in shown
-    assert "parameters 35,136 -> 104,400; dry run" in shown
-    assert not workdir.exists()
-
-
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_a_grown_checkpoint_has_its_certificate_and_trains_on(lab, weights_only):
-    workdir = lab / f"grown{weights_only}"
-    flags = [f"--source={lab / 'straight'}", *["--weights-only"] * weights_only]
-    before = sorted(path for path in (lab / "straight").rglob("*"))
-    shown = start(lab, "never", workdir, *flags, command="grow", config="big.py").stdout
-    assert "straight step 30 -> big by 'zero' (exact); num_layers 2 -> 3, embed_dim 48 -> 60" in shown
-    assert sorted(path for path in (lab / "straight").rglob("*")) == before
-    certificate = json.loads((workdir / "certificates" / "step_00000000.json").read_text())
-    assert certificate["max_difference"]["float32"] <= 2e-5 * certificate["max_logit"]
-    assert certificate["max_difference"]["float64"] <= 1e-12 * certificate["max_logit"]
-    with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
-        sums = checkpoints.meta(0)["checksums"]
-    moments = {path: value for path, value in sums.items() if "/mu/" in path or "/nu/" in path}
-    assert len(moments) > 20
-    assert any(moments.values()) != weights_only
-    assert "resume at step 0: stage big" in start(lab, "never", workdir, config="big.py").stdout
-    losses = [line["loss"] for line in read_metrics(workdir) if line["kind"] == "train"]
-    assert len(losses) == 4
-    assert abs(losses[0] - certificate["loss_after"]) < 0.3
-
-
-@pytest.mark.parametrize(
-    ("flags", "words", "status"),
-    [
-        (["--source=nowhere"], "nowhere is no workdir of a run", 2),
-        (["--config.model.norm_eps=1e-5"], r"growth keeps the function with --config.model.norm_eps=5.3\d+e-06", 2),
-        (["--config.model.rotary_dim=None"], "with --config.model.rotary_dim=16", 2),
-        (["--config.model.embed_dim=40"], "embed_dim would shrink from 48 to 40", 1),
-        (["--config.model.activation=swiglu"], "growth cannot change activation from gelu to swiglu", 1),
-        (["--config.stages[0].growth.family=zeros"], "did you mean zero", 2),
-        (["--config.stages[0].growth.family=learned"], "grows in a run, not between runs.*make the larger model", 2),
-    ],
-)
-def test_impossible_growth_is_refused_before_any_file_is_written(lab, flags, words, status):
-    workdir = lab / "refused"
-    flags = [f"--source={lab / 'straight'}", *flags]  # of a repeated flag the last one counts
-    result = start(lab, "never", workdir, *flags, command="grow", config="big.py", expect=status)
-    assert re.search(words, result.stderr), result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert not (workdir / "checkpoints").exists()
-    assert not (workdir / "config.json").exists()
-
-
-def test_a_vocabulary_with_other_words_for_old_ids_is_refused(lab):
-    data = lab / "straight" / "data"
-    check_vocabulary(data, ByteTokenizer(), Path("new"))
-    larger = SimpleNamespace(fingerprint="more", vocab_size=258, end_id=256, decode=ByteTokenizer().decode)
-    check_vocabulary(data, larger, Path("new"))
-    pieces = SentencePieceTokenizer.train(["some words of text", "and some more words of it"] * 50, 290)
-    with pytest.raises(ConfigError, match=r"id \d+ means .*, there .*; --config.data.directory=.*straight/data takes"):
-        check_vocabulary(data, pieces, Path("new"))
-
-
-def test_killed_growth_leaves_no_workdir_and_starts_anew(lab):
-    workdir, flags = lab / "cut", [f"--source={lab / 'straight'}"]
-    start(lab, "saving:1", workdir, *flags, command="grow", config="big.py", expect=-9)
-    assert not (workdir / "config.json").exists()
-    result = start(lab, "never", workdir, config="big.py", expect=2)  # never from scratch
-    assert "growth that was cut off" in result.stderr
-    for step in (workdir / "checkpoints").glob("[0-9]*"):  # complete, if the kill came late
-        shutil.rmtree(step)
-    start(lab, "never", workdir, *flags, command="grow", config="big.py")
-    assert (workdir / "config.json").exists()
-    result = start(lab, "never", workdir, *flags, command="grow", config="big.py", expect=2)
-    assert "holds a run already" in result.stderr
-
-
-def test_growth_goes_to_another_mesh(lab):
-    flags = [f"--source={lab / 'straight'}", "--config.mesh.fsdp=2"]
-    shown = start(lab, "never", lab / "mesh", *flags, command="grow", config="big.py", devices=2).stdout
-    assert "by 'zero' (exact)" in shown
-    flags = [f"--source={lab / 'straight'}", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
-    result = start(lab, "never", lab / "mesh4", *flags, command="grow", config="big.py", devices=4, expect=2)
-    assert "straight: num_heads=2 does not divide over mesh axis tensor=4" in result.stderr
 
 
 def test_a_prompt_as_long_as_a_sequence_is_refused_before_training(lab):

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "flmjax"
 FLOORS = {
     "config": 1,
     "hardware": 1,
+    "lock": 1,
     "stderr": 1,
     "text_table": 1,
     "sharding": 2,
@@ -34,10 +35,11 @@ FLOORS = {
 NARROWER = {
     "config": set(),
     "hardware": {"config"},
+    "lock": {"config"},
     "stderr": set(),
     "text_table": set(),
-    "data": {"config", "stderr", "text_table"},
-    "workdir": {"config", "sharding"},
+    "data": {"config", "lock", "stderr", "text_table"},
+    "workdir": {"config", "lock", "sharding"},
 }
 
 

@@ -50,9 +50,10 @@ def main(argv: list[str]) -> int:
             raise
         print(f"flmjax: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        where = f": {error}" if str(error) else ""
         resume = "; run the same command again to resume from the last checkpoint" if line.command == "train" else ""
-        print(f"flmjax: interrupted{resume}", file=sys.stderr)
+        print(f"flmjax: interrupted{where}{resume}", file=sys.stderr)
         return 130
     return 0
 

@@ -36,7 +36,7 @@ def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_o
     from flmjax.training.grow_checkpoint import grow_checkpoint, plan_checkpoint
 
     if dry_run:
-        print(plan_checkpoint(config, Path(source)), flush=True)
+        print(plan_checkpoint(config, Path(source), workdir), flush=True)
         return
     grow_checkpoint(config, Path(source), workdir, weights_only)
     print(f"{workdir}: checkpoint at step 0; 'flmjax train' with this config and workdir continues from it", flush=True)

@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from flmjax.cli.commands import COMMANDS
-from flmjax.config import ConfigError, RunConfig, check_path, from_config_dict, nearest
+from flmjax.config import ConfigError, RunConfig, check_path, from_config_dict, nearest, to_config_dict
 from flmjax.config.validate import validate
 
 
@@ -47,7 +47,7 @@ CONFIG = Option("config", "FILE[:WORDS]", "configuration file; its docstring lis
 OVERRIDE = Option("config.FIELD", "VALUE", "one setting in place of the file's, e.g. '--config.stages[0].steps=50'")
 WORKDIR = Option("workdir", "DIR", "folder of the run: config, metrics, checkpoints, certificates, report")
 USAGE = f"usage: flmjax COMMAND {CONFIG.flag} [{OVERRIDE.flag} ...] {WORKDIR.flag}"
-USAGE_GROW = "usage: flmjax grow --config=FILE --source=WORKDIR (--workdir=DIR [--weights-only] | --dry-run)"
+USAGE_GROW = "usage: flmjax grow [--config=FILE] --source=WORKDIR (--workdir=DIR [--weights-only] | --dry-run)"
 # The flags of each command beside --config and --workdir.
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "train": (),
@@ -100,7 +100,8 @@ def parse(argv: list[str]) -> CommandLine:
         ConfigError or absl.flags.Error: for anything that is not understood, with the nearest names.
     """
     command = check_command(argv[0])
-    values, options = read_flags(command, argv[1:])
+    base = _source_config(command, argv[1:])
+    values, options = read_flags(command, argv[1:], base)
     if command == "grow" and not options["source"]:
         raise ConfigError(f"--source is missing: the workdir of the run to grow; {USAGE_GROW}")
     if not values["workdir"].value and not options.get("dry_run") and takes_workdir(command):
@@ -111,6 +112,10 @@ def parse(argv: list[str]) -> CommandLine:
     config = read_config(values)
     if config is None:
         raise ConfigError(f"--config is missing; {USAGE}")
+    if base is not None:
+        from flmjax.training.grow_config import grown_config
+
+        config = grown_config(config, base)
     return CommandLine(command, validate(config), workdir, options)
 
 
@@ -125,7 +130,23 @@ def check_command(word: str) -> str:
     return word
 
 
-def read_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
+def _source_config(command: str, arguments: list[str]) -> RunConfig | None:
+    """The config that flags change if `grow` has none: that of the source, the run to grow."""
+    if command != "grow" or any(re.fullmatch(r"--?config(=.*)?", argument) for argument in arguments):
+        return None
+    values = flags.FlagValues()
+    source = next(option for option in OPTIONS[command] if option.name == "source").define(values)
+    values(["flmjax", *arguments], known_only=True)
+    if not source.value:
+        return None
+    from flmjax.training.grow_config import source_config
+
+    return source_config(Path(source.value))
+
+
+def read_flags(
+    command: str, arguments: list[str], base: RunConfig | None = None
+) -> tuple[flags.FlagValues, dict[str, Any]]:
     """(all flags of a command line, the values of the command's OPTIONS by name).
 
     Raises:
@@ -136,7 +157,7 @@ def read_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, di
     arguments = values.read_flags_from_files(arguments, force_gnu=False)
     WORKDIR.define(values)
     if takes_config(command):
-        _define_config(values, arguments)
+        _define_config(values, arguments, base)
     holders = {option.name.replace("-", "_"): option.define(values) for option in OPTIONS[command]}
     try:
         rest = values(["flmjax", *arguments])
@@ -167,11 +188,15 @@ def read_config(values: flags.FlagValues) -> RunConfig | None:
     return config
 
 
-def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
-    """Add --config; overrides of fields that do not exist are refused before a file is loaded."""
+def _define_config(values: flags.FlagValues, arguments: list[str], base: RunConfig | None) -> None:
+    """Add --config, or overrides of `base`; overrides of unknown fields are refused before a file is read."""
     for argument in arguments:
         if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             check_path(override[1])
+    if base is not None:
+        argv = ["flmjax", *arguments]
+        config_flags.DEFINE_config_dict(CONFIG.name, to_config_dict(base), flag_values=values, sys_argv=argv)
+        return
     config_flags.DEFINE_config_file(
         CONFIG.name, help_string=CONFIG.help, flag_values=values, sys_argv=["flmjax", *arguments]
     )

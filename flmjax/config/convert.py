@@ -73,9 +73,11 @@ def from_stored(stored: object, name: str) -> RunConfig:
         ConfigError: for another format (with both numbers), or a config that this version cannot read.
     """
     stored = check_format(stored, name)
+    if not isinstance(stored.get("config"), Mapping):
+        raise ConfigError(f"{name} has no 'config' with the settings of a run")
     try:
         return from_config_dict(stored["config"])
-    except (ConfigError, KeyError, AttributeError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{name} cannot be read as a config: {error}") from error
 
 
@@ -89,7 +91,7 @@ def check_format(stored: object, name: str) -> Mapping[str, Any]:
 
 
 def differences(stored: object, current: object, path: str = "") -> list[str]:
-    """Lines `field: stored -> current` for the fields that differ and decide the results of a run.
+    """Lines `field: stored -> current` for the fields that differ and decide the results of a run; long values are cut.
 
     Args:
         stored, current: two RunConfigs, or the same part of both.
@@ -101,9 +103,17 @@ def differences(stored: object, current: object, path: str = "") -> list[str]:
         pairs = [(f"{path}.{name}".strip("."), getattr(stored, name), getattr(current, name)) for name in names]
     elif isinstance(stored, tuple) and isinstance(current, tuple) and len(stored) == len(current):
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, current, strict=True))]
+    elif path == "stages" and isinstance(stored, tuple) and isinstance(current, tuple):
+        shared = min(len(stored), len(current))
+        return [*differences(stored[:shared], current[:shared], path), f"stages: {len(stored)} -> {len(current)}"]
     else:
-        return [] if stored == current else [f"{path}: {stored} -> {current}"]
+        return [] if stored == current else [f"{path}: {_cut(stored)} -> {_cut(current)}"]
     return [line for name, a, b in pairs for line in differences(a, b, name)]
+
+
+def _cut(value: object, length: int = 60) -> str:
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def check_path(path: str) -> None:

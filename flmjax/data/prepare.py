@@ -6,7 +6,6 @@ sources that were read and the parts that were tokenised.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -36,6 +35,7 @@ from flmjax.data.tokenizers import (
     Tokenizer,
     named_tokenizer,
 )
+from flmjax.lock import locked
 
 PROGRESS_FILE = "progress.json"  # in an incomplete directory: settings, and stamps of the sources
 VOCABULARY_FILE = "vocabulary.txt"  # in an incomplete directory: fingerprint of the vocabulary of its parts
@@ -60,8 +60,8 @@ def prepare(
     Memory holds some parts of 4 to 32 MB of text for each process, and a few bytes for each document; while this runs,
     the disk holds the text and a second copy of the tokens. For 16 MB of text or more, processes are started: a script
     that calls this needs Python's `if __name__ == "__main__":`. If another process is preparing `directory`, this one
-    waits for it. Standard error says which files are left out, and for an existing directory which sources have changed
-    since; it keeps its text.
+    says so and waits for it. Standard error says which files are left out, and for an existing directory which sources
+    have changed since; it keeps its text.
 
     Args:
         sources: documents of each entry of data.sources and data.teachers, in place of built-in corpora and files.
@@ -83,8 +83,7 @@ def prepare(
         return _load_same(directory, data, settings, full_check, sources is None)
     partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
     preparation = _Preparation(data, settings, partial, sources, progress)  # a wrong name leaves nothing behind
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(directory.with_name(f".{directory.name}.lock")):
+    with locked(directory.with_name(f".{directory.name}.lock"), str(directory), wait=True):
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
             return _load_same(directory, data, settings, full_check, False)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -141,14 +140,6 @@ def _load_same(
 def _trains(settings: dict[str, Any]) -> bool:
     """Whether the settings ask for a vocabulary that is trained on the text."""
     return settings["vocabulary"] in (None, "sentencepiece")
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine out until the block ends; a killed process releases its lock, too."""
-    with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -108,9 +108,15 @@ class Certificate:
             f"growth certificate at step {self.step}: {self.from_stage} -> {self.to_stage} by '{self.family}' "
             f"({self.claim}); {sizes}; parameters {self.parameters[0]:,} -> {self.parameters[1]:,}; "
             f"max |difference| of logits on {self.tokens} validation tokens: {numbers} "
-            f"(max |logit| {self.max_logit:.3g}){removed}; loss {self.loss_before:.6f} -> {self.loss_after:.6f}, "
-            f"KL {self.kl:.2g}; gradient norm {self.gradient_norm[0]:.4g} -> {self.gradient_norm[1]:.4g}{failure}"
+            f"(max |logit| {self.max_logit:.3g}){removed}; loss {_change(self.loss_before, self.loss_after, '.6f')}, "
+            f"KL {self.kl:.2g}; gradient norm {_change(*self.gradient_norm, '.4g')}{failure}"
         )
+
+
+def _change(before: float, after: float, digits: str) -> str:
+    """Both numbers, or one if they are equal to the digits shown."""
+    texts = dict.fromkeys((format(before, digits), format(after, digits)))
+    return " -> ".join(texts)
 
 
 def certify(

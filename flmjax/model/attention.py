@@ -62,6 +62,18 @@ def choose(platform: str, dtype: str | np.dtype[Any], segmented: bool) -> str:
     return "plain"
 
 
+def check_backend(implementation: str, platform: str, dtype: str) -> None:
+    """Refuse cuDNN on devices, or for a dtype, that it cannot compute with.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if implementation == "cudnn" and platform != "gpu":
+        raise ConfigError(f"model.attention='cudnn' needs an NVIDIA GPU; the devices are '{platform}': take 'fused'")
+    if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+        raise ConfigError(f"model.attention='cudnn' computes in 16 bits, but model.dtype='{dtype}': take 'fused'")
+
+
 def _platform(placement: Placement | None) -> str:
     """Platform of the target devices; when compiling ahead of time they are not the local ones."""
     return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform

@@ -3,54 +3,67 @@
 import dataclasses
 import functools
 import math
+import shlex
+import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import DERIVED, SIZES, ConfigError, ModelConfig, RunConfig, Stage, from_stored, resize, to_json
+from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, resize, to_json
 from flmjax.config.validate import check_mesh, validate, validate_mesh
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import load, with_vocabulary
-from flmjax.data.tokenizers import Tokenizer
+from flmjax.data.prepared import META_FILE, with_vocabulary
+from flmjax.data.tokenizers import Tokenizer, load_tokenizer, named_tokenizer
 from flmjax.growth.certificate import GrowthPoint
 from flmjax.growth.families import family_of
 from flmjax.growth.grow import plan_growth
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
+from flmjax.growth.rules import GrowthError
+from flmjax.model.attention import check_backend
 from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.mesh import make_mesh
 from flmjax.text_table import text_table
+from flmjax.training.continuation import Position, is_same_past, newest_position, shifted
+from flmjax.training.grow_config import has_same_preparation, vocabulary_settings
 from flmjax.training.growth_point import growth_key, prove_growth
-from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
+from flmjax.training.state import (
+    ITEMS,
+    StateSpec,
+    TrainState,
+    from_items,
+    init_state,
+    restore_items,
+    state_spec,
+    to_items,
+)
 from flmjax.training.step import jit_growth
-from flmjax.workdir.checkpoint import Checkpoints, latest_whole_step
-from flmjax.workdir.paths import data_directory, write_config
+from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.paths import (
+    begin_growth,
+    data_directory,
+    end_growth,
+    latest_whole_step,
+    locked_workdir,
+    unfinished_growth,
+    write_config,
+)
+
+LOG = functools.partial(print, flush=True)
 
 
-class Source(NamedTuple):
-    """The newest checkpoint of a run: its step, the run's config, and its stage."""
-
-    step: int
-    config: RunConfig
-    stage: Stage
-
-    @property
-    def model(self) -> ModelConfig:
-        """Configuration of the model in the checkpoint."""
-        return self.stage.model
-
-
-def plan_checkpoint(config: RunConfig, source: Path) -> str:
+def plan_checkpoint(config: RunConfig, source: Path, workdir: Path) -> str:
     """Plan of `grow_checkpoint` as text, one line for each leaf. No parameter is read and nothing is written.
 
     Raises:
         ConfigError, GrowthError: as grow_checkpoint.
     """
     origin, growth_config = _newest(source), config.stages[0].growth
-    plan = plan_growth(Growth(origin.model, _target(config, origin.model), growth_config, growth_key(config, 0)))
+    new = _target(config, origin)
+    check_vocabulary(config, source, origin, workdir)
+    plan = plan_growth(Growth(origin.stage.model, new, growth_config, growth_key(config, 0)))
     rows = [
         (leaf.path, str(leaf.old_shape), f"-> {leaf.new_shape}", "; ".join(leaf.rules) or "unchanged") for leaf in plan
     ]
@@ -82,21 +95,37 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         CheckpointError: for an unreadable source.
         GrowthError: for impossible sizes, or a growth that does not keep its claim; no checkpoint is written.
     """
-    origin = _newest(source)
-    if (workdir / "config.json").exists() or latest_whole_step(workdir / "checkpoints") is not None:
-        raise ConfigError(f"{workdir} holds a run already; take another --workdir")
-    _target(config, origin.model)  # raises before data is prepared
-    mesh_shape = validate_mesh(config, jax.device_count())
-    check_mesh(origin.model, mesh_shape, f"--source={source}")
+    with locked_workdir(workdir):
+        origin, checkpoints = _newest(source), workdir / "checkpoints"
+        is_run = (workdir / "config.json").exists() or latest_whole_step(checkpoints) is not None
+        if is_run and unfinished_growth(workdir) is None:
+            raise ConfigError(f"{workdir} holds a run already; take another --workdir")
+        _target(config, origin)  # raises before data is prepared
+        mesh_shape = validate_mesh(config, jax.device_count())
+        check_backend(config.model.attention, jax.devices()[0].platform, config.model.dtype)
+        check_mesh(_on_mesh(origin.stage.model, config), mesh_shape, f"--source={source}")
+        check_vocabulary(config, source, origin, workdir)
+        begin_growth(workdir, source)
+        try:
+            _grow(config, source, origin, workdir, make_mesh(mesh_shape, jax.devices()), weights_only)
+        except (ConfigError, GrowthError):
+            end_growth(workdir)
+            raise
+
+
+def _grow(
+    config: RunConfig, source: Path, origin: Position, workdir: Path, mesh: jax.sharding.Mesh, weights_only: bool
+) -> None:
+    """Prepare the data, grow, prove and write what grow_checkpoint promises."""
     data = prepare(config.data, data_directory(config, workdir), progress=True)
     user_config, config = config, with_vocabulary(config, data)
-    new = _target(config, origin.model)
-    check_vocabulary(data_directory(origin.config, source), data.tokenizer, workdir)
-    mesh = make_mesh(mesh_shape, jax.devices())
-    before, after = (state_spec(model, config.optimizer, mesh) for model in (origin.model, new))
+    check_vocabulary(config, source, origin, workdir)
+    new = _target(config, origin)
+    old = _on_mesh(origin.stage.model, config)
+    before, after = (state_spec(model, config.optimizer, mesh) for model in (old, new))
     key = growth_key(config, 0)
-    growth = Growth(origin.model, new, config.stages[0].growth, key, new_warmup(config.stages[0]))
-    state = _restore(source / "checkpoints", origin.step, before, config.seed, weights_only)
+    growth = Growth(old, new, config.stages[0].growth, key, new_warmup(config.stages[0]))
+    state = _restore(source / "checkpoints", origin, before, config.seed, weights_only)
     program = jit_growth(before, after, growth.config, growth.new_warmup)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
@@ -109,85 +138,145 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         (state.params, grown.params),
         growth,
         GrowthPoint(0, f"{source} step {origin.step}", config.stages[0].name),
-        functools.partial(print, flush=True),
+        LOG,
     )
+    stream, first_sample = _lineage(stream, source, origin)
     meta = {
         "stage": 0,
-        "samples_seen": 0,
+        "samples_seen": first_sample,
         "fingerprint": stream.fingerprint,
         "config": to_json(config),
     }
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)  # of a growth that was cut off
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, to_items(grown), meta)
         checkpoints.wait()
     write_config(user_config, workdir)
+    end_growth(workdir)
 
 
-def _restore(directory: Path, step: int, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:
-    """The stored state at `step`, or with `weights_only` an initial state that has the stored parameters."""
+def _lineage(stream: TrainingStream, source: Path, origin: Position) -> tuple[TrainingStream, int]:
+    """The stream of the new run, and its first sample: the next one of the source's data if both streams are one."""
+    continued = shifted(stream, origin.samples_seen)
+    if _has_seen(origin, continued):
+        LOG(f"data: training goes on at sample {origin.samples_seen:,}, where {source} stopped")
+        return continued, origin.samples_seen
+    LOG(f"data: not the data, order or mixture of {source}: training starts at sample 0, and samples may repeat")
+    return stream, 0
+
+
+def _has_seen(origin: Position, stream: TrainingStream) -> bool:
+    """Whether the samples that the source has read are the first of `stream`."""
+    if stream.fingerprint == origin.fingerprint:
+        return True
+    try:  # the same data with another mixture later
+        past = shifted(TrainingStream.of_run(origin.config, stream.prepared), origin.first_sample)
+    except ConfigError:  # weights for other sources
+        return False
+    return past.fingerprint == origin.fingerprint and is_same_past(past, stream, origin.samples_seen)
+
+
+def _on_mesh(model: ModelConfig, config: RunConfig) -> ModelConfig:
+    """The source's model with the padding of the vocabulary that the new run's mesh needs."""
+    return dataclasses.replace(model, vocab_multiple=math.lcm(model.vocab_multiple, config.mesh.tensor))
+
+
+def _restore(directory: Path, origin: Position, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:
+    """The source's state, or with `weights_only` an initial state that has the source's parameters."""
     with Checkpoints(directory, keep=None) as checkpoints:
-        if not weights_only:
-            return from_items(checkpoints.restore(step, to_items(spec.abstract)))
-        params = checkpoints.restore(step, {"params": spec.abstract.params})["params"]
-    return dataclasses.replace(init_state(spec, seed), params=params)
+        names = ITEMS[:1] if weights_only else ITEMS
+        items = restore_items(checkpoints, origin.step, origin.stage.model, spec, names)
+    return dataclasses.replace(init_state(spec, seed), **items) if weights_only else from_items(items)
 
 
-def check_vocabulary(directory: Path, new: Tokenizer, workdir: Path) -> None:
-    """Check that every id of the prepared data in `directory` means the same in `new`, which may have further ids.
+def check_vocabulary(config: RunConfig, source: Path, origin: Position, workdir: Path) -> None:
+    """Check that every id of the source's vocabulary means the same in the new run's, which may have further ids.
+
+    Nothing is prepared: a vocabulary that is still to be trained passes if its settings are the source's.
 
     Raises:
-        ConfigError: naming the first id with another meaning.
+        ConfigError: with the flags that take the source's vocabulary; or if the source has no tokenizer.
     """
-    old = load(directory).tokenizer
-    if old.fingerprint == new.fingerprint:
+    old_directory, directory = data_directory(origin.config, source), data_directory(config, workdir)
+    old, is_prepared = load_tokenizer(old_directory), (directory / META_FILE).exists()
+    if not is_prepared and has_same_preparation(config.data, origin.config.data):
+        return  # the text may have changed since: checked again when the data are prepared
+    new = load_tokenizer(directory) if is_prepared else _ready_vocabulary(config)
+    fault = "it would be trained anew" if new is None else vocabulary_fault(old, new)
+    if fault is None:
         return
-    differs = next((i for i in range(old.vocab_size) if old.decode([i]) != new.decode([i])), None)
+    settings = vocabulary_settings(old_directory)
+    if settings is None:
+        cure: dict[str, object] = {"directory": str(old_directory)}
+    else:
+        cure = {name: value for name, value in settings.items() if getattr(config.data, name) != value}
+        if is_prepared and config.data.directory is not None:
+            cure["directory"] = None
+    flags = " ".join(shlex.quote(f"--config.data.{name}={value}") for name, value in cure.items())
+    if is_prepared and "directory" not in cure:
+        flags += f" and another --workdir (or no {directory})"
+    raise ConfigError(f"the vocabulary of {workdir} is not the source's: {fault}; {flags} takes the source's")
+
+
+def _ready_vocabulary(config: RunConfig) -> Tokenizer | None:
+    """The vocabulary of the data before they are prepared; None if it is to be trained."""
+    data = config.data
+    if data.mixture is not None and data.vocabulary is None:
+        from flmjax.data.sources.seqio_mixture import read_mixture  # TensorFlow: 5 s, an optional package
+
+        if (vocabulary := read_mixture(data).vocabulary) is not None:
+            return vocabulary
+    return named_tokenizer(data.vocabulary or "sentencepiece", data.end_id)
+
+
+def vocabulary_fault(old: Tokenizer, new: Tokenizer) -> str | None:
+    """The first id of `old` that means something else in `new`, as text; None if there is none."""
+    if old.fingerprint == new.fingerprint:
+        return None
+    if old.vocab_size > new.vocab_size:
+        return f"it has {new.vocab_size:,} ids, there are {old.vocab_size:,}"
     if old.end_id != new.end_id:
-        differs = old.end_id
-    if differs is not None:
-        raise ConfigError(
-            f"the vocabulary of {workdir} is not the source's: id {differs} means {new.decode([differs])!r}, there "
-            f"{old.decode([differs])!r}; --config.data.directory={directory} takes the source's data"
-        )
+        return f"its end id is {new.end_id}, there {old.end_id}"
+    differs = next((i for i in range(old.vocab_size) if old.decode([i]) != new.decode([i])), None)
+    return None if differs is None else f"id {differs} means {new.decode([differs])!r}, there {old.decode([differs])!r}"
 
 
-def _newest(source: Path) -> Source:
-    step = latest_whole_step(source / "checkpoints")
-    if step is None:
+def _newest(source: Path) -> Position:
+    position = newest_position(source)
+    if position is None:
         raise ConfigError(f"--source={source} is no workdir of a run: it has no complete checkpoint")
-    with Checkpoints(source / "checkpoints", keep=None) as checkpoints:
-        meta = checkpoints.meta(step)
-    config = from_stored(meta, f"--source={source}")
-    stage = config.schedule[meta["stage"]]
-    ramp = ramp_of(stage)
-    if ramp is not None and step < ramp.end:
+    ramp = ramp_of(position.stage)
+    if ramp is not None and position.step < ramp.end:
         raise ConfigError(
-            f"--source={source} is at step {step}, but its growth mask is open only at step "
+            f"--source={source} is at step {position.step}, but its growth mask is open only at step "
             f"{ramp.end}; continue its training first"
         )
-    return Source(step, config, stage)
+    return position
 
 
-def _target(config: RunConfig, old: ModelConfig) -> ModelConfig:
-    """The new model, checked to be one that growth can reach from the old model.
+def _target(config: RunConfig, origin: Position) -> ModelConfig:
+    """The new model, checked to be one that growth can reach from the source's.
 
     Raises:
-        ConfigError: with the flags that are needed, or if the family grows only within a run.
-        GrowthError: for impossible sizes.
+        ConfigError: with all flags that are needed, for impossible sizes, or if the family grows only within a run.
     """
-    family = config.stages[0].growth.family
-    if (reason := family_of(config.stages[0].growth).needs_training) is not None:
+    old, growth = _on_mesh(origin.stage.model, config), config.stages[0].growth
+    if (reason := family_of(growth).needs_training) is not None:
         raise ConfigError(
-            f"stages[0].growth.family='{family}' grows in a run, not between runs: {reason}; make the "
+            f"stages[0].growth.family='{growth.family}' grows in a run, not between runs: {reason}; make the "
             "larger model a further stage, or take zero or duplicate"
         )
     validate(config)
     new = config.schedule[0].model
     if new.vocab_size is None:
         new = dataclasses.replace(new, vocab_size=old.vocab_size)
-    derived = resize(old, family, **{field: getattr(new, field) for field in SIZES})
-    kept = {name: getattr(derived, name) for name in DERIVED}
-    Growth(old, dataclasses.replace(new, **kept), config.stages[0].growth)  # raises for impossible sizes
+    derived = resize(old, growth.family, **{field: getattr(new, field) for field in SIZES})
+    names = [field.name for field in dataclasses.fields(ModelConfig) if not field.metadata and field.name not in SIZES]
+    kept = {name: getattr(derived, name) for name in names}
+    try:
+        Growth(old, dataclasses.replace(new, **kept), growth)
+    except GrowthError as error:
+        raise ConfigError(str(error)) from error
     same = {name: value == getattr(new, name) for name, value in kept.items()}
     same["norm_eps"] = math.isclose(kept["norm_eps"], new.norm_eps, rel_tol=1e-9)  # the tolerance of Growth
     wrong = [f"--config.model.{name}={kept[name]}" for name in kept if not same[name]]

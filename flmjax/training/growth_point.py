@@ -31,6 +31,7 @@ def grow_into(
     key: jax.Array,
     stream: TrainingStream,
     log: Log,
+    first_sample: int = 0,
 ) -> TrainState:
     """The state at the start of `stage`, grown from the state at the end of the stage before; not certified yet.
 
@@ -40,13 +41,14 @@ def grow_into(
         key: key of the growth.
         stream: training data, for a learned growth.
         log: prints a line.
+        first_sample: of the run in the stream; not 0 after a growth between runs.
     """
     old, new = specs
     grown = jit_growth(old, new, stage.config.growth, new_warmup(stage.config))(state, key)
     if not stage.tuning_steps:
         return grown
     assert stage.previous is not None
-    first = samples_before(stage.previous, stage.start)
+    first = first_sample + samples_before(stage.previous, stage.start)
     host_batches = stream.batches(start=first, batch_size=stage.config.batch_size, **this_host())
     sharding = batch_sharding(new.mesh)
     batches = (global_batch(batch, sharding) for batch in itertools.islice(host_batches, stage.tuning_steps))

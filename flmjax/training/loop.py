@@ -1,6 +1,8 @@
 """A run: stages of training with growth between them, started or resumed by the same call."""
 
 import functools
+import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.batch import global_batch
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
-from flmjax.data.prepared import Prepared, data_warnings, with_vocabulary
+from flmjax.data.prepared import META_FILE, data_warnings, with_vocabulary
 from flmjax.evaluation.generate import generate, prompt_ids
 from flmjax.evaluation.validation_loss import SourceSums, describe, jit_source_sums, validation_loss
 from flmjax.growth.certificate import GrowthPoint
@@ -23,24 +25,36 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tuning_flops
 from flmjax.growth.ramp import ramp_of
 from flmjax.hardware import peak_flops
-from flmjax.model.flops import FLOPS_CONVENTION, flops_per_token
+from flmjax.model.attention import check_backend
+from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.sharding.axes import Params
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
+from flmjax.training.continuation import Position, check_continuation, continued_stream, newest_position
 from flmjax.training.growth_point import grow_into, growth_key, prove_growth, samples_before, this_host
-from flmjax.training.state import StateSpec, TrainState, from_items, init_state, state_spec, to_items
+from flmjax.training.state import (
+    ITEMS,
+    StateSpec,
+    TrainState,
+    from_items,
+    init_state,
+    restore_items,
+    state_spec,
+    to_items,
+)
 from flmjax.training.step import jit_train_step, nonfinite_leaves
 from flmjax.workdir.checkpoint import Checkpoints
-from flmjax.workdir.metrics import MetricsWriter
-from flmjax.workdir.paths import claim_workdir, data_directory
+from flmjax.workdir.metrics import MetricsWriter, read_metrics
+from flmjax.workdir.paths import data_directory, latest_whole_step, locked_workdir, stored_config, write_config
 from flmjax.workdir.progress import Clock, ProgressBar
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
 OF_ALL_ROWS = ("loss", "gradient_norm")  # other metrics are of one kind of sequence, NaN in a batch without it
 
 Metrics = dict[str, jax.Array]
+Update = tuple[int, TrainState, Metrics]  # updates of the run so far, state and metrics after the last of them
 
 
 class TrainingError(RuntimeError):
@@ -58,19 +72,70 @@ def train(config: RunConfig, workdir: Path) -> None:
     """
     validate(config)
     mesh_shape = validate_mesh(config, jax.device_count())
-    claim_workdir(config, workdir)
+    check_backend(config.model.attention, jax.devices()[0].platform, config.model.dtype)
+    with locked_workdir(workdir), ProgressBar(config.total_steps) as bar:
+        with bar.doing("loading"):
+            stored, position = stored_config(workdir), newest_position(workdir)
+            check_continuation(workdir, position, config)
+            step = position.step if position is not None else 0
+            bar.resume(step)
+        if step == config.total_steps and not missing_samples(config, workdir, step):
+            bar.log(f"finished at step {step:,}, nothing left to do")
+            return
+        with bar.doing("loading the data" if is_prepared(config, workdir) else "preparing the data"):
+            user_config, (config, stream) = config, open_stream(config, workdir, position)
+        claim = functools.partial(write_config, user_config, workdir) if stored != user_config else lambda: None
+        try:
+            with (
+                Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+                MetricsWriter(workdir, step) as writer,
+            ):
+                mesh = make_mesh(mesh_shape, jax.devices())
+                run = Run(config, workdir, stream, mesh, checkpoints, writer, bar, position, claim)
+                run.run_schedule()
+        except KeyboardInterrupt:
+            saved = latest_whole_step(workdir / "checkpoints")
+            on_disk = "no step is on disk yet" if saved is None else f"step {saved:,} is on disk"
+            raise KeyboardInterrupt(f"stopped at step {bar.step:,}; {on_disk}") from None
+
+
+def is_prepared(config: RunConfig, workdir: Path) -> bool:
+    """Whether the run's token files exist."""
+    return (data_directory(config, workdir) / META_FILE).exists()
+
+
+def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> tuple[RunConfig, TrainingStream]:
+    """The config with the vocabulary of its data, and the training stream, checked to fill batches and validation.
+
+    Data that this call prepared in the workdir and that are too small are removed: they would refuse the corrected
+    command, which has other sources.
+    """
+    is_new = not is_prepared(config, workdir) and config.data.directory is None
     data = prepare(config.data, data_directory(config, workdir), progress=True)
     config = with_vocabulary(config, data)
-    mesh = make_mesh(mesh_shape, jax.devices())
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-        step = checkpoints.latest_step() or 0
-        with MetricsWriter(workdir, step) as writer, ProgressBar(config.total_steps, step) as bar:
-            Run(config, workdir, data, mesh, checkpoints, writer, bar).run_schedule()
+    try:
+        stream = TrainingStream.of_run(config, data)
+        for stage in config.schedule:
+            stream.check_size(stage.config.batch_size)
+        stream.validation_rows(1)
+        if config.sample_tokens:
+            prompt_ids(config.sample_prompt, data.tokenizer, config.model.max_length)  # refuses one that is too long
+    except ConfigError:
+        if is_new:
+            shutil.rmtree(data.directory)
+        raise
+    return config, continued_stream(workdir, position, stream)
+
+
+def missing_samples(config: RunConfig, workdir: Path, step: int) -> bool:
+    """Whether an interrupt prevented the text sample of the stage that ended at `step`."""
+    written = {(line["kind"], line["step"]) for line in read_metrics(workdir)}
+    return config.sample_tokens > 0 and ("sample", step) not in written
 
 
 def run_stage(
     state: TrainState, spec: StateSpec, stage: Stage, rate: Callable[[int], float], batches: Iterator[dict[str, Any]]
-) -> Iterator[tuple[int, TrainState, Metrics]]:
+) -> Iterator[Update]:
     """Yield (step, state, metrics on the device) after each update until the stage's end.
 
     The state is donated to the next update: the caller must not use it after it resumes the generator.
@@ -115,16 +180,19 @@ class Run:
         self,
         config: RunConfig,
         workdir: Path,
-        data: Prepared,
+        stream: TrainingStream,
         mesh: Mesh,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         bar: ProgressBar,
+        position: Position | None,
+        claim: Callable[[], None],
     ) -> None:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
-        self.tokenizer = data.tokenizer
-        self.stream = TrainingStream.of_run(config, data)
+        self.position, self.claim = position, claim
+        self.first_sample = 0 if position is None else position.first_sample
+        self.stream, self.tokenizer = stream, stream.prepared.tokenizer
         self.validation = self.stream.validation_set(config.evaluation_rows)
         if config.sample_tokens:
             self.prompt = prompt_ids(config.sample_prompt, self.tokenizer, config.model.max_length)
@@ -133,12 +201,10 @@ class Run:
         else:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
         # Newest values since the last line of metrics, without OF_ALL_ROWS; checkpoints keep them.
-        self.newest: dict[str, float] = {}
+        self.newest: dict[str, float] = {} if position is None else position.newest_metrics
 
     def run_schedule(self) -> None:
         """Train every stage that is not finished, with growth between stages."""
-        for stage in self.config.schedule:
-            self.stream.check_size(stage.config.batch_size)
         for line in data_warnings(self.stream.prepared.meta["sources"], self.stream.length):
             self.bar.log(f"warning: {line}")
         index, spec, state = self.start()
@@ -147,36 +213,28 @@ class Run:
                 spec, state = self.grow(stage, spec, state)
             if int(state.step) < stage.end:
                 state = self.train_stage(state, spec, stage)
+            elif not self.writer.has("sample", stage.end):  # an interrupt came between the last save and the sample
+                self.write_sample(state, stage)
 
     def start(self) -> tuple[int, StateSpec, TrainState]:
         """(index of the stage, its spec, state) at the start of this process.
 
         The state comes from the first that exists: 1. this run's newest checkpoint, 2. initialisation.
         """
-        step = self.checkpoints.latest_step()
-        if step is None:
-            stage, state = self.config.schedule[0], None
-        else:
-            meta = self.checkpoints.meta(step)
-            if meta["fingerprint"] != self.stream.fingerprint:
-                raise ConfigError(
-                    f"{self.workdir}: the data or its mixture is not that of the checkpoint at step {step} "
-                    f"(fingerprint {self.stream.fingerprint[:12]}, there {meta['fingerprint'][:12]})"
-                )
-            stage = self.config.schedule[meta["stage"]]
-            self.newest = meta.get("newest_metrics", {})  # older checkpoints have none
+        position = self.position
+        stage = self.config.schedule[0 if position is None else position.stage.index]
         spec = self.spec(stage)
-        if step is None:
+        if position is None:
             state = init_state(spec, self.config.seed)
         else:
-            state = from_items(self.checkpoints.restore(step, to_items(spec.abstract)))
+            state = from_items(restore_items(self.checkpoints, position.step, position.stage.model, spec, ITEMS))
         m = stage.model
         self.bar.log(
-            f"{'start' if step is None else f'resume at step {step}'}: stage {stage.name}, "
+            f"{'start' if position is None else f'resume at step {position.step}'}: stage {stage.name}, "
             f"{count_parameters(state.params):,} parameters ({m.num_layers} layers x {m.embed_dim}, {m.num_heads} "
             f"heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
         )
-        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source}); {FLOPS_CONVENTION}")
+        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source})")
         return stage.index, spec, state
 
     def spec(self, stage: Stage) -> StateSpec:
@@ -185,7 +243,8 @@ class Run:
 
     def train_stage(self, state: TrainState, spec: StateSpec, stage: Stage) -> TrainState:
         """Train to the stage's end; log, evaluate and save when due. Returns the state at the end."""
-        first, size = samples_before(stage, int(state.step)), stage.config.batch_size
+        first = self.first_sample + samples_before(stage, int(state.step))
+        size = stage.config.batch_size
         host_batches = self.stream.batches(start=first, batch_size=size, **this_host())
         batches = (global_batch(batch, batch_sharding(self.mesh)) for batch in host_batches)
         sums_of = jit_source_sums(stage.model, self.mesh, len(self.validation.labels))
@@ -194,7 +253,7 @@ class Run:
         rate = functools.partial(learning_rate, self.config.stages)
         clock = Clock()
         pending: tuple[int, Metrics] | None = None
-        updates = run_stage(state, spec, stage, rate, batches)
+        updates = self.compiled(stage, run_stage(state, spec, stage, rate, batches))
         for step, state, metrics in updates:
             # Fetched while the next update computes.
             if pending is not None:
@@ -217,6 +276,15 @@ class Run:
         self.write_sample(state, stage)
         self.checkpoints.wait()
         return state
+
+    def compiled(self, stage: Stage, updates: Iterator[Update]) -> Iterator[Update]:
+        """The updates of a stage; the first compiles its program. Then nothing can refuse the config any more."""
+        with self.bar.doing(f"compiling stage {stage.name}"):
+            first = next(updates)
+        self.claim()
+        for update in itertools.chain([first], updates):
+            self.bar.step = update[0]
+            yield update
 
     def log(self, step: int, metrics: Metrics, stage: Stage, spec: StateSpec, clock: Clock) -> None:
         """Check one step's metrics, and write them if due."""
@@ -250,7 +318,7 @@ class Run:
             model_flops_utilization=None if speed is None else speed * flops / (self.peak * self.mesh.size),
             skipped_updates=skipped,
         )
-        self.bar.update(step, stage.name, values["loss"], speed or 0.0)
+        self.bar.update(step, stage.name, values["loss"], speed)
 
     def evaluate(self, step: int, params: Params, sums_of: SourceSums, stage: Stage) -> None:
         """Compute and write the validation loss."""
@@ -263,7 +331,7 @@ class Run:
         """Start writing a checkpoint."""
         meta = {
             "stage": stage.index,
-            "samples_seen": samples_before(stage, step),
+            "samples_seen": self.first_sample + samples_before(stage, step),
             "fingerprint": self.stream.fingerprint,
             "newest_metrics": self.newest,
             "config": to_json(self.config),
@@ -274,7 +342,8 @@ class Run:
         """Spec and state at the start of `stage`, grown and certified. The state before growth is already saved."""
         assert stage.previous is not None
         start, key, new = time.monotonic(), growth_key(self.config, stage.index), self.spec(stage)
-        grown = grow_into(stage, state, (spec, new), key, self.stream, self.bar.log)
+        with self.bar.doing(f"growing into stage {stage.name}"):
+            grown = grow_into(stage, state, (spec, new), key, self.stream, self.bar.log, self.first_sample)
         point = GrowthPoint(int(state.step), stage.previous.name, stage.name)
         pair = (state.params, grown.params)
         growth = Growth.into(stage, key)

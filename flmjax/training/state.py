@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flmjax.config import ModelConfig, OptimizerConfig
 from flmjax.model.transformer import abstract_params, init_params
-from flmjax.optimizer.adam import make_optimizer
-from flmjax.sharding.axes import AxesTree, Params
+from flmjax.optimizer.adam import FIRST, make_optimizer
+from flmjax.sharding.axes import AxesTree, Params, path_name
 from flmjax.sharding.rules import replicated, tree_shardings
+from flmjax.workdir.checkpoint import Checkpoints
 
 
 @struct.dataclass
@@ -42,6 +43,9 @@ def to_items(state: TrainState) -> dict[str, Any]:
     return {"params": fields.pop("params"), "train_state": fields}
 
 
+ITEMS = ("params", "train_state")
+
+
 def from_items(items: Mapping[str, Any]) -> TrainState:
     """State from the items of a checkpoint; the inverse of to_items."""
     return TrainState(params=items["params"], **items["train_state"])
@@ -58,6 +62,7 @@ class StateSpec:
     """
 
     config: ModelConfig
+    optimizer_config: OptimizerConfig
     mesh: Mesh
     axes: AxesTree
     optimizer: optax.GradientTransformation
@@ -85,7 +90,7 @@ def state_spec(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mes
     )
     shardings = jax.tree.map(lambda _: replicated(mesh), state).replace(params=param_shardings, opt_state=opt_shardings)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    return StateSpec(config, mesh, axes, optimizer, abstract)
+    return StateSpec(config, optimizer_config, mesh, axes, optimizer, abstract)
 
 
 def init_state(spec: StateSpec, seed: int) -> TrainState:
@@ -94,6 +99,51 @@ def init_state(spec: StateSpec, seed: int) -> TrainState:
         lambda key: _new_state(init_params(spec.config, key), spec.optimizer, key), out_shardings=spec.shardings
     )
     return init(jax.random.key(seed))
+
+
+def restore_items(
+    checkpoints: Checkpoints, step: int, stored: ModelConfig, spec: StateSpec, names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Items of a checkpoint on the mesh of `spec`, also where this mesh pads the vocabulary to another size.
+
+    Rows of the vocabulary that are padding get no gradient and are never sampled: they are added (as zeros) or cut off.
+
+    Args:
+        stored: the model's configuration under the mesh that wrote the checkpoint.
+        spec: of the state to restore; its model differs from `stored` in vocab_multiple alone.
+        names: of the items, as to_items has them.
+
+    Raises:
+        CheckpointError: as Checkpoints.restore.
+    """
+    abstract = {name: to_items(spec.abstract)[name] for name in names}
+    if stored.padded_vocab_size == spec.config.padded_vocab_size:
+        return checkpoints.restore(step, abstract)
+    padded = dataclasses.replace(spec.config, vocab_multiple=stored.vocab_multiple)
+    written = to_items(state_spec(padded, spec.optimizer_config, spec.mesh).abstract)
+    items = checkpoints.restore(step, jax.tree.map(_divisible, {name: written[name] for name in names}))
+
+    def fit(path: tuple[Any, ...], x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.shape == like.shape:
+            return x
+        x = x[tuple(slice(size) for size in like.shape)]
+        widths = [(0, new - old) for old, new in zip(x.shape, like.shape, strict=True)]
+        return jnp.pad(x, widths, constant_values=FIRST if "births" in path_name(path) else 0)
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    fitted: dict[str, Any] = jax.jit(
+        lambda items: jax.tree_util.tree_map_with_path(fit, items, abstract), out_shardings=shardings
+    )(items)
+    return fitted
+
+
+def _divisible(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The leaf with a sharding that leaves dimensions together which do not divide over their mesh axes."""
+    mesh, names = leaf.sharding.mesh, (*leaf.sharding.spec, *[None] * len(leaf.shape))
+    kept = [
+        None if name is None or size % mesh.shape[name] else name for name, size in zip(names, leaf.shape, strict=False)
+    ]
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*kept)))
 
 
 def _new_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

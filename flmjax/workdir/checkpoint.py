@@ -17,6 +17,7 @@ from chex import ArrayTree
 
 from flmjax.config import HEADER, check_format
 from flmjax.sharding.axes import path_name
+from flmjax.workdir.paths import is_complete, latest_whole_step
 
 
 class CheckpointError(RuntimeError):
@@ -162,12 +163,6 @@ class Checkpoints:
         return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}{cure}")
 
 
-def latest_whole_step(directory: Path) -> int | None:
-    """The newest complete step in `directory`; None if there is none, or if the folder does not exist."""
-    folders = directory.iterdir() if directory.is_dir() else ()
-    return max((int(folder.name) for folder in folders if folder.name.isdigit() and _is_complete(folder)), default=None)
-
-
 def remove_incomplete(directory: Path) -> list[Path]:
     """Delete step folders that are not complete: killed saves, and empty folders, which Orbax takes for the newest.
 
@@ -177,15 +172,11 @@ def remove_incomplete(directory: Path) -> list[Path]:
     removed = []
     if directory.is_dir():
         for folder in sorted(directory.iterdir()):
-            if folder.is_dir() and folder.name.isdigit() and not _is_complete(folder):
+            if folder.is_dir() and folder.name.isdigit() and not is_complete(folder):
                 logging.warning("skipped and removed %s: not a complete checkpoint", folder)
                 shutil.rmtree(folder)
                 removed.append(folder)
     return removed
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
 
 
 def _paths(tree: ArrayTree) -> dict[str, Any]:

@@ -62,6 +62,10 @@ class MetricsWriter:
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 self._board.add_scalar(f"{kind}/{name}", value, global_step=line["step"])
 
+    def has(self, kind: str, step: int) -> bool:
+        """Whether the file has a line of this kind for `step`, the step at which the run resumed."""
+        return (kind, step) in self._repeated
+
     def close(self) -> None:
         """Flush and close the file and the events."""
         self._file.close()

@@ -1,9 +1,14 @@
 """The workdir of a run: the folder with its config, checkpoints, metrics and, by default, its data."""
 
+import contextlib
 import json
 from pathlib import Path
 
-from flmjax.config import ConfigError, RunConfig, differences, from_stored, to_stored
+from flmjax.config import ConfigError, RunConfig, from_stored, to_stored
+from flmjax.lock import locked
+
+CONFIG_FILE = "config.json"
+GROWTH_FILE = "growth.partial"  # while `flmjax grow` writes the workdir: the source
 
 
 def data_directory(config: RunConfig, workdir: Path) -> Path:
@@ -11,22 +16,67 @@ def data_directory(config: RunConfig, workdir: Path) -> Path:
     return Path(config.data.directory) if config.data.directory else workdir / "data"
 
 
-def claim_workdir(config: RunConfig, workdir: Path) -> None:
-    """Store the config in a new workdir, or check that an existing workdir belongs to the same config.
+def locked_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep the workdir for this run until the block ends; raises ConfigError if another process is at work in it."""
+    import jax
+
+    return contextlib.nullcontext() if jax.process_index() else locked(workdir / ".lock", str(workdir))
+
+
+def stored_config(workdir: Path) -> RunConfig | None:
+    """The config of the run in `workdir`; None if no run has begun there.
 
     Raises:
-        ConfigError: for the workdir of a run with another config (with the fields that differ), or a folder with
-            checkpoints and no config.
+        ConfigError: naming config.json if it cannot be read, or is absent beside checkpoints; or a growth that was cut
+            off, with the way to go on.
     """
-    path = workdir / "config.json"
-    if path.is_file():
-        changed = differences(read_config(workdir), config)
-        if changed:
-            raise ConfigError(f"{workdir} holds a run of another config: {'; '.join(changed)}; take another --workdir")
-    else:
-        if (workdir / "checkpoints").exists():
-            raise ConfigError(f"{workdir} has checkpoints but no config.json: no workdir, or a growth that was cut off")
-        write_config(config, workdir)
+    if (workdir / CONFIG_FILE).is_file():
+        return read_config(workdir)
+    if (source := unfinished_growth(workdir)) is not None:
+        raise ConfigError(
+            f"{workdir} holds a growth that was cut off; run the same 'flmjax grow --source={source} "
+            f"--workdir={workdir}' again, or take another --workdir to train from scratch"
+        )
+    if (step := latest_whole_step(workdir / "checkpoints")) is not None:
+        raise ConfigError(
+            f"{workdir} has a checkpoint at step {step} but no {CONFIG_FILE}; put that file back or take another "
+            "--workdir"
+        )
+    return None
+
+
+def begin_growth(workdir: Path, source: Path) -> None:
+    """Mark `workdir` as the target of a growth from `source` until its config is written."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / GROWTH_FILE).write_text(json.dumps({"source": str(source)}) + "\n", encoding="utf-8")
+
+
+def unfinished_growth(workdir: Path) -> str | None:
+    """Source of a growth into `workdir` that did not end; None if there is none."""
+    if (workdir / CONFIG_FILE).is_file():  # written last
+        return None
+    try:
+        return str(json.loads((workdir / GROWTH_FILE).read_text(encoding="utf-8"))["source"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # the file itself was cut off
+        return "SOURCE"
+
+
+def end_growth(workdir: Path) -> None:
+    """Remove the mark of begin_growth."""
+    (workdir / GROWTH_FILE).unlink(missing_ok=True)
+
+
+def latest_whole_step(directory: Path) -> int | None:
+    """The newest complete step in `directory`; None if there is none, or if the folder does not exist."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    return max((int(folder.name) for folder in folders if folder.name.isdigit() and is_complete(folder)), default=None)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` was written to its end."""
+    return (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
 
 
 def read_config(workdir: Path) -> RunConfig:
@@ -35,7 +85,7 @@ def read_config(workdir: Path) -> RunConfig:
     Raises:
         ConfigError: naming config.json if it is absent, no JSON, or of another format.
     """
-    path = workdir / "config.json"
+    path = workdir / CONFIG_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -49,5 +99,5 @@ def write_config(config: RunConfig, workdir: Path) -> None:
     """Write config.json in `workdir`, which becomes the workdir of `config`; a killed write leaves no partial file."""
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / "config.tmp"
-    partial.write_text(json.dumps(to_stored(config), indent=1) + "\n")
-    partial.replace(workdir / "config.json")
+    partial.write_text(json.dumps(to_stored(config), indent=1) + "\n", encoding="utf-8")
+    partial.replace(workdir / CONFIG_FILE)

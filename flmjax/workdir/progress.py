@@ -1,10 +1,15 @@
 """Progress of a run on a terminal, and the clock of its speed."""
 
+import contextlib
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
+
+TICK_SECONDS = 0.5
 
 
 class Clock:
@@ -45,6 +50,7 @@ class ProgressBar:
 
     def __init__(self, total: int, initial: int = 0) -> None:
         self._total, self._initial, self._start = total, initial, time.monotonic()
+        self.step = initial  # updates that this process knows of
         self._bar: tqdm | None = None
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # some containers say 0
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}"
@@ -57,9 +63,41 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, step: int, stage: str, loss: float, tokens_per_second: float) -> None:
+    @contextlib.contextmanager
+    def doing(self, text: str) -> Iterator[None]:
+        """Show what the process does in the block, with a clock that ticks on a terminal; else print one line."""
+        if self._bar is None:
+            self.log(text)
+            yield
+            return
+        description, bar, done = self._bar.desc, self._bar, threading.Event()
+        start = time.monotonic()
+
+        def tick() -> None:
+            while True:
+                bar.set_description_str(f"{text} {tqdm.format_interval(time.monotonic() - start)}")
+                if done.wait(TICK_SECONDS):
+                    return
+
+        clock = threading.Thread(target=tick, daemon=True)
+        clock.start()
+        try:
+            yield
+        finally:
+            done.set()
+            clock.join()
+            bar.set_description_str(description)
+
+    def resume(self, step: int) -> None:
+        """Set the steps before this process started."""
+        self._initial, self._start, self.step = step, time.monotonic(), step
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = step
+            self._bar.refresh()
+
+    def update(self, step: int, stage: str, loss: float, tokens_per_second: float | None) -> None:
         """Show that `step` steps of the run are complete; without a terminal every call prints one line."""
-        numbers = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+        numbers = f"loss {loss:.4f}" + (f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
         if self._bar is None:
             left = (time.monotonic() - self._start) / max(step - self._initial, 1) * (self._total - step)
             print(f"{stage} {step}/{self._total} {numbers}, {tqdm.format_interval(left)} left", flush=True)

@@ -1,0 +1,204 @@
+"""How a run goes on from its newest checkpoint: where it stands, and which changes of its config the past permits.
+
+A config may change where no update that is already made would have been another: the model, the mixture and the
+learning rate of every update up to the checkpoint must be those of the config that wrote it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from flmjax.config import ConfigError, RunConfig, Stage, StageConfig, differences, from_stored
+from flmjax.data.loader import TrainingStream
+from flmjax.optimizer.schedule import learning_rate
+from flmjax.training.growth_point import samples_before
+from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.paths import latest_whole_step
+
+SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
+SHOWN_FIELDS = 6  # of a refusal
+
+T = TypeVar("T")
+
+
+class Position(NamedTuple):
+    """Where a run stands: the metadata of its newest checkpoint.
+
+    Attributes:
+        step: updates of the run.
+        stage: the stage of the checkpoint, in the schedule of `config`.
+        config: of the process that wrote the checkpoint, with the vocabulary's size.
+        samples_seen: number of the next sample of the training stream.
+        fingerprint: of the training stream.
+        newest_metrics: values of the teachers and the text that no line of metrics has yet.
+    """
+
+    step: int
+    stage: Stage
+    config: RunConfig
+    samples_seen: int
+    fingerprint: str
+    newest_metrics: dict[str, float]
+
+    @property
+    def first_sample(self) -> int:
+        """Samples that the runs before this one read, from which it was grown."""
+        return self.samples_seen - samples_before(self.stage, self.step)
+
+
+def newest_position(workdir: Path) -> Position | None:
+    """Position of the run in `workdir`; None without a complete checkpoint.
+
+    Raises:
+        ConfigError: naming the checkpoint, for metadata of another format or without an entry that is needed.
+        CheckpointError: for an unreadable checkpoint.
+    """
+    directory = workdir / "checkpoints"
+    step = latest_whole_step(directory)
+    if step is None:
+        return None
+    with Checkpoints(directory, keep=None) as checkpoints:
+        meta = checkpoints.meta(step)
+    name = f"checkpoint {directory / str(step)}: its metadata"
+    config = from_stored(meta, name)
+    index = _entry(meta, "stage", int, name)
+    if not 0 <= index < len(config.stages):
+        raise ConfigError(f"{name} has stage {index}, but its config has {len(config.stages)} stages, from 0")
+    stage = config.schedule[index]
+    seen = _entry(meta, "samples_seen", int, name) if "samples_seen" in meta else samples_before(stage, step)
+    fingerprint = _entry(meta, "fingerprint", str, name)
+    return Position(step, stage, config, seen, fingerprint, meta.get("newest_metrics", {}))  # older ones have none
+
+
+def _entry(meta: Mapping[str, object], key: str, kind: type[T], name: str) -> T:
+    value = meta.get(key)
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} has no '{key}'" if value is None else f"{name} has {key}={value!r}")
+    return value
+
+
+# ---- the config ------------------------------------------------------------------------------------------------------
+
+
+def check_continuation(workdir: Path, position: Position | None, config: RunConfig) -> None:
+    """Refuse a config that does not continue the run in `workdir`; without a checkpoint every config does.
+
+    Raises:
+        ConfigError: with the fields that differ, and what is permitted.
+    """
+    if position is None:
+        return
+    past = position.config
+    if config.model.vocab_size is None:
+        past = dataclasses.replace(past, model=dataclasses.replace(past.model, vocab_size=None))
+    changed = differences(dataclasses.replace(past, stages=()), dataclasses.replace(config, stages=()))
+    changed += _changed_stages(past, config, position)
+    if changed:
+        more = f" and {len(changed) - SHOWN_FIELDS} more" if len(changed) > SHOWN_FIELDS else ""
+        raise ConfigError(
+            f"{workdir} holds a run of another config: {'; '.join(changed[:SHOWN_FIELDS])}{more}; "
+            f"take another --workdir (only steps from {position.step} on and later stages may change)"
+        )
+    _check_rates(workdir, past.stages, config.stages, position.step)
+
+
+def _changed_stages(past: RunConfig, config: RunConfig, position: Position) -> list[str]:
+    """Differences of the stages that have begun, but of the settings that decide learning rates alone."""
+    last = position.stage.index
+    if len(config.stages) <= last:
+        return [f"stages: {len(past.stages)} -> {len(config.stages)}, but stages[{last}] has begun"]
+    changed = []
+    for i, (before, after) in enumerate(zip(past.stages[: last + 1], config.stages[: last + 1], strict=True)):
+        of_rates = {name: getattr(before, name) for name in SCHEDULE_FIELDS}
+        growth = dataclasses.replace(
+            after.growth,
+            rate_policy=before.growth.rate_policy,
+            rewarm_fraction=before.growth.rewarm_fraction,
+            new_warmup_fraction=before.growth.new_warmup_fraction,
+        )
+        if i == last and after.steps >= position.step - position.stage.start:
+            of_rates["steps"] = before.steps
+        changed += differences(before, dataclasses.replace(after, growth=growth, **of_rates), f"stages[{i}]")
+    return changed
+
+
+def _check_rates(workdir: Path, past: tuple[StageConfig, ...], present: tuple[StageConfig, ...], updates: int) -> None:
+    """Refuse stages that give one of the first `updates` updates another learning rate than `past` gives.
+
+    Schedules are constant, linear or cosines between a few borders: updates beside every border, and some between them,
+    show each difference.
+    """
+    if past == present or not updates:
+        return
+    compared = {int(update) for update in np.linspace(0, updates - 1, 32)}
+    for stages in (past, present):
+        begin = 0
+        for stage in stages:
+            for border in (begin, begin + (stage.warmup_steps or 0), begin + stage.steps):
+                compared |= {border - 1, border}
+            begin += stage.steps
+    for update in sorted(compared & set(range(updates))):
+        before, after = (np.float32(learning_rate(stages, update)) for stages in (past, present))  # as the step gets it
+        if before != after:
+            of_stages = [(f"stages[{i}]", *pair) for i, pair in enumerate(zip(past, present, strict=False))]
+            changed = [line for path, a, b in of_stages for line in differences(a, b, path)]
+            if len(past) != len(present):
+                changed.append(f"stages: {len(past)} -> {len(present)}")
+            raise ConfigError(
+                f"{workdir}: {'; '.join(changed[:SHOWN_FIELDS])} would change the learning rate of updates that are "
+                f"made (update {update + 1}: {before:.6g} -> {after:.6g}); a constant schedule, and wsd before its "
+                "decay, can take more steps, a cosine or a decay that has begun cannot: add a further stage with "
+                "growth.rate_policy='stage' instead"
+            )
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def shifted(stream: TrainingStream, samples: int) -> TrainingStream:
+    """The stream of a run that begins at sample number `samples`: the first mixture lasts so much longer."""
+    first, *others = stream.schedule
+    if first.samples is not None:
+        first = first._replace(samples=first.samples + samples)
+    return dataclasses.replace(stream, schedule=(first, *others))
+
+
+def is_same_past(a: TrainingStream, b: TrainingStream, samples: int) -> bool:
+    """Whether the first `samples` samples of two streams are the same."""
+    return _until(a, samples).fingerprint == _until(b, samples).fingerprint
+
+
+def _until(stream: TrainingStream, samples: int) -> TrainingStream:
+    """The stream without the phases of the mixture after its first `samples` samples."""
+    end, phases = 0, []
+    for phase in stream.schedule:
+        phases.append(phase)
+        if phase.samples is None or (end := end + phase.samples) >= samples:
+            break
+    return dataclasses.replace(stream, schedule=tuple(phases))
+
+
+def continued_stream(workdir: Path, position: Position | None, stream: TrainingStream) -> TrainingStream:
+    """The stream of the run in `workdir`, whose samples up to the checkpoint are those that the run has read.
+
+    Args:
+        stream: of the run's config, as if it began at sample 0.
+
+    Raises:
+        ConfigError: for other data or another mixture.
+    """
+    if position is None:
+        return stream
+    stream = shifted(stream, position.first_sample)
+    if stream.fingerprint == position.fingerprint:
+        return stream
+    past = shifted(TrainingStream.of_run(position.config, stream.prepared), position.first_sample)
+    if past.fingerprint != position.fingerprint or not is_same_past(past, stream, position.samples_seen):
+        raise ConfigError(
+            f"{workdir}: the data or its mixture is not that of the checkpoint at step {position.step} "
+            f"(fingerprint {stream.fingerprint[:12]}, there {position.fingerprint[:12]})"
+        )
+    return stream
