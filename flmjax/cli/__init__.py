@@ -55,10 +55,34 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
     """Console script."""
+    _open_closed_streams()
+    status = 0
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` for example, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         status = 0
+    except OSError as error:
+        _discard_output()
+        if status == 0:
+            print(f"flmjax: standard output: {error.strerror}", file=sys.stderr)
+        status = status or 1
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that starts without standard output or error (`>&-`) the null device in their place.
+
+    Otherwise the next file that is opened, a checkpoint for example, becomes the standard output of C++.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _discard_output() -> None:
+    """Send what standard output still holds, and all that follows, to the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,9 @@ import flmjax
 from flmjax.cli.commands import COMMANDS
 from flmjax.cli.parsing import (
     CONFIG,
+    FILE_FLAGS,
     OPTIONS,
     OVERRIDE,
-    USAGE,
     WORKDIR,
     check_command,
     read_config,
@@ -20,6 +21,8 @@ from flmjax.cli.parsing import (
     takes_workdir,
 )
 from flmjax.config import RunConfig
+from flmjax.config.validate import constraints
+from flmjax.config.values import Range
 
 HELP_FLAGS = ("--help", "-help", "-h")
 SETTINGS = "All settings stand in flmjax/config/fields.py; with --config=FILE this help prints those of a file."
@@ -58,9 +61,12 @@ def help_text(argv: list[str]) -> str:
     command = check_command(words[0])
     text = _command_help(command)
     if takes_config(command):
-        config = read_config(read_flags(command, words[1:])[0])
+        config = read_config(command, read_flags(command, words[1:]))
         if config is not None:
-            text += "\n\nSettings of this config:\n" + "\n".join(map(shlex.quote, settings(config)))
+            lines = (
+                shlex.quote(flag) + (f"  # {' | '.join(words)}" if words else "") for flag, words in settings(config)
+            )
+            text += "\n\nSettings of this config:\n" + "\n".join(lines)
     return text
 
 
@@ -69,8 +75,9 @@ def version_text() -> str:
     return f"flmjax {flmjax.__version__}"
 
 
-def settings(config: Any, path: str = "config") -> Iterator[str]:
-    """A flag for each field of a config, `--config.stages[0].steps=240`, with the value of the field."""
+def settings(config: Any, path: str = "config") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(flag, words) for each field of a config: `--config.stages[0].steps=240`, and the words that a choice has."""
+    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}.{field.name}"
         if dataclasses.is_dataclass(value):
@@ -79,14 +86,15 @@ def settings(config: Any, path: str = "config") -> Iterator[str]:
             for i, stage in enumerate(value):
                 yield from settings(stage, f"{name}[{i}]")
         else:
-            yield f"--{name}={value}"
+            words = [x for x in constraints(hints[field.name]) if not isinstance(x, Range)]
+            yield f"--{name}={value}", words[0] if words else ()
 
 
 def _overview() -> str:
     lines = [
         f"{version_text()}: pre-train decoder language models by growing them",
         "",
-        USAGE,
+        f"usage: flmjax COMMAND {FILE_FLAGS} {WORKDIR.flag}",
         "",
         "Commands:",
         *(f"  {name:9}{_first_line(name)}" for name in COMMANDS),

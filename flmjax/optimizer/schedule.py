@@ -13,20 +13,20 @@ def stage_schedule(stage: StageConfig) -> optax.Schedule:
     A linear warm-up reaches the peak at its last step. Then "constant"; "cosine" to final_learning_rate; or "wsd":
     constant, and linear to final_learning_rate over the last decay_fraction of the stage.
     """
-    peak, final = stage.learning_rate, stage.final_learning_rate
-    rest = stage.steps - stage.warmup_steps
-    if stage.schedule == "cosine":
+    peak, final, warmup_steps, shape, decay_fraction = stage.schedule_settings
+    rest = stage.steps - warmup_steps
+    if shape == "cosine":
         body = optax.cosine_decay_schedule(peak, rest, alpha=final / peak if peak else 0.0)
-    elif stage.schedule == "wsd":
-        decay = min(rest, max(1, round(stage.decay_fraction * stage.steps)))
+    elif shape == "wsd":
+        decay = min(rest, max(1, round(decay_fraction * stage.steps)))
         linear = optax.linear_schedule(peak, final, decay)
         body = optax.join_schedules([optax.constant_schedule(peak), linear], [rest - decay])
     else:
         body = optax.constant_schedule(peak)
-    if stage.warmup_steps == 0:
+    if warmup_steps == 0:
         return body
-    warmup = optax.linear_schedule(peak / stage.warmup_steps, peak, stage.warmup_steps - 1)
-    return optax.join_schedules([warmup, body], [stage.warmup_steps])
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
+    return optax.join_schedules([warmup, body], [warmup_steps])
 
 
 def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
