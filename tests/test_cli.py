@@ -86,6 +86,12 @@ def complain(capsys, *argv: str) -> str:
         (["prepare", QUICKSTART, "--config.data.teacher_weight=0.0", "--workdir=WORKDIR"], "must be positive"),
         (["prepare", QUICKSTART, "--config.data.teacher_mixing=mix", "--workdir=WORKDIR"], "did you mean mixed"),
         (["report", "--workdir=WORKDIR"], "config.json"),
+        (["plan", QUICKSTART, "--workdir=WORKDIR"], "'flmjax plan' takes no --workdir; usage: flmjax plan --config="),
+        (["report", QUICKSTART, "--workdir=WORKDIR"], "'flmjax report' takes no --config; usage: flmjax report --work"),
+        (["train", QUICKSTART, "--dry-run", "--workdir=WORKDIR"], "'flmjax train' takes no --dry-run"),
+        (["plan", QUICKSTART + ":BILINGUAL"], "'BILINGUAL'; did you mean bilingual"),
+        (["plan", QUICKSTART, "--outptu=x"], "unknown flag '--outptu'; did you mean output"),
+        (["train", QUICKSTART, "--noconfig.seed", "--workdir=WORKDIR"], "noconfig.seed"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(capsys, tmp_path, argv, words):
@@ -164,6 +170,15 @@ def test_output_into_a_closed_pipe_ends_without_a_word():
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
         assert done.stdout.count("\n") == 1
         assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("target", "status"), [("/dev/full", 1), ("&-", 0)])
+@pytest.mark.parametrize("arguments", ["--help", f"plan --config={CONFIGS[0].parent}/flm_101b.py --cost-only"])
+def test_output_that_cannot_be_written_is_at_most_one_line(arguments, target, status):
+    command = f"{sys.executable} -m flmjax {arguments} > {target}".replace("> &-", ">&-")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (status, status), done.stderr
+    assert "No space left on device" in done.stderr or target == "&-"
 
 
 def test_flags_come_from_a_flag_file_too(tmp_path):
