@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -123,18 +125,21 @@ def test_the_python_block_grows_a_model_exactly():
     assert abs(names["difference"]).max() < 1e-5
 
 
-def test_a_config_of_ones_own_trains_and_goes_on(folder, capsys):
-    """With few steps and a small vocabulary; the second command has no --config."""
+def test_a_config_of_ones_own_trains_and_goes_on(folder, own_environment):
+    """With small sizes and few steps; the second command has no --config."""
     assert len(OWN.splitlines()) <= 12
-    train, resume = (command_with("--workdir=runs/own", word) for word in ("mine.py", "# goes on"))
-    small = (
-        *(flag for flag in SMALL if "[2]" not in flag and "[1].warmup" not in flag),
-        "--config.data.validation_fraction=0.2",
-    )
-    assert cli.main([*arguments(train), *small]) == 0
-    assert "growth certificate" in capsys.readouterr().out
-    assert sorted(path.name for path in Path("runs/own/data").iterdir() if path.suffix == ".u32")
-    assert cli.main(arguments(resume)) == 0
+    train, resume = (arguments(command_with("--workdir=runs/own", word)) for word in ("mine.py", "# goes on"))
+    sizes = ("model.embed_dim=32", "model.mlp_dim=48", "model.max_length=32", "stages[1].mlp_dim=64")
+    batches = ("stages[0].batch_size=2", "stages[1].batch_size=2", "data.validation_fraction=0.2")
+    small = [flag for flag in SMALL if "[2]" not in flag and "[1].warmup" not in flag]
+    small += [f"--config.{setting}" for setting in (*sizes, *batches)]
+    environment = own_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    for argv in ([*train, *small], resume):
+        command = [sys.executable, "-m", "flmjax", *argv]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "report: runs/own/report.html" in done.stdout
+    assert len(list(Path("runs/own/certificates").iterdir())) == 1
 
 
 @pytest.mark.slow

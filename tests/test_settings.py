@@ -95,6 +95,10 @@ def test_a_number_outside_its_range_is_refused_by_name(path):
     [
         (["stages[0].embed_dim=0"], "stages[0].embed_dim=0 must be positive"),
         (["model.num_layers[0]=3"], "config.model.num_layers has no entries"),
+        (["optimizer.learning_rate=5"], "has no field 'learning_rate'; did you mean config.stages[0].learning_rate?"),
+        (["data.seed=5"], "config.data has no field 'seed'; did you mean config.seed?"),
+        (["stages[0].growth.learning_rate=rewarm"], "it is called rate_policy now"),
+        (["optimizer.max_nonfinite_updates=5"], "max_skipped_updates"),
         (["=5"], "config.: '' names no field"),
         ([".seed=5"], "'' names no field"),
         (["stages[01].steps=5"], "'stages[01]' names no field; a setting is NAME.NAME or NAME[0].NAME"),

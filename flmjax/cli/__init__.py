@@ -31,6 +31,9 @@ def main(argv: list[str]) -> int:
     except (ConfigError, flags.Error) as error:
         print(f"flmjax: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while a config file is loaded
+        print("flmjax: interrupted", file=sys.stderr)
+        return 130
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     try:

@@ -31,7 +31,8 @@ def load_config(argument: str) -> RunConfig:
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses of the file look for their module
-    sys.path.insert(0, str(path.parent.resolve()))
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
     line: int | None = None
     try:
         exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
@@ -45,7 +46,8 @@ def load_config(argument: str) -> RunConfig:
     except BaseException as error:  # SystemExit too
         raise ConfigError(f"{_place(error, path, line)}: {_reason(error)}") from error
     finally:
-        sys.path.pop(0)
+        if folder in sys.path:
+            sys.path.remove(folder)
 
 
 def _get_config(module: types.ModuleType) -> Any:

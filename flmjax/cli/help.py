@@ -15,6 +15,7 @@ from flmjax.cli.parsing import (
     OVERRIDE,
     WORKDIR,
     check_command,
+    continues,
     read_config,
     read_flags,
     takes_config,
@@ -128,6 +129,7 @@ def _command_help(command: str) -> str:
         "Flags:",
         *(f"  {option.flag:{width}}  {option.help}" for option in options),
         *(["", SETTINGS] if takes_config(command) else []),
+        *(["The workdir of an existing run needs no --config."] if continues(command) else []),
     ]
     return "\n".join(lines)
 

@@ -48,7 +48,11 @@ class Option(NamedTuple):
         return flags.DEFINE_string(self.name, None, self.help, flag_values=values)
 
 
-CONFIG = Option("config", "FILE[:WORDS]", "configuration file; its docstring lists the words of its argument")
+CONFIG = Option(
+    "config",
+    "FILE[:WORDS]",
+    "configuration file; its docstring lists the words of its argument",
+)
 OVERRIDE = Option("config.FIELD", "VALUE", "one setting in place of the file's, e.g. '--config.stages[0].steps=50'")
 WORKDIR = Option("workdir", "DIR", "folder of the run: config, metrics, checkpoints, certificates, report")
 FILE_FLAGS = f"{CONFIG.flag} [{OVERRIDE.flag} ...]"

@@ -48,7 +48,7 @@ def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str =
     values = {}
     for key, value in tree.items():
         if key not in fields:
-            raise ConfigError(f"{path} has no field '{key}'{nearest(key, fields)}")
+            raise ConfigError(f"{path} has no field '{key}'{nearest(str(key), fields)}")
         values[key] = convert(value, hints[key], f"{path}.{key}")
     return cls(**values)
 

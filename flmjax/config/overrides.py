@@ -10,7 +10,7 @@ import typing
 from typing import Any
 
 from flmjax.config.convert import convert
-from flmjax.config.errors import ConfigError, nearest
+from flmjax.config.errors import RENAMED_FIELDS, ConfigError, did_you_mean, nearest
 from flmjax.config.fields import RunConfig
 
 
@@ -29,7 +29,13 @@ def field_type(path: str) -> Any:
             raise ConfigError(f"{walked} has no field '{name}'{cure}")
         hints = typing.get_type_hints(hint)
         if name not in hints:
-            raise ConfigError(f"{walked} has no field '{name}'{nearest(name, hints)}")
+            groups = [] if did_you_mean(name, hints) or RENAMED_FIELDS.get(name) in hints else _groups_with(name)
+            cure = (
+                f"; did you mean {' or '.join(f'{group}.{name}' for group in groups)}?"
+                if groups
+                else nearest(name, hints)
+            )
+            raise ConfigError(f"{walked} has no field '{name}'{cure}")
         hint, walked = hints[name], f"{walked}.{word}"
         if index is not None:
             hint = _entry_type(hint)
@@ -97,6 +103,16 @@ def _split(word: str, path: str) -> tuple[str, int | None]:
     if match is None:
         raise ConfigError(f"config.{path}: '{word}' names no field; a setting is NAME.NAME or NAME[0].NAME")
     return match[1], None if match[2] is None else int(match[2])
+
+
+def _groups_with(name: str, settings: Any = RunConfig, path: str = "config") -> list[str]:
+    """Paths of the groups of settings that have a field `name`."""
+    hints = typing.get_type_hints(settings)
+    groups = [path] if name in hints else []
+    for field, hint in hints.items():
+        group, index = (hint, "") if dataclasses.is_dataclass(hint) else (_entry_type(hint), "[0]")
+        groups += _groups_with(name, group, f"{path}.{field}{index}") if group else []
+    return groups
 
 
 def _entry_type(hint: Any) -> Any:
