@@ -34,7 +34,7 @@ def get_config():
     data = DataConfig(sources=("my/folder",), vocabulary="bytes")
     return to_config_dict(RunConfig(model=model, stages=(StageConfig(steps=2, batch_size=16),), data=data))
 """
-(OWN,) = [block for kind, block in BLOCKS if kind == "python" and "def get_config" in block]  # a reader's mine.py
+(MINE,) = [block for kind, block in BLOCKS if kind == "python" and "def get_config" in block]  # a reader's mine.py
 # Flags that make the quickstart small enough for a test.
 SMALL = (
     *(f"--config.stages[{i}].{field}" for i in range(3) for field in ("steps=2", "warmup_steps=1")),
@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "big.py").write_text(BIG)
-    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "mine.py").write_text(MINE)
     text = "".join(f"Sentence {i} of {i * i % 97} stands beside word {i % 7}.\n" for i in range(40))
     for name in ("my/folder", *(f"{parent}/{kind}" for parent in ("FOLDER", "texts") for kind in ("en", "zh"))):
         Path(name).mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_the_tree_lists_every_room():
 
 
 def test_the_python_block_grows_a_model_exactly():
-    (block,) = [block for kind, block in BLOCKS if kind == "python" and block != OWN]
+    (block,) = [block for kind, block in BLOCKS if kind == "python" and block != MINE]
     names: dict[str, jax.Array] = {}
     exec(block, names)
     assert names["difference"].shape == (1, 16, 4096)
@@ -127,7 +127,7 @@ def test_the_python_block_grows_a_model_exactly():
 
 def test_a_config_of_ones_own_trains_and_goes_on(folder, own_environment):
     """With small sizes and few steps; the second command has no --config."""
-    assert len(OWN.splitlines()) <= 12
+    assert len(MINE.splitlines()) <= 12
     train, resume = (arguments(command_with("--workdir=runs/own", word)) for word in ("mine.py", "# goes on"))
     sizes = ("model.embed_dim=32", "model.mlp_dim=48", "model.max_length=32", "stages[1].mlp_dim=64")
     batches = ("stages[0].batch_size=2", "stages[1].batch_size=2", "data.validation_fraction=0.2")

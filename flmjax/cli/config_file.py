@@ -74,7 +74,7 @@ def _run_config(returned: object) -> RunConfig:
         return config
     if returned is None:
         raise ConfigError("get_config returns None; does it end with 'return config'?")
-    raise ConfigError(f"get_config must return a RunConfig, not {shorten(repr(returned))}")
+    raise ConfigError(f"get_config must return a RunConfig, not {shorten(returned)}")
 
 
 def _place(error: BaseException, path: Path, get_config_line: int | None) -> str:
@@ -97,6 +97,11 @@ def _reason(error: BaseException) -> str:
         cls = getattr(flmjax.config, match[1], None)
         if dataclasses.is_dataclass(cls):
             return f"{match[1]} has no field '{match[2]}'{_nearest_field(match[2], cls)}"
+    if isinstance(error, TypeError) and (
+        match := re.search(r"override field '(\w+)'.* <class '(.*)'>.* <class '(.*)'>", text)
+    ):
+        actual, expected = (name.rpartition(".")[2] for name in match.groups()[1:])
+        return f"the field '{match[1]}' takes a value of type {expected}, not {actual}"
     if isinstance(error, AttributeError) and dataclasses.is_dataclass(error.obj):
         return f"{type(error.obj).__name__} has no field '{error.name}'{_nearest_field(str(error.name), error.obj)}"
     if isinstance(error, AttributeError | KeyError) and (fields := _config_dict_fields(error)):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -114,14 +115,14 @@ def differences(stored: object, current: object, path: str = "") -> list[str]:
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(itertools.zip_longest(stored, current))]
     else:
         before, now = (
-            f"stage '{x.name}'" if isinstance(x, StageConfig) else shorten(str(x)) for x in (stored, current)
+            f"stage '{x.name}'" if isinstance(x, StageConfig) else shorten(x, str) for x in (stored, current)
         )
         return [] if stored == current else [f"{path}: {before} -> {now}"]
     return [line for name, a, b in pairs for line in differences(a, b, name)]
 
 
 def convert(value: object, hint: Any, path: str) -> Any:
-    """`value` as the type `hint` of the field `path`: lists become tuples, mappings dataclasses, integers floats.
+    """`value` as type `hint` of field `path`: lists become tuples, mappings dataclasses, integers floats, paths texts.
 
     Raises:
         ConfigError: for a value of another type.
@@ -131,7 +132,7 @@ def convert(value: object, hint: Any, path: str) -> Any:
         if isinstance(value, cls):
             value = to_json(value)
         if not isinstance(value, Mapping | config_dict.ConfigDict):
-            raise ConfigError(f"{path} must be a {cls.__name__} or a mapping of its fields, not {shorten(repr(value))}")
+            raise ConfigError(f"{path} must be a {cls.__name__} or a mapping of its fields, not {shorten(value)}")
         return from_config_dict(value, cls, path)
     args = typing.get_args(hint)
     if types.NoneType in args:
@@ -141,6 +142,8 @@ def convert(value: object, hint: Any, path: str) -> Any:
         return tuple(convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(entries))
     if typing.get_origin(hint) is typing.Literal:  # validate checks that the value is one of the words
         hint = str
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     number = {int: numbers.Integral, float: numbers.Real}.get(hint)  # also those of NumPy
     if number is not None and isinstance(value, number) and not isinstance(value, bool):
         try:
@@ -148,7 +151,7 @@ def convert(value: object, hint: Any, path: str) -> Any:
         except OverflowError:
             raise ConfigError(f"{path} is too large for a number of type {hint.__name__}") from None
     if type(value) is not hint:
-        raise ConfigError(f"{path} must be of type {hint.__name__}, not {shorten(repr(value))}")
+        raise ConfigError(f"{path} must be of type {hint.__name__}, not {shorten(value)}")
     return value
 
 

@@ -1,7 +1,7 @@
 """The error of a setting, and the names that its message suggests."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # Fields of older versions, and their names now.
 RENAMED_FIELDS = {
@@ -30,6 +30,10 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return did_you_mean(word, choices) or f"; choices: {', '.join(choices)}"
 
 
-def shorten(text: str, length: int = 100) -> str:
-    """A value's text as it stands in a message: about `length` characters at most."""
+def shorten(value: object, show: Callable[[object], str] = repr, length: int = 100) -> str:
+    """A value as it stands in a message: about `length` characters at most; its type if it cannot be shown."""
+    try:
+        text = show(value)
+    except Exception:  # an integer of more than 4,300 digits, or a class with a faulty __repr__
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= length else f"{text[:length]}..."

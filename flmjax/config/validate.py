@@ -94,7 +94,7 @@ def _refusal(path: str, value: Any, constraint: Range | tuple[str, ...]) -> str 
     if not isinstance(constraint, Range):
         return _wrong_choice(path, value, constraint)
     violation = constraint.violation(value)
-    return violation and f"{path}={shorten(str(value))} {violation}"
+    return violation and f"{path}={shorten(value)} {violation}"
 
 
 def constraints(hint: Any) -> Iterator[Range | tuple[str, ...]]:
@@ -153,7 +153,7 @@ def _validate_data(d: DataConfig) -> None:
     _require(len(d.sources) > 0, "data.sources is empty; name a built-in source, a file, a folder or a glob")
     names = (*d.sources, *d.teachers)
     twice = sorted({name for name in names if names.count(name) > 1})
-    _require(not twice, f"data.sources or data.teachers names one twice: {shorten(', '.join(twice))}")
+    _require(not twice, f"data.sources or data.teachers names one twice: {shorten(', '.join(twice), str)}")
     _require(
         d.mixture is None or not d.teachers,
         f"data.teachers={d.teachers} is not read: data.mixture='{d.mixture}' defines the teachers",
