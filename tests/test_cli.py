@@ -349,6 +349,8 @@ def test_settings_in_the_help_are_flags_that_set_them(path, capsys, tmp_path):
     lines = screen(capsys, "train", f"--config={path}", "--config.seed=3", "--help")
     lines = lines[lines.index("Settings of this config:") + 1 :]
     assert any(line.startswith("--config.model.norm=") and line.endswith("  # layernorm | rmsnorm") for line in lines)
+    assert any(line.startswith("--config.model.max_length=") and line.endswith("  # tokens") for line in lines)
+    assert any(line.startswith("--config.data.vocab_size=") and "# pieces to train;" in line for line in lines)
     flags = shlex.split("\n".join(lines), comments=True)
     assert "--config.seed=3" in flags
     assert any(flag.startswith("--config.stages[0].steps=") for flag in flags)
@@ -366,5 +368,10 @@ def test_the_version_is_printed(capsys):
 
 def test_help_does_not_import_jax():
     argvs = [[], ["--version"], ["train", "--help"], ["help", "plan"], ["train", QUICKSTART, "--help"]]
+    argvs += [
+        ["train", QUICKSTART + ":x"],
+        ["train", QUICKSTART, "--config.seed=-1", "--workdir=w"],
+        ["train", "--workdir=w"],
+    ]
     code = f"import sys; from flmjax.cli import main; [main(a) for a in {argvs}]; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)

@@ -1,6 +1,8 @@
 """One screen of help: of the program, of each command, and the settings of a config as the flags that set them."""
 
 import dataclasses
+import inspect
+import re
 import shlex
 import typing
 from collections.abc import Iterator
@@ -76,9 +78,12 @@ def version_text() -> str:
     return f"flmjax {flmjax.__version__}"
 
 
-def settings(config: Any, path: str = "config") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(flag, words) for each field of a config: `--config.stages[0].steps=240`, and the words that a choice has."""
-    hints = typing.get_type_hints(type(config))
+def settings(config: Any, path: str = "config") -> Iterator[tuple[str, str]]:
+    """(flag, comment) for each field of a config: `--config.stages[0].steps=240`, and the words of a choice.
+
+    The comment has in addition the field's comment in flmjax/config/fields.py.
+    """
+    hints, comments = typing.get_type_hints(type(config)), _comments(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}.{field.name}"
         if dataclasses.is_dataclass(value):
@@ -87,8 +92,21 @@ def settings(config: Any, path: str = "config") -> Iterator[tuple[str, tuple[str
             for i, stage in enumerate(value):
                 yield from settings(stage, f"{name}[{i}]")
         else:
-            words = [x for x in constraints(hints[field.name]) if not isinstance(x, Range)]
-            yield f"--{name}={value}", words[0] if words else ()
+            words = [" | ".join(x) for x in constraints(hints[field.name]) if not isinstance(x, Range)]
+            yield f"--{name}={value}", "; ".join(filter(None, [*words, comments[field.name]]))
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """The comment of each field of a dataclass: the lines of comment above it, and that at the end of its line."""
+    comments, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.match(r"    # (.*)", line):
+            above.append(match[1])
+            continue
+        if match := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+            comments[match[1]] = " ".join(filter(None, [*above, match[2]]))
+        above = []
+    return comments
 
 
 def _overview() -> str:

@@ -147,8 +147,9 @@ class DataConfig:
     # Share of samples per source, then per teacher; None: the rates of data.mixture (its Tasks in the order of their
     # names), or by number of tokens.
     mixture_weights: tuple[NonNegativeFloat, ...] | None = None
-    vocabulary: str | None = None  # "sentencepiece" (trained on the sources), "bytes", "cl100k" or the path of a
-    # SentencePiece model; None: the mixture's vocabulary if it has one, else "sentencepiece"
+    # "sentencepiece" (trained on the sources), "bytes", "cl100k" or the path of a SentencePiece model; None: the mixture's
+    # vocabulary if it has one, else "sentencepiece".
+    vocabulary: str | None = None
     vocab_size: Annotated[int, Range(300, INT32_MAX)] = 4096  # pieces to train; read by "sentencepiece" alone
     end_id: NonNegativeInt | None = None  # id that ends a document; None: the vocabulary's
     validation_fraction: Annotated[float, Range(0, 0.5, open_low=True, open_high=True)] = (
