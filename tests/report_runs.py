@@ -69,7 +69,7 @@ def make_workdir(
             if step % log_every == 0:
                 train = loss + noise.gauss(0, 0.06)
                 values = {"loss": train, "bits_per_byte": train / 2.1, "gradient_norm": 0.8}
-                values["learning_rate"] = settings.learning_rate * min(1, (s + 1) / 20) * cosine
+                values["learning_rate"] = settings.schedule_settings.learning_rate * min(1, (s + 1) / 20) * cosine
                 speed = {"tokens_per_second": tokens_per_second / (stage.index + 1), "model_flops_utilization": 0.3}
                 lines.append({"kind": "train", "step": step, **common, **values, **speed, "skipped_updates": 0})
             if s + 1 == settings.steps or step % (10 * log_every) == 0:

@@ -54,8 +54,11 @@ def complain(capsys, *argv: str) -> str:
         (["train", QUICKSTART, "--workdir="], "--workdir is missing"),
         (["train", "--config=configs/nothing.py", "--workdir=WORKDIR"], "no config file 'configs/nothing.py'"),
         (["train", QUICKSTART + ":bilingal", "--workdir=WORKDIR"], "'bilingal'; did you mean bilingual"),
-        (["train", QUICKSTART, "--wrkdir=WORKDIR"], "'wrkdir'. Did you mean: workdir"),
-        (["train", QUICKSTART, "--confg.seed=1", "--workdir=WORKDIR"], "Unknown command line flag 'confg.seed'"),
+        (["train", QUICKSTART, "--wrkdir=WORKDIR"], "unknown flag '--wrkdir'; did you mean workdir?"),
+        (
+            ["train", QUICKSTART, "--confg.seed=1", "--workdir=WORKDIR"],
+            "unknown flag '--confg.seed'; did you mean config?",
+        ),
         (["train", QUICKSTART, "--config.model.num_layer=1", "--workdir=WORKDIR"], "did you mean num_layers"),
         (["train", QUICKSTART, "--config.modle.num_layers=1", "--workdir=WORKDIR"], "did you mean model"),
         (["train", QUICKSTART, "--config.stages[0].setps=1", "--workdir=WORKDIR"], "did you mean steps"),
@@ -83,6 +86,12 @@ def complain(capsys, *argv: str) -> str:
         (["prepare", QUICKSTART, "--config.data.teacher_weight=0.0", "--workdir=WORKDIR"], "must be positive"),
         (["prepare", QUICKSTART, "--config.data.teacher_mixing=mix", "--workdir=WORKDIR"], "did you mean mixed"),
         (["report", "--workdir=WORKDIR"], "config.json"),
+        (["plan", QUICKSTART, "--workdir=WORKDIR"], "'flmjax plan' takes no --workdir; usage: flmjax plan --config="),
+        (["report", QUICKSTART, "--workdir=WORKDIR"], "'flmjax report' takes no --config; usage: flmjax report --work"),
+        (["train", QUICKSTART, "--dry-run", "--workdir=WORKDIR"], "'flmjax train' takes no --dry-run"),
+        (["plan", QUICKSTART + ":BILINGUAL"], "'BILINGUAL'; did you mean bilingual"),
+        (["plan", QUICKSTART, "--outptu=x"], "unknown flag '--outptu'; did you mean output"),
+        (["train", QUICKSTART, "--noconfig.seed", "--workdir=WORKDIR"], "noconfig.seed"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(capsys, tmp_path, argv, words):
@@ -95,8 +104,8 @@ def test_a_typo_in_a_config_file_or_a_dictionary_is_refused(capsys, tmp_path):
     file = tmp_path / "typo.py"
     head = "from flmjax.config import *\ndef get_config():\n    config = to_config_dict(RunConfig())\n"
     file.write_text(head + "    config.model.num_layer = 3\n    return config\n")
-    assert 'Did you mean "num_layers"' in complain(capsys, "train", f"--config={file}", f"--workdir={tmp_path / 'w'}")
-    file.write_text("def get_config():\n    return {'model': {'num_layer': 3}}\n")
+    error = complain(capsys, "train", f"--config={file}", f"--workdir={tmp_path / 'w'}")
+    assert error == f"flmjax: {file}:4: the config has no field 'num_layer'; did you mean num_layers, num_heads?\n"
     with pytest.raises(ConfigError, match=r"config.model has no field 'num_layer'; did you mean num_layers"):
         from_config_dict({"model": {"num_layer": 3}})
     with pytest.raises(ConfigError, match="must be of type int"):
@@ -163,6 +172,15 @@ def test_output_into_a_closed_pipe_ends_without_a_word():
         assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("target", "status"), [("/dev/full", 1), ("&-", 0)])
+@pytest.mark.parametrize("arguments", ["--help", f"plan --config={CONFIGS[0].parent}/flm_101b.py --cost-only"])
+def test_output_that_cannot_be_written_is_at_most_one_line(arguments, target, status):
+    command = f"{sys.executable} -m flmjax {arguments} > {target}".replace("> &-", ">&-")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (status, status), done.stderr
+    assert "No space left on device" in done.stderr or target == "&-"
+
+
 def test_flags_come_from_a_flag_file_too(tmp_path):
     (tmp_path / "flags").write_text(f"{QUICKSTART}\n--config.seed=11\n--workdir=elsewhere\n")
     _, config, workdir, _ = cli.parse(["train", f"--flagfile={tmp_path / 'flags'}"])
@@ -170,11 +188,13 @@ def test_flags_come_from_a_flag_file_too(tmp_path):
 
 
 def test_a_workdir_that_cannot_be_written_is_named(capsys, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    assert cli.main(["train", QUICKSTART, f"--workdir={tmp_path / 'file' / 'run'}"]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert str(tmp_path / "file") in err
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for flags in (["train", QUICKSTART, "--workdir=FOLDER"], ["plan", QUICKSTART, "--output=FOLDER"]):
+        for folder in (file, file / "run"):
+            error = complain(capsys, *(flag.replace("FOLDER", str(folder)) for flag in flags))
+            assert f"={folder}: {file} is a file; name a folder" in error
+    assert file.read_text() == "in the way"
 
 
 def two_stages(growth, **fields):
@@ -183,7 +203,7 @@ def two_stages(growth, **fields):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_clip_norm_that_cannot_be_is_refused(value):
-    with pytest.raises(ConfigError, match=r"optimizer.clip_norm=.* must be positive, or None"):
+    with pytest.raises(ConfigError, match=r"optimizer.clip_norm=.* must be (positive|a finite number)"):
         validate(RunConfig(optimizer=OptimizerConfig(clip_norm=value)))
 
 
@@ -208,7 +228,7 @@ def test_clip_norm_that_cannot_be_is_refused(value):
             RunConfig(stages=(StageConfig(growth=GrowthConfig(rate_policy="rewind")),)),
             "the first stage starts a schedule",
         ),
-        (RunConfig(certificate_tolerance=float("nan")), "certificate_tolerance=nan must be positive"),
+        (RunConfig(certificate_tolerance=float("nan")), "certificate_tolerance=nan must be a finite number"),
         (
             RunConfig(
                 model=ModelConfig(num_heads=8, num_kv_heads=2),
@@ -335,11 +355,15 @@ def test_examples_of_the_help_parse(name, monkeypatch):
 def test_settings_in_the_help_are_flags_that_set_them(path, capsys, tmp_path):
     """The printed lines, pasted, turn the default config with as many stages into the config of the file."""
     lines = screen(capsys, "train", f"--config={path}", "--config.seed=3", "--help")
-    flags = shlex.split("\n".join(lines[lines.index("Settings of this config:") + 1 :]))
+    lines = lines[lines.index("Settings of this config:") + 1 :]
+    assert any(line.startswith("--config.model.norm=") and line.endswith("  # layernorm | rmsnorm") for line in lines)
+    assert any(line.startswith("--config.model.max_length=") and line.endswith("  # tokens") for line in lines)
+    assert any(line.startswith("--config.data.vocab_size=") and "# pieces to train;" in line for line in lines)
+    flags = shlex.split("\n".join(lines), comments=True)
     assert "--config.seed=3" in flags
     assert any(flag.startswith("--config.stages[0].steps=") for flag in flags)
     config = cli.parse(["train", f"--config={path}", "--config.seed=3", "--workdir=w"]).config
-    assert flags == list(settings(config))
+    assert flags == [flag for flag, _ in settings(config)]
     default = tmp_path / "default.py"
     run = f"RunConfig(stages=(StageConfig(),) * {len(config.stages)})"
     default.write_text(f"from flmjax.config import *\ndef get_config():\n    return to_config_dict({run})\n")
@@ -352,5 +376,10 @@ def test_the_version_is_printed(capsys):
 
 def test_help_does_not_import_jax():
     argvs = [[], ["--version"], ["train", "--help"], ["help", "plan"], ["train", QUICKSTART, "--help"]]
+    argvs += [
+        ["train", QUICKSTART + ":x"],
+        ["train", QUICKSTART, "--config.seed=-1", "--workdir=w"],
+        ["train", "--workdir=w"],
+    ]
     code = f"import sys; from flmjax.cli import main; [main(a) for a in {argvs}]; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)

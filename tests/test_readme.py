@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import jax
 import pytest
 
 from flmjax import cli
+from flmjax.config import ConfigError, RunConfig
+from flmjax.workdir.paths import write_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,6 +34,7 @@ def get_config():
     data = DataConfig(sources=("my/folder",), vocabulary="bytes")
     return to_config_dict(RunConfig(model=model, stages=(StageConfig(steps=2, batch_size=16),), data=data))
 """
+(MINE,) = [block for kind, block in BLOCKS if kind == "python" and "def get_config" in block]  # a reader's mine.py
 # Flags that make the quickstart small enough for a test.
 SMALL = (
     *(f"--config.stages[{i}].{field}" for i in range(3) for field in ("steps=2", "warmup_steps=1")),
@@ -51,8 +56,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "big.py").write_text(BIG)
+    (tmp_path / "mine.py").write_text(MINE)
     text = "".join(f"Sentence {i} of {i * i % 97} stands beside word {i % 7}.\n" for i in range(40))
-    for name in ("my/folder", *(f"FOLDER/{kind}" for kind in ("en", "zh"))):
+    for name in ("my/folder", *(f"{parent}/{kind}" for parent in ("FOLDER", "texts") for kind in ("en", "zh"))):
         Path(name).mkdir(parents=True)
         for i in range(20):
             Path(name, f"{i}.txt").write_text(f"{name} {i}\n{text}")
@@ -73,6 +79,11 @@ def command_with(*words: str) -> str:
 def test_commands_parse(command, folder):
     if "--help" in command:
         assert cli.main(arguments(command)) == 0
+    elif "--config" not in command and "train" in command:
+        with pytest.raises(ConfigError, match="runs/own holds no run"):
+            cli.parse(arguments(command))
+        write_config(RunConfig(seed=8), Path("runs/own"))
+        assert cli.parse(arguments(command)).config == RunConfig(seed=8)
     else:
         cli.parse(arguments(command))
 
@@ -107,11 +118,28 @@ def test_the_tree_lists_every_room():
 
 
 def test_the_python_block_grows_a_model_exactly():
-    (block,) = [block for kind, block in BLOCKS if kind == "python"]
+    (block,) = [block for kind, block in BLOCKS if kind == "python" and block != MINE]
     names: dict[str, jax.Array] = {}
     exec(block, names)
     assert names["difference"].shape == (1, 16, 4096)
     assert abs(names["difference"]).max() < 1e-5
+
+
+def test_a_config_of_ones_own_trains_and_goes_on(folder, own_environment):
+    """With small sizes and few steps; the second command has no --config."""
+    assert len(MINE.splitlines()) <= 12
+    train, resume = (arguments(command_with("--workdir=runs/own", word)) for word in ("mine.py", "# goes on"))
+    sizes = ("model.embed_dim=32", "model.mlp_dim=48", "model.max_length=32", "stages[1].mlp_dim=64")
+    batches = ("stages[0].batch_size=2", "stages[1].batch_size=2", "data.validation_fraction=0.2")
+    small = [flag for flag in SMALL if "[2]" not in flag and "[1].warmup" not in flag]
+    small += [f"--config.{setting}" for setting in (*sizes, *batches)]
+    environment = own_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    for argv in ([*train, *small], resume):
+        command = [sys.executable, "-m", "flmjax", *argv]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "report: runs/own/report.html" in done.stdout
+    assert len(list(Path("runs/own/certificates").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -35,6 +35,9 @@ def main(argv: list[str]) -> int:
     except (ConfigError, flags.Error) as error:
         print(f"flmjax: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while a config file is loaded
+        print("flmjax: interrupted", file=sys.stderr)
+        return 130
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     try:
@@ -60,10 +63,34 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
     """Console script."""
+    _open_closed_streams()
+    status = 0
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` for example, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         status = 0
+    except OSError as error:
+        _discard_output()
+        if status == 0:
+            print(f"flmjax: standard output: {error.strerror}", file=sys.stderr)
+        status = status or 1
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that starts without standard output or error (`>&-`) the null device in their place.
+
+    Otherwise the next file that is opened, a checkpoint for example, becomes the standard output of C++.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _discard_output() -> None:
+    """Send what standard output still holds, and all that follows, to the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -57,15 +57,16 @@ def plan(
 
     modes = {"--cost-only": cost_only, "--search-layout": search_layout, "--output": output is not None}
     chosen = [flag for flag, is_set in modes.items() if is_set]
-    if len(chosen) > 1:
-        raise ConfigError(f"{chosen[1]} is not read with {chosen[0]}; take one of them")
+    refusals = [f"{flag} is not read with {chosen[0]}; take one of them" for flag in chosen[1:]]
     if tflops is not None and not cost_only:
-        raise ConfigError(f"--tflops={tflops:g} is read with --cost-only alone; a plan estimates the speed")
+        refusals.append(f"--tflops={tflops:g} is read with --cost-only alone; a plan estimates the speed")
     if price is not None and search_layout:
-        raise ConfigError(f"--price={price:g} is not read with --search-layout: the fewest days are the cheapest")
+        refusals.append(f"--price={price:g} is not read with --search-layout: the fewest days are the cheapest")
     for flag, value in (("price", price), ("tflops", tflops)):
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"--{flag}={value:g} must be a positive number")
+            refusals.append(f"--{flag}={value:g} must be a positive number")
+    if refusals:
+        raise ConfigError("; ".join(refusals))
     if cost_only:
         print(cost_table(config, tflops, price), flush=True)
         return

@@ -1,7 +1,10 @@
 """One screen of help: of the program, of each command, and the settings of a config as the flags that set them."""
 
 import dataclasses
+import inspect
+import re
 import shlex
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,17 +12,20 @@ import flmjax
 from flmjax.cli.commands import COMMANDS
 from flmjax.cli.parsing import (
     CONFIG,
+    FILE_FLAGS,
     OPTIONS,
     OVERRIDE,
-    USAGE,
     WORKDIR,
     check_command,
+    continues,
     read_config,
     read_flags,
     takes_config,
     takes_workdir,
 )
 from flmjax.config import RunConfig
+from flmjax.config.validate import constraints
+from flmjax.config.values import Range
 
 HELP_FLAGS = ("--help", "-help", "-h")
 SETTINGS = "All settings stand in flmjax/config/fields.py; with --config=FILE this help prints those of a file."
@@ -58,9 +64,12 @@ def help_text(argv: list[str]) -> str:
     command = check_command(words[0])
     text = _command_help(command)
     if takes_config(command):
-        config = read_config(read_flags(command, words[1:])[0])
+        config = read_config(command, read_flags(command, words[1:]))
         if config is not None:
-            text += "\n\nSettings of this config:\n" + "\n".join(map(shlex.quote, settings(config)))
+            lines = (
+                shlex.quote(flag) + (f"  # {' | '.join(words)}" if words else "") for flag, words in settings(config)
+            )
+            text += "\n\nSettings of this config:\n" + "\n".join(lines)
     return text
 
 
@@ -69,8 +78,12 @@ def version_text() -> str:
     return f"flmjax {flmjax.__version__}"
 
 
-def settings(config: Any, path: str = "config") -> Iterator[str]:
-    """A flag for each field of a config, `--config.stages[0].steps=240`, with the value of the field."""
+def settings(config: Any, path: str = "config") -> Iterator[tuple[str, str]]:
+    """(flag, comment) for each field of a config: `--config.stages[0].steps=240`, and the words of a choice.
+
+    The comment has in addition the field's comment in flmjax/config/fields.py.
+    """
+    hints, comments = typing.get_type_hints(type(config)), _comments(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}.{field.name}"
         if dataclasses.is_dataclass(value):
@@ -79,14 +92,28 @@ def settings(config: Any, path: str = "config") -> Iterator[str]:
             for i, stage in enumerate(value):
                 yield from settings(stage, f"{name}[{i}]")
         else:
-            yield f"--{name}={value}"
+            words = [" | ".join(x) for x in constraints(hints[field.name]) if not isinstance(x, Range)]
+            yield f"--{name}={value}", "; ".join(filter(None, [*words, comments[field.name]]))
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """The comment of each field of a dataclass: the lines of comment above it, and that at the end of its line."""
+    comments, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.match(r"    # (.*)", line):
+            above.append(match[1])
+            continue
+        if match := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+            comments[match[1]] = " ".join(filter(None, [*above, match[2]]))
+        above = []
+    return comments
 
 
 def _overview() -> str:
     lines = [
         f"{version_text()}: pre-train decoder language models by growing them",
         "",
-        USAGE,
+        f"usage: flmjax COMMAND {FILE_FLAGS} {WORKDIR.flag}",
         "",
         "Commands:",
         *(f"  {name:9}{_first_line(name)}" for name in COMMANDS),
@@ -120,6 +147,7 @@ def _command_help(command: str) -> str:
         "Flags:",
         *(f"  {option.flag:{width}}  {option.help}" for option in options),
         *(["", SETTINGS] if takes_config(command) else []),
+        *(["The workdir of an existing run needs no --config."] if continues(command) else []),
     ]
     return "\n".join(lines)
 

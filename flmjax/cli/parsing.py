@@ -1,15 +1,18 @@
 """Flags of every command, and from a list of arguments to a checked config."""
 
+import itertools
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
 
 from flmjax.cli.commands import COMMANDS
-from flmjax.config import ConfigError, RunConfig, check_path, from_config_dict, nearest, to_config_dict
+from flmjax.cli.config_file import load_config
+from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value
 from flmjax.config.validate import validate
+from flmjax.workdir.paths import read_config as read_workdir_config
 
 
 class Option(NamedTuple):
@@ -20,12 +23,14 @@ class Option(NamedTuple):
         value: placeholder of the flag's value in the help; None for a switch.
         help: one line, a noun phrase or a statement.
         type: of the value.
+        is_folder: whether the value is the path of a folder.
     """
 
     name: str
     value: str | None
     help: str
     type: type = str
+    is_folder: bool = False
 
     @property
     def flag(self) -> str:
@@ -43,22 +48,32 @@ class Option(NamedTuple):
         return flags.DEFINE_string(self.name, None, self.help, flag_values=values)
 
 
-CONFIG = Option("config", "FILE[:WORDS]", "configuration file; its docstring lists the words of its argument")
+CONFIG = Option(
+    "config",
+    "FILE[:WORDS]",
+    "configuration file; its docstring lists the words of its argument",
+)
 OVERRIDE = Option("config.FIELD", "VALUE", "one setting in place of the file's, e.g. '--config.stages[0].steps=50'")
 WORKDIR = Option("workdir", "DIR", "folder of the run: config, metrics, checkpoints, certificates, report")
-USAGE = f"usage: flmjax COMMAND {CONFIG.flag} [{OVERRIDE.flag} ...] {WORKDIR.flag}"
-USAGE_GROW = "usage: flmjax grow [--config=FILE] --source=WORKDIR (--workdir=DIR [--weights-only] | --dry-run)"
+FILE_FLAGS = f"{CONFIG.flag} [{OVERRIDE.flag} ...]"
+USAGES = {
+    "train": f"{FILE_FLAGS} {WORKDIR.flag}",
+    "prepare": f"{FILE_FLAGS} {WORKDIR.flag} [--inspect=N]",
+    "grow": f"[{CONFIG.flag}] [{OVERRIDE.flag} ...] --source=WORKDIR ({WORKDIR.flag} [--weights-only] | --dry-run)",
+    "plan": f"{FILE_FLAGS} [--output=DIR | --search-layout | --cost-only [--tflops=N]] [--price=DOLLARS]",
+    "report": WORKDIR.flag,
+}
 # The flags of each command beside --config and --workdir.
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "train": (),
     "prepare": (Option("inspect", "N", "print N samples of the training data as text", int),),
     "grow": (
-        Option("source", "WORKDIR", "workdir of the run to grow; its newest checkpoint is read"),
+        Option("source", "WORKDIR", "workdir of the run to grow; its newest checkpoint is read", is_folder=True),
         Option("dry-run", None, "print the growth rule of every parameter and write nothing"),
         Option("weights-only", None, "start the optimizer afresh instead of growing Adam's moments"),
     ),
     "plan": (
-        Option("output", "DIR", "folder for plan.json and plan.html"),
+        Option("output", "DIR", "folder for plan.json and plan.html", is_folder=True),
         Option("price", "DOLLARS", "price of one device for an hour", float),
         Option("search-layout", None, "search mesh, microbatches and remat; the best estimates are compiled"),
         Option("cost-only", None, "compile nothing: FLOPs, days and price by arithmetic alone"),
@@ -71,6 +86,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 def takes_config(command: str) -> bool:
     """Whether a command reads a config file; report reads the config of the workdir."""
     return command != "report"
+
+
+def continues(command: str) -> bool:
+    """Whether a command without --config goes on with the config of the workdir."""
+    return command in ("train", "prepare")
 
 
 def takes_workdir(command: str) -> bool:
@@ -93,6 +113,22 @@ class CommandLine(NamedTuple):
     options: dict[str, Any]
 
 
+class Flags(NamedTuple):
+    """The flags of a command line, each understood by itself.
+
+    Attributes:
+        config: FILE[:WORDS]; None without --config.
+        workdir: None without --workdir.
+        overrides: values of the settings that flags set, by the path of the field.
+        options: the values of the command's OPTIONS, by name.
+    """
+
+    config: str | None
+    workdir: Path | None
+    overrides: dict[str, Any]
+    options: dict[str, Any]
+
+
 def parse(argv: list[str]) -> CommandLine:
     """The command line `argv`, without the program's name.
 
@@ -100,23 +136,25 @@ def parse(argv: list[str]) -> CommandLine:
         ConfigError or absl.flags.Error: for anything that is not understood, with the nearest names.
     """
     command = check_command(argv[0])
-    base = _source_config(command, argv[1:])
-    values, options = read_flags(command, argv[1:], base)
+    _, workdir, _, options = values = read_flags(command, argv[1:])
     if command == "grow" and not options["source"]:
-        raise ConfigError(f"--source is missing: the workdir of the run to grow; {USAGE_GROW}")
-    if not values["workdir"].value and not options.get("dry_run") and takes_workdir(command):
-        raise ConfigError(f"--workdir is missing; {USAGE}")
-    workdir = Path(values["workdir"].value or "") if takes_workdir(command) else None
+        raise ConfigError(f"--source is missing: the workdir of the run to grow; {usage(command)}")
+    if workdir is None and not options.get("dry_run") and takes_workdir(command):
+        raise ConfigError(f"--workdir is missing; {usage(command)}")
     if not takes_config(command):
         return CommandLine(command, None, workdir, options)
-    config = read_config(values)
+    config = read_config(command, values)
     if config is None:
-        raise ConfigError(f"--config is missing; {USAGE}")
-    if base is not None:
-        from flmjax.training.grow_config import grown_config
-
-        config = grown_config(config, base)
+        absent = f"; {workdir} holds no run whose config could be read" if continues(command) else ""
+        raise ConfigError(f"--config is missing{absent}; {usage(command)}")
+    if workdir is None and takes_workdir(command):  # a dry run, which writes nothing
+        workdir = Path()
     return CommandLine(command, validate(config), workdir, options)
+
+
+def usage(command: str) -> str:
+    """One line with the flags of a command."""
+    return f"usage: flmjax {command} {USAGES[command]}"
 
 
 def check_command(word: str) -> str:
@@ -130,83 +168,112 @@ def check_command(word: str) -> str:
     return word
 
 
-def _source_config(command: str, arguments: list[str]) -> RunConfig | None:
-    """The config that flags change if `grow` has none: that of the source, the run to grow."""
-    if command != "grow" or any(re.fullmatch(r"--?config(=.*)?", argument) for argument in arguments):
-        return None
-    values = flags.FlagValues()
-    source = next(option for option in OPTIONS[command] if option.name == "source").define(values)
-    values(["flmjax", *arguments], known_only=True)
-    if not source.value:
-        return None
-    from flmjax.training.grow_config import source_config
-
-    return source_config(Path(source.value))
-
-
-def read_flags(
-    command: str, arguments: list[str], base: RunConfig | None = None
-) -> tuple[flags.FlagValues, dict[str, Any]]:
-    """(all flags of a command line, the values of the command's OPTIONS by name).
+def read_flags(command: str, arguments: list[str]) -> Flags:
+    """The flags of a command.
 
     Raises:
         ConfigError or absl.flags.Error: for a flag, a field or a value that is not understood.
     """
     values = flags.FlagValues()
-    # Expanded first: ml_collections looks for overrides among the arguments.
     arguments = values.read_flags_from_files(arguments, force_gnu=False)
-    WORKDIR.define(values)
+    fields: dict[str, Any] = {}
     if takes_config(command):
-        _define_config(values, arguments, base)
+        CONFIG.define(values)
+        fields = _define_overrides(values, arguments)
+    if takes_workdir(command):
+        WORKDIR.define(values)
     holders = {option.name.replace("-", "_"): option.define(values) for option in OPTIONS[command]}
     try:
         rest = values(["flmjax", *arguments])
-    except IndexError:
-        indexed = " ".join(a for a in arguments if re.match(r"--?config\.[^=]*\[", a))
-        raise ConfigError(f"there is no such entry: {indexed}") from None
-    except (AttributeError, KeyError, TypeError, NameError, SyntaxError) as error:  # from a config file
-        raise ConfigError(f"the config file cannot be read: {type(error).__name__}: {one_line(error)}") from error
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(_unknown_flag(command, error.flagname)) from None
     if len(rest) > 1:
-        raise ConfigError(f"'{rest[1]}' is not a flag; {USAGE}")
-    return values, {name: holder.value for name, holder in holders.items()}
+        raise ConfigError(f"'{rest[1]}' is not a flag; {usage(command)}")
+    options = {name: holder.value for name, holder in holders.items()}
+    for option in OPTIONS[command]:
+        if option.is_folder and options[option.name]:
+            options[option.name] = str(_folder(option, options[option.name]))
+    overrides = {path: _override_value(values[f"config.{path}"].value, hint, path) for path, hint in fields.items()}
+    config = values["config"].value if takes_config(command) else None
+    workdir = _folder(WORKDIR, values["workdir"].value or "") if takes_workdir(command) else None
+    return Flags(config, workdir, overrides, options)
 
 
-def read_config(values: flags.FlagValues) -> RunConfig | None:
-    """The config with its overrides, rules between fields not yet checked; None without --config.
+def read_config(command: str, values: Flags) -> RunConfig | None:
+    """The config with its overrides, rules between fields not yet checked.
+
+    It is the config of --config; without this flag, that of the run in the workdir, or for `grow` one that continues
+    the source; None without all of them.
 
     Raises:
-        ConfigError: for a file that does not exist, an unknown field or a value of another type.
+        ConfigError: for a file that cannot be read, or an override of an entry that the config does not have.
     """
-    flag = values["config"]
-    if flag.value is None:
+    if values.config:
+        config = load_config(values.config)
+    elif continues(command) and values.workdir is not None and (values.workdir / "config.json").is_file():
+        config = read_workdir_config(values.workdir)
+    elif command == "grow" and values.options["source"]:
+        from flmjax.training.grow_config import grown_config, source_config
+
+        base = source_config(Path(values.options["source"]))
+        return grown_config(_overridden(base, values), base)
+    else:
         return None
-    try:
-        tree = dict(flag.value)
-    except OSError:  # raised at the first use of a file that could not be loaded
-        raise ConfigError(f"there is no config file '{flag.config_filename}'") from None  # type: ignore[attr-defined]
-    config: RunConfig = from_config_dict(tree)
+    return _overridden(config, values)
+
+
+def _overridden(config: RunConfig, values: Flags) -> RunConfig:
+    for path, value in values.overrides.items():
+        config = override(config, path, value)
     return config
 
 
-def _define_config(values: flags.FlagValues, arguments: list[str], base: RunConfig | None) -> None:
-    """Add --config, or overrides of `base`; overrides of unknown fields are refused before a file is read."""
+def _define_overrides(values: flags.FlagValues, arguments: list[str]) -> dict[str, Any]:
+    """Add a flag for each setting that is set; the types of their fields, by path."""
+    fields: dict[str, Any] = {}
     for argument in arguments:
-        if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            check_path(override[1])
-    if base is not None:
-        argv = ["flmjax", *arguments]
-        config_flags.DEFINE_config_dict(CONFIG.name, to_config_dict(base), flag_values=values, sys_argv=argv)
-        return
-    config_flags.DEFINE_config_file(
-        CONFIG.name, help_string=CONFIG.help, flag_values=values, sys_argv=["flmjax", *arguments]
-    )
+        match = re.match(r"--?(no)?config\.([^=]*)", argument)
+        if match is None or match[2] in fields:
+            continue
+        path = match[2]
+        fields[path] = field_type(path)
+        if fields[path] is bool:
+            flags.DEFINE_boolean(f"config.{path}", None, OVERRIDE.help, flag_values=values)
+        else:
+            flags.DEFINE_multi_string(f"config.{path}", None, OVERRIDE.help, flag_values=values)
+    return fields
+
+
+def _override_value(value: Any, hint: Any, path: str) -> Any:
+    """Value of a setting from its flags, bool or texts; several flags make a tuple, else the last one counts."""
+    if isinstance(value, bool):
+        return value
+    parsed = [parse_value(text, hint, f"config.{path}") for text in value]
+    is_joined = len(parsed) > 1 and all(isinstance(entry, tuple) for entry in parsed)
+    return tuple(itertools.chain(*parsed)) if is_joined else parsed[-1]
+
+
+def _folder(option: Option, value: str) -> Path | None:
+    """The folder that a flag names, with ~ expanded; None for "". A file, or a folder below a file, is refused."""
+    if not value:
+        return None
+    folder = Path(value).expanduser()
+    for path in (folder, *folder.parents):
+        if os.path.isfile(path):
+            raise ConfigError(f"--{option.name}={value}: {path} is a file; name a folder")
+    return folder
+
+
+def _unknown_flag(command: str, name: str) -> str:
+    others = [*(option.name for options in OPTIONS.values() for option in options), CONFIG.name, WORKDIR.name]
+    known = [option.name for option in OPTIONS[command]]
+    known += [CONFIG.name] * takes_config(command) + [WORKDIR.name] * takes_workdir(command)
+    head = name.partition(".")[0]
+    if head in others and head not in known:
+        return f"'flmjax {command}' takes no --{head}; {usage(command)}"
+    return f"unknown flag '--{name}'{nearest(head, known)}"
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error; the last line of a config file's traceback, which the flag quotes completely."""
-    text = str(error)
-    if "Traceback (most recent call last)" in text:
-        text = f"{text.splitlines()[0].split(': ')[0]}: {text.strip().splitlines()[-1].split(': ', 1)[-1]}"
-    # A locked ConfigDict lists all its fields before the one that was meant.
-    text = re.sub(r" and cannot be added.*(?=Did you mean)", "; ", text.replace("\\n", " "), flags=re.DOTALL)
-    return " ".join(text.split())
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())

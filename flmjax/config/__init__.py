@@ -5,7 +5,6 @@ from flmjax.config.convert import (
     FORMAT,
     HEADER,
     check_format,
-    check_path,
     differences,
     from_config_dict,
     from_stored,
@@ -13,7 +12,7 @@ from flmjax.config.convert import (
     to_json,
     to_stored,
 )
-from flmjax.config.errors import ConfigError, nearest
+from flmjax.config.errors import ConfigError, did_you_mean, nearest, shorten
 from flmjax.config.families import GROWTH_FAMILIES, FamilyTraits, outside_family
 from flmjax.config.fields import (
     DERIVED,
@@ -26,16 +25,17 @@ from flmjax.config.fields import (
     GrowthConfig,
     Layout,
     MeshConfig,
-    MeshShape,
     ModelConfig,
     OptimizerConfig,
     Remat,
     RunConfig,
+    ScheduleSettings,
     Stage,
     StageConfig,
     resize,
-    split_factor,
 )
+from flmjax.config.overrides import field_type, override, parse_value
+from flmjax.config.shapes import MeshShape, split_factor
 
 __all__ = [
     "DERIVED",
@@ -58,17 +58,22 @@ __all__ = [
     "OptimizerConfig",
     "Remat",
     "RunConfig",
+    "ScheduleSettings",
     "Stage",
     "StageConfig",
     "check_format",
-    "check_path",
     "choose_words",
+    "did_you_mean",
     "differences",
+    "field_type",
     "from_config_dict",
     "from_stored",
     "nearest",
     "outside_family",
+    "override",
+    "parse_value",
     "resize",
+    "shorten",
     "split_factor",
     "to_config_dict",
     "to_json",

@@ -1,9 +1,8 @@
 """The argument of a config file, `--config=FILE:WORD,WORD`: words separated by commas, in any order."""
 
-import difflib
 from collections.abc import Iterable
 
-from flmjax.config.errors import ConfigError
+from flmjax.config.errors import ConfigError, did_you_mean
 
 
 def choose_words(argument: str, **choices: Iterable[str]) -> dict[str, str | None]:
@@ -26,17 +25,14 @@ def choose_words(argument: str, **choices: Iterable[str]) -> dict[str, str | Non
     chosen: dict[str, str | None] = dict.fromkeys(choices)
     for word in (word.strip() for word in argument.split(",")) if argument else ():
         if word not in kind_of:
-            raise ConfigError(f"config argument: unknown word '{word}'{_nearest(word, kind_of)}; {_list(choices)}")
+            raise ConfigError(
+                f"config argument: unknown word '{word}'{did_you_mean(word, kind_of, 1)}; {_list(choices)}"
+            )
         kind = kind_of[word]
         if chosen[kind] is not None:
             raise ConfigError(f"config argument: '{chosen[kind]}' and '{word}' are both words for the {kind}; take one")
         chosen[kind] = word
     return chosen
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _list(choices: dict[str, Iterable[str]]) -> str:

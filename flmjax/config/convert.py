@@ -1,6 +1,10 @@
 """Conversion of settings to and from ml_collections, JSON and the files of a run."""
 
 import dataclasses
+import itertools
+import json
+import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -9,8 +13,8 @@ from typing import Any
 from ml_collections import config_dict
 
 import flmjax
-from flmjax.config.errors import ConfigError, nearest
-from flmjax.config.fields import EXECUTION, RunConfig
+from flmjax.config.errors import ConfigError, nearest, shorten
+from flmjax.config.fields import EXECUTION, RunConfig, ScheduleSettings, StageConfig
 
 # Format number of config.json and of checkpoints. It rises if a field or an item is renamed or removed, never if one is
 # added.
@@ -45,13 +49,13 @@ def from_config_dict(tree: Mapping[str, Any], cls: type = RunConfig, path: str =
     values = {}
     for key, value in tree.items():
         if key not in fields:
-            raise ConfigError(f"{path} has no field '{key}'{nearest(key, fields)}")
-        values[key] = _convert(value, hints[key], f"{path}.{key}")
+            raise ConfigError(f"{path} has no field '{key}'{nearest(str(key), fields)}")
+        values[key] = convert(value, hints[key], f"{path}.{key}")
     return cls(**values)
 
 
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """The config as a plain nested dictionary; from_config_dict is the inverse."""
+def to_json(config: Any) -> dict[str, Any]:
+    """Settings as a plain nested dictionary; from_config_dict is the inverse."""
     return dataclasses.asdict(config)
 
 
@@ -63,7 +67,8 @@ def to_stored(config: RunConfig) -> dict[str, Any]:
 def from_stored(stored: object, name: str) -> RunConfig:
     """Config from the content of config.json or the metadata of a checkpoint; the inverse of to_stored.
 
-    A field that the stored config lacks gets its default.
+    A field that the stored config lacks gets its default. Older versions stored the default of the schedule's fields in
+    stages that continue a schedule, which do not read them; they become None.
 
     Args:
         stored: the JSON object.
@@ -76,16 +81,21 @@ def from_stored(stored: object, name: str) -> RunConfig:
     if not isinstance(stored.get("config"), Mapping):
         raise ConfigError(f"{name} has no 'config' with the settings of a run")
     try:
-        return from_config_dict(stored["config"])
+        config: RunConfig = from_config_dict(stored["config"])
     except ConfigError as error:
         raise ConfigError(f"{name} cannot be read as a config: {error}") from error
+    stages = (stage if stage.starts_schedule(i) else _without_defaults(stage) for i, stage in enumerate(config.stages))
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def check_format(stored: object, name: str) -> Mapping[str, Any]:
     """`stored` as a mapping. Raises ConfigError, with both numbers, if it has another format than this version."""
     if not isinstance(stored, Mapping):
         raise ConfigError(f"{name} is no JSON object")
-    if (number := stored.get("format", 1)) != FORMAT:
+    number = stored.get("format", 1)
+    if type(number) is not int:
+        raise ConfigError(f"{name}: format must be an integer, not {json.dumps(number)[:100]}")
+    if number != FORMAT:
         raise ConfigError(f"{name} has format {number}; flmjax {flmjax.__version__} reads format {FORMAT}")
     return stored
 
@@ -97,56 +107,71 @@ def differences(stored: object, current: object, path: str = "") -> list[str]:
         stored, current: two RunConfigs, or the same part of both.
         path: name of the part.
     """
+    if isinstance(stored, StageConfig) and isinstance(current, StageConfig):
+        stored, current = _with_defaults(stored), _with_defaults(current)
     pairs: list[tuple[str, Any, Any]]
-    if dataclasses.is_dataclass(stored):
+    if dataclasses.is_dataclass(stored) and type(stored) is type(current):
         names = [field.name for field in dataclasses.fields(stored) if field.metadata != EXECUTION]
         pairs = [(f"{path}.{name}".strip("."), getattr(stored, name), getattr(current, name)) for name in names]
-    elif isinstance(stored, tuple) and isinstance(current, tuple) and len(stored) == len(current):
-        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, current, strict=True))]
-    elif path == "stages" and isinstance(stored, tuple) and isinstance(current, tuple):
-        shared = min(len(stored), len(current))
-        return [*differences(stored[:shared], current[:shared], path), f"stages: {len(stored)} -> {len(current)}"]
+    elif path == "stages" and _is_tuple_of_settings(stored) and _is_tuple_of_settings(current):
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, current, strict=False))]
+        if len(stored) != len(current):
+            pairs.append((path, len(stored), len(current)))
+    elif _is_tuple_of_settings(stored) and _is_tuple_of_settings(current):
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(itertools.zip_longest(stored, current))]
     else:
-        return [] if stored == current else [f"{path}: {_cut(stored)} -> {_cut(current)}"]
+        before, now = (
+            f"stage '{x.name}'" if isinstance(x, StageConfig) else shorten(x, str, 60) for x in (stored, current)
+        )
+        return [] if stored == current else [f"{path}: {before} -> {now}"]
     return [line for name, a, b in pairs for line in differences(a, b, name)]
 
 
-def _cut(value: object, length: int = 60) -> str:
-    text = str(value)
-    return text if len(text) <= length else f"{text[:length]}..."
+def convert(value: object, hint: Any, path: str) -> Any:
+    """`value` as type `hint` of field `path`: lists become tuples, mappings dataclasses, integers floats, paths texts.
 
-
-def check_path(path: str) -> None:
-    """Raise ConfigError with the nearest names unless `path`, as in `stages[0].steps`, names a field of a run."""
-    hint: Any = RunConfig
-    walked = "config"
-    for word in path.split("."):
-        name = word.split("[")[0]
-        if not dataclasses.is_dataclass(hint):
-            raise ConfigError(f"{walked} has no fields; '{name}' cannot be one")
-        hints = typing.get_type_hints(hint)
-        if name not in hints:
-            raise ConfigError(f"{walked} has no field '{name}'{nearest(name, hints)}")
-        hint = typing.get_args(hints[name])[0] if "[" in word else hints[name]
-        walked += f".{word}"
-
-
-def _convert(value: object, hint: Any, path: str) -> Any:
+    Raises:
+        ConfigError: for a value of another type.
+    """
     if dataclasses.is_dataclass(hint):
+        cls = typing.cast(type, hint)
+        if isinstance(value, cls):
+            value = to_json(value)
         if not isinstance(value, Mapping | config_dict.ConfigDict):
-            raise ConfigError(f"{path} must be a mapping of fields, not {value!r}")
-        return from_config_dict(value, typing.cast(type, hint), path)
+            raise ConfigError(f"{path} must be a {cls.__name__} or a mapping of its fields, not {shorten(value)}")
+        return from_config_dict(value, cls, path)
     args = typing.get_args(hint)
     if types.NoneType in args:
-        return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), path)
+        return None if value is None else convert(value, next(a for a in args if a is not types.NoneType), path)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, tuple | list):
-            value = (value,)
-        return tuple(_convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
+        entries = value if isinstance(value, tuple | list) else (value,)
+        return tuple(convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(entries))
     if typing.get_origin(hint) is typing.Literal:  # validate checks that the value is one of the words
         hint = str
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    number = {int: numbers.Integral, float: numbers.Real}.get(hint)  # also those of NumPy
+    if number is not None and isinstance(value, number) and not isinstance(value, bool):
+        try:
+            return hint(value)
+        except OverflowError:
+            raise ConfigError(f"{path} is too large for a number of type {hint.__name__}") from None
     if type(value) is not hint:
-        raise ConfigError(f"{path} must be of type {hint.__name__}, not {value!r}")
+        raise ConfigError(f"{path} must be of type {hint.__name__}, not {shorten(value)}")
     return value
+
+
+def _is_tuple_of_settings(value: object) -> typing.TypeGuard[tuple[object, ...]]:
+    return isinstance(value, tuple) and all(dataclasses.is_dataclass(entry) for entry in value)
+
+
+def _with_defaults(stage: StageConfig) -> StageConfig:
+    """The stage with the schedule's defaults in place of None."""
+    return dataclasses.replace(stage, **stage.schedule_settings._asdict())
+
+
+def _without_defaults(stage: StageConfig) -> StageConfig:
+    """The stage with None in place of the schedule's defaults."""
+    defaults = ScheduleSettings()._asdict()
+    unset: dict[str, Any] = {name: None for name, default in defaults.items() if getattr(stage, name) == default}
+    return dataclasses.replace(stage, **unset)

@@ -4,10 +4,22 @@ import dataclasses
 import functools
 import math
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from flmjax.config.errors import ConfigError
 from flmjax.config.families import FamilyTraits, family_traits
+from flmjax.config.values import (
+    INT32_MAX,
+    Decay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    Share,
+    expand_home,
+    make_tuples,
+)
 
 AttentionBackend = Literal["plain", "fused", "cudnn", "splash"]
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -26,65 +38,46 @@ DERIVED = ("norm_eps", "rotary_dim", "rotary_repeat", "base_mlp_dim", "base_head
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshShape:
-    """Number of devices along each mesh axis; validate_mesh computes it from a MeshConfig and the device count."""
-
-    replica: int
-    fsdp: int
-    tensor: int
-
-    @property
-    def num_devices(self) -> int:
-        """Number of devices in the mesh."""
-        return self.replica * self.fsdp * self.tensor
-
-    @property
-    def data_shards(self) -> int:
-        """Number of parts that the sequences of a batch are split into."""
-        return self.replica * self.fsdp
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Settings of a pre-norm decoder; FLM, Tele-FLM, GPT-2 and Llama are values of them."""
 
-    num_layers: int = 4
-    embed_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # None: one per query head
-    head_dim: int = 32
-    mlp_dim: int = 512
-    vocab_size: int | None = None  # None: the tokenizer's
+    num_layers: PositiveInt = 4
+    embed_dim: PositiveInt = 128
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt | None = None  # None: one per query head
+    head_dim: PositiveInt = 32
+    mlp_dim: PositiveInt = 512
+    vocab_size: Annotated[int, Range(2, INT32_MAX)] | None = None  # None: the tokenizer's
     # The rows of the embedding table are padded to a multiple of this number and of the tensor axis.
-    vocab_multiple: int = dataclasses.field(default=8, metadata=REPRESENTATION)
-    max_length: int = 256  # tokens
+    vocab_multiple: PositiveInt = dataclasses.field(default=8, metadata=REPRESENTATION)
+    max_length: PositiveInt = 256  # tokens
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5  # of the first stage; width growth scales it, see RunConfig.schedule
+    norm_eps: PositiveFloat = 1e-5  # of the first stage; width growth scales it, see RunConfig.schedule
     activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
     position: Literal["xpos", "rope", "learned"] = "xpos"
-    rope_theta: float = 10_000.0
-    xpos_scale_base: float = 512.0
-    rotary_dim: int | None = None  # head_dim whose frequencies growth keeps; None: head_dim
+    rope_theta: PositiveFloat = 10_000.0
+    xpos_scale_base: PositiveFloat = 512.0
+    rotary_dim: PositiveInt | None = None  # head_dim whose frequencies growth keeps; None: head_dim
     # Whether dimensions past rotary_dim repeat the frequencies before it; False: they do not turn.
     rotary_repeat: bool = False
     bias: bool = True
     tied_embedding: bool = True
-    embedding_multiplier: float = 1.0
-    output_multiplier: float = 1.0
-    softmax_temperature: float = 1.0  # logits are divided by it
-    dropout: float = 0.0
-    init_std: float = 0.02
-    base_embed_dim: int | None = None  # muP's base width (model/mup.py); None: standard parametrisation
+    embedding_multiplier: PositiveFloat = 1.0
+    output_multiplier: PositiveFloat = 1.0
+    softmax_temperature: PositiveFloat = 1.0  # logits are divided by it
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    init_std: PositiveFloat = 0.02
+    base_embed_dim: PositiveInt | None = None  # muP's base width (model/mup.py); None: standard parametrisation
     # mlp_dim, and num_heads x head_dim, of muP's base model; None: in proportion to embed_dim. Growth fills them in.
-    base_mlp_dim: float | None = None
-    base_heads_dim: float | None = None
+    base_mlp_dim: PositiveFloat | None = None
+    base_heads_dim: PositiveFloat | None = None
     # Dtype of the matrix multiplications; parameters are always float32.
     dtype: Dtype = dataclasses.field(default="float32", metadata=REPRESENTATION)
     # "fused": the backend that model/attention.py chooses for the platform.
     attention: AttentionBackend = dataclasses.field(default="plain", metadata=EXECUTION)
     remat: Remat = dataclasses.field(default="none", metadata=EXECUTION)
     # Layers unrolled per iteration of the scan over layers.
-    scan_unroll: int = dataclasses.field(default=1, metadata=EXECUTION)
+    scan_unroll: PositiveInt = dataclasses.field(default=1, metadata=EXECUTION)
 
     @property
     def kv_heads(self) -> int:
@@ -128,12 +121,12 @@ class ModelConfig:
 class OptimizerConfig:
     """Settings of AdamW. Parameters and moments are float32; weight decay acts on matrices only."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0  # None: no clipping
-    max_skipped_updates: int = 5  # in a row; then the run stops
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat | None = 1.0  # None: no clipping
+    max_skipped_updates: PositiveInt = 5  # in a row; then the run stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +139,15 @@ class DataConfig:
     task_module: str | None = None  # Python module that registers data.mixture, such as data/sources/seqio_tasks.py
     # Share of samples per source, then per teacher; None: the rates of data.mixture (its Tasks in the order of their
     # names), or by number of tokens.
-    mixture_weights: tuple[float, ...] | None = None
-    vocabulary: str | None = None  # "sentencepiece" (trained on the sources), "bytes", "cl100k" or the path of a
-    # SentencePiece model; None: the mixture's vocabulary if it has one, else "sentencepiece"
-    vocab_size: int = 4096  # pieces to train; read by "sentencepiece" alone
-    end_id: int | None = None  # id that ends a document; None: the vocabulary's
-    validation_fraction: float = 0.05  # share of documents, chosen by hash; splits that a mixture defines come first
+    mixture_weights: tuple[NonNegativeFloat, ...] | None = None
+    # "sentencepiece" (trained on the sources), "bytes", "cl100k" or the path of a SentencePiece model; None: the
+    # mixture's vocabulary if it has one, else "sentencepiece".
+    vocabulary: str | None = None
+    vocab_size: Annotated[int, Range(300, INT32_MAX)] = 4096  # pieces to train; read by "sentencepiece" alone
+    end_id: NonNegativeInt | None = None  # id that ends a document; None: the vocabulary's
+    validation_fraction: Annotated[float, Range(0, 0.5, open_low=True, open_high=True)] = (
+        0.05  # share of documents, chosen by hash; splits that a mixture defines come first
+    )
     # The hash is of a document's text, or of its "path" within the source (parallel pages stay together).
     split_by: Literal["text", "path"] = "text"
     end_of_document: bool = True  # append the end token to each document
@@ -159,13 +155,18 @@ class DataConfig:
     # Mark for "true" in a sequence of a teacher; the paper does not say which mark is which.
     true_mark: str = "\U0001f608"
     false_mark: str = "\U0001f621"
-    teacher_weight: float = 1.0  # loss weight of a target of a teacher; a target of text has 1
+    teacher_weight: PositiveFloat = 1.0  # loss weight of a target of a teacher; a target of text has 1
     # Text and teachers in every batch, or "alternating": every batch is only text or only teachers.
     teacher_mixing: Literal["mixed", "alternating"] = "mixed"
     # Folder of the token files; None: WORKDIR/data.
     directory: str | None = dataclasses.field(default=None, metadata=EXECUTION)
     # Processes that tokenise; None: one per core.
-    workers: int | None = dataclasses.field(default=None, metadata=EXECUTION)
+    workers: PositiveInt | None = dataclasses.field(default=None, metadata=EXECUTION)
+
+    def __post_init__(self) -> None:
+        make_tuples(self, "sources", "teachers", "mixture_weights")
+        for name in ("sources", "teachers", "vocabulary", "directory"):
+            object.__setattr__(self, name, expand_home(getattr(self, name)))
 
     @property
     def num_sources(self) -> int | None:
@@ -177,9 +178,9 @@ class DataConfig:
 class MeshConfig:
     """Number of devices along each mesh axis; fsdp=None takes all remaining devices."""
 
-    replica: int = 1
-    fsdp: int | None = None
-    tensor: int = 1
+    replica: PositiveInt = 1
+    fsdp: PositiveInt | None = None
+    tensor: PositiveInt = 1
     topology: str | None = None  # the machine that `flmjax plan` compiles for: a800:24x8, v5p:4x8x8 ...
 
 
@@ -190,17 +191,18 @@ class GrowthConfig:
     # A family of growth/families.py, which says whether it is exact; or "MODULE:NAME", a Family of another package.
     family: str = "zero"
     split: Literal["unequal", "equal"] = "unequal"  # "duplicate": shares of copies; copies with equal shares stay equal
-    split_gap: float = 0.4  # "duplicate": least difference between the unequal shares of 2 copies of a unit; below 0.5
-    shrink: float = 0.4  # "perturb": factor on old matrices
+    # "duplicate": least difference between the unequal shares of 2 copies of a unit.
+    split_gap: Annotated[float, Range(0, 0.5, open_low=True, open_high=True)] = 0.4
+    shrink: Share = 0.4  # "perturb": factor on old matrices
     moments: Literal["carry", "reset"] = "carry"  # "reset" forgets Adam's moments
-    ramp_steps: int = 0  # "mask": updates in which the growth mask opens from 0 to 1
+    ramp_steps: NonNegativeInt = 0  # "mask": updates in which the growth mask opens from 0 to 1
     ramp: Literal["linear", "cosine"] = "linear"  # "mask": shape of the opening
-    tuning_steps: int = 100  # "learned": updates of the growth matrices
-    tuning_learning_rate: float = 1e-3  # Adam's, on the growth matrices
+    tuning_steps: NonNegativeInt = 100  # "learned": updates of the growth matrices
+    tuning_learning_rate: PositiveFloat = 1e-3  # Adam's, on the growth matrices
     # The learning rate continues the schedule, warms up again, rewinds to its peak, or the stage has a new schedule.
     rate_policy: Literal["continue", "rewarm", "rewind", "stage"] = "continue"
-    rewarm_fraction: float = 0.01  # "rewarm": share of the stage's steps with warm-up
-    new_warmup_fraction: float = 0.01  # share of the stage's steps with warm-up of new parameters; 0: none
+    rewarm_fraction: Share = 0.01  # "rewarm": share of the stage's steps with warm-up
+    new_warmup_fraction: Share = 0.01  # share of the stage's steps with warm-up of new parameters; 0: none
 
     @property
     def traits(self) -> FamilyTraits:
@@ -208,44 +210,67 @@ class GrowthConfig:
         return family_traits(self.family)
 
 
+class ScheduleSettings(NamedTuple):
+    """Schedule of the learning rate that a stage starts, with the defaults of the fields that the stage leaves None."""
+
+    learning_rate: float = 1e-3  # peak
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    decay_fraction: float = 0.2  # "wsd": share of the steps, at the end, with decay
+
+
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
     """Settings of one stage. A size of None is the size of the stage before, or of the model in the first stage."""
 
     name: str = "stage"
-    steps: int = 100  # optimizer updates
-    batch_size: int = 8  # sequences per update, over all devices
+    steps: PositiveInt = 100  # optimizer updates
+    batch_size: PositiveInt = 8  # sequences per update, over all devices
     # Number of parts that the batch is computed in, one after another.
-    microbatches: int = dataclasses.field(default=1, metadata=EXECUTION)
-    # Peak. learning_rate to decay_fraction describe a schedule; stages that continue it read these of its first stage.
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.0
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    decay_fraction: float = 0.2  # "wsd": share of the steps, at the end, with decay
-    mixture_weights: tuple[float, ...] | None = None  # mixture from this stage on; None: no change
+    microbatches: PositiveInt = dataclasses.field(default=1, metadata=EXECUTION)
+    # Schedule of the learning rate, see ScheduleSettings. Stages that continue a schedule have None in these five.
+    learning_rate: NonNegativeFloat | None = None
+    final_learning_rate: NonNegativeFloat | None = None
+    warmup_steps: NonNegativeInt | None = None
+    schedule: Literal["constant", "cosine", "wsd"] | None = None
+    decay_fraction: Annotated[float, Range(0, 1, open_low=True)] | None = None
+    mixture_weights: tuple[NonNegativeFloat, ...] | None = None  # mixture from this stage on; None: no change
     growth: GrowthConfig = GrowthConfig()
-    num_layers: int | None = None
-    embed_dim: int | None = None
-    mlp_dim: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_layers: PositiveInt | None = None
+    embed_dim: PositiveInt | None = None
+    mlp_dim: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    num_kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        make_tuples(self, "mixture_weights")
+
+    @property
+    def schedule_settings(self) -> ScheduleSettings:
+        """The schedule that starts with this stage; the default stands for None."""
+        values = {name: getattr(self, name) for name in ScheduleSettings._fields}
+        return ScheduleSettings(**{name: value for name, value in values.items() if value is not None})
+
+    def starts_schedule(self, index: int) -> bool:
+        """Whether stage number `index` of a run, this one, starts a schedule of the learning rate."""
+        return index == 0 or self.growth.rate_policy == "stage"
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Settings of checkpoints, which are written in the background. The end of a stage is always saved."""
 
-    every: int = 100  # steps
-    keep: int = 3  # newest checkpoints
+    every: PositiveInt = 100  # steps
+    keep: PositiveInt = 3  # newest checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """All settings of a run: model, stages, optimizer, data, devices, and how often to report."""
 
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig = ModelConfig()
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -253,21 +278,26 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=EXECUTION)
     checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=EXECUTION)
     # Steps between lines of training metrics.
-    log_every: int = dataclasses.field(default=10, metadata=EXECUTION)
+    log_every: PositiveInt = dataclasses.field(default=10, metadata=EXECUTION)
     # Steps between evaluations; the end of a stage is always evaluated.
-    evaluate_every: int = dataclasses.field(default=100, metadata=EXECUTION)
+    evaluate_every: PositiveInt = dataclasses.field(default=100, metadata=EXECUTION)
     # Validation sequences per evaluation.
-    evaluation_rows: int = dataclasses.field(default=64, metadata=EXECUTION)
+    evaluation_rows: PositiveInt = dataclasses.field(default=64, metadata=EXECUTION)
     # Validation sequences for the certificate of a growth.
-    certificate_rows: int = dataclasses.field(default=4, metadata=EXECUTION)
+    certificate_rows: PositiveInt = dataclasses.field(default=4, metadata=EXECUTION)
     # Number of parameters; certificates of larger models have no comparison in float64.
-    certificate_float64_below: int = dataclasses.field(default=20_000_000, metadata=EXECUTION)
+    certificate_float64_below: Annotated[int, Range(0, 2**63 - 1)] = dataclasses.field(
+        default=20_000_000, metadata=EXECUTION
+    )
     # Largest difference of float32 logits, relative to max |logit| (at least 1); a larger one stops the run.
-    certificate_tolerance: float = dataclasses.field(default=2e-5, metadata=EXECUTION)
+    certificate_tolerance: PositiveFloat = dataclasses.field(default=2e-5, metadata=EXECUTION)
     sample_prompt: str = dataclasses.field(default="The ", metadata=EXECUTION)
-    sample_tokens: int = dataclasses.field(default=64, metadata=EXECUTION)
+    sample_tokens: NonNegativeInt = dataclasses.field(default=64, metadata=EXECUTION)
     # Peak FLOP/s per device; None: from the table of known chips, else measured.
-    peak_flops: float | None = dataclasses.field(default=None, metadata=EXECUTION)
+    peak_flops: PositiveFloat | None = dataclasses.field(default=None, metadata=EXECUTION)
+
+    def __post_init__(self) -> None:
+        make_tuples(self, "stages")
 
     @functools.cached_property
     def schedule(self) -> "tuple[Stage, ...]":
@@ -371,22 +401,4 @@ def resize(model: ModelConfig, family: str = "zero", **sizes: Any) -> ModelConfi
         return grown
     return dataclasses.replace(
         grown, rotary_dim=model.head_dim, rotary_repeat=family_traits(family).repeats_frequencies
-    )
-
-
-def split_factor(old: ModelConfig, new: ModelConfig) -> int:
-    """Number of parts that each group of query heads splits into; every part gets a copy of the key and value head.
-
-    1 means that groups are not split.
-
-    Raises:
-        ConfigError: if splitting groups and then adding heads and groups cannot produce the new heads.
-    """
-    old_heads, new_heads = old.num_heads // old.kv_heads, new.num_heads // new.kv_heads  # query heads of a group
-    for parts in range(1, old_heads + 1):
-        if old_heads % parts == 0 and old_heads // parts <= new_heads and old.kv_heads * parts <= new.kv_heads:
-            return parts
-    raise ConfigError(
-        f"{old.num_heads} query heads in {old.kv_heads} groups cannot become {new.num_heads} in {new.kv_heads}: a "
-        "group can gain heads, further groups can be added, or every group can be split into equal parts first"
     )

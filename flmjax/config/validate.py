@@ -2,27 +2,29 @@
 
 import dataclasses
 import math
+import sys
 import typing
+from collections.abc import Iterator
 from typing import Any
 
-from flmjax.config.errors import ConfigError, nearest
+from flmjax.config.convert import from_config_dict, to_json
+from flmjax.config.errors import ConfigError, did_you_mean, shorten
 from flmjax.config.families import GROWTH_FAMILIES
 from flmjax.config.fields import (
     MESH_AXES,
     STAGE_SIZES,
     DataConfig,
     GrowthConfig,
-    MeshShape,
     ModelConfig,
-    OptimizerConfig,
     RunConfig,
+    ScheduleSettings,
     Stage,
     StageConfig,
-    split_factor,
 )
+from flmjax.config.shapes import MeshShape, split_factor
+from flmjax.config.values import FLOAT32_TINY, INT32_MAX, Range
 
 VOCABULARIES = ("sentencepiece", "bytes", "cl100k")
-SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -31,86 +33,89 @@ def _require(condition: bool, message: str) -> None:
 
 
 def validate(config: RunConfig) -> RunConfig:
-    """The config, checked against every rule that does not depend on the devices.
+    """The config, checked against every rule that does not depend on the devices; numbers have their field's type.
 
     Raises:
         ConfigError: with one line that names the field, its value and valid values.
     """
-    _validate_choices(config)
+    config = from_config_dict(to_json(config))  # refuses values of another type
+    _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
+    if refusals := list(_refusals(config)):
+        raise ConfigError("; ".join(refusals[:5]))
     _validate_model(config.model)
-    _validate_optimizer(config.optimizer)
     _validate_data(config.data)
     apart = "data.document_attention" if config.data.document_attention else "data.teachers"
     _require(
         config.model.attention != "cudnn" or not (config.data.document_attention or config.data.teachers),
         f"model.attention='cudnn' cannot keep a row's documents apart, which {apart} requires; take 'plain'",
     )
-    for axis in MESH_AXES:
-        size = getattr(config.mesh, axis)
-        _require(size is None or size > 0, f"mesh.{axis}={size} must be positive")
-    _require(len(config.stages) > 0, "stages is empty; a run needs at least one stage")
     for i, settings in enumerate(config.stages):
         _validate_stage(settings, f"stages[{i}]", config.data.num_sources)
     _validate_schedule(config.stages)
+    _require(
+        config.total_steps <= INT32_MAX, f"stages have {config.total_steps} steps; at most {INT32_MAX} can be counted"
+    )
     names = [stage.name for stage in config.stages]
     _require(len(set(names)) == len(names), f"stages have the same name: {', '.join(names)}")
     for stage in config.schedule[1:]:
         _validate_growth(stage)
     for stage in config.schedule:
         _validate_model(stage.model, f"stages[{stage.index}]")
-    for field in ("log_every", "evaluate_every", "evaluation_rows", "certificate_rows"):
-        _require(getattr(config, field) > 0, f"{field}={getattr(config, field)} must be positive")
-    _require(config.checkpoint.every > 0, f"checkpoint.every={config.checkpoint.every} must be positive")
-    _require(config.checkpoint.keep > 0, f"checkpoint.keep={config.checkpoint.keep} must be positive")
-    _require(
-        math.isfinite(config.certificate_tolerance) and config.certificate_tolerance > 0,
-        f"certificate_tolerance={config.certificate_tolerance} must be positive",
-    )
-    _require(config.sample_tokens >= 0, f"sample_tokens={config.sample_tokens} must not be negative")
     return config
 
 
 def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = nearest(value, choices)
-        listed = "" if "choices:" in hint else f"; choices: {', '.join(choices)}"
-        raise ConfigError(f"{path}='{value}'{hint}{listed}")
+    if refusal := _wrong_choice(path, value, choices):
+        raise ConfigError(refusal)
 
 
-def _validate_choices(config: Any, path: str = "") -> None:
-    """Check that every field whose type is a Literal has one of its words."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{path}.{field.name}".strip(".")
-        if typing.get_origin(hints[field.name]) is typing.Literal:
-            _choice(name, value, typing.get_args(hints[field.name]))
-        elif dataclasses.is_dataclass(value):
-            _validate_choices(value, name)
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for i, entry in enumerate(value):
-                _validate_choices(entry, f"{name}[{i}]")
+def _wrong_choice(path: str, value: str, choices: tuple[str, ...]) -> str | None:
+    return (
+        None if value in choices else f"{path}='{value}'{did_you_mean(value, choices)}; choices: {', '.join(choices)}"
+    )
+
+
+def _refusals(settings: Any, path: str = "") -> Iterator[str]:
+    """A refusal of every number outside its field's Range, and of every word outside its field's Literal."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"{path}.{field.name}".strip(".")
+        entries = (
+            {f"{name}[{i}]": entry for i, entry in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        )
+        for entry_name, entry in entries.items():
+            if dataclasses.is_dataclass(entry):
+                yield from _refusals(entry, entry_name)
+            elif entry is not None:
+                yield from filter(None, (_refusal(entry_name, entry, x) for x in constraints(hints[field.name])))
+
+
+def _refusal(path: str, value: Any, constraint: Range | tuple[str, ...]) -> str | None:
+    if not isinstance(constraint, Range):
+        return _wrong_choice(path, value, constraint)
+    violation = constraint.violation(value)
+    return violation and f"{path}={shorten(value)} {violation}"
+
+
+def constraints(hint: Any) -> Iterator[Range | tuple[str, ...]]:
+    """The Range of the numbers, or the words of the Literal, in the type of a field."""
+    if typing.get_origin(hint) is typing.Literal:
+        yield typing.get_args(hint)
+    elif isinstance(hint, Range):
+        yield hint
+    else:
+        for part in typing.get_args(hint):  # of Annotated, of a union with None, of a tuple
+            yield from constraints(part)
 
 
 def _validate_model(m: ModelConfig, path: str = "model") -> None:
-    for field in ("num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "max_length", "vocab_multiple"):
-        _require(getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive")
-    for field in ("rotary_dim", "base_embed_dim", "base_mlp_dim", "base_heads_dim"):
-        _require(
-            getattr(m, field) is None or getattr(m, field) > 0, f"{path}.{field}={getattr(m, field)} must be positive"
-        )
     for field in ("base_mlp_dim", "base_heads_dim"):
         _require(
             getattr(m, field) is None or m.base_embed_dim is not None,
             f"{path}.{field}={getattr(m, field)} is not read without {path}.base_embed_dim, which switches muP on",
         )
-    for field in ("norm_eps", "softmax_temperature", "rope_theta", "xpos_scale_base", "init_std"):
-        value = getattr(m, field)
-        _require(math.isfinite(value) and value > 0, f"{path}.{field}={value} must be positive")
-    _require(m.vocab_size is None or m.vocab_size > 1, f"{path}.vocab_size={m.vocab_size} must be at least 2")
-    _require(0.0 <= m.dropout < 1.0, f"{path}.dropout={m.dropout} must lie in [0, 1)")
     _require(
-        m.kv_heads > 0 and m.num_heads % m.kv_heads == 0,
-        f"{path}.num_heads={m.num_heads} is not a multiple of num_kv_heads={m.kv_heads}",
+        m.num_heads % m.kv_heads == 0, f"{path}.num_heads={m.num_heads} is not a multiple of num_kv_heads={m.kv_heads}"
     )
     if m.is_rotary:
         _require(m.head_dim % 2 == 0, f"{path}.head_dim={m.head_dim} must be even for position='{m.position}'")
@@ -118,19 +123,25 @@ def _validate_model(m: ModelConfig, path: str = "model") -> None:
             m.rotated_dims % 2 == 0 and m.rotated_dims <= m.head_dim,
             f"{path}.rotary_dim={m.rotary_dim} must be even and at most head_dim={m.head_dim}",
         )
-    _require(m.scan_unroll > 0, f"{path}.scan_unroll={m.scan_unroll} must be positive")
+    if m.position == "xpos":
+        longest = _longest_xpos(m)
+        _require(
+            m.max_length <= longest,
+            f"{path}.max_length={m.max_length} is too long for xPos with xpos_scale_base={m.xpos_scale_base:g}: its "
+            f"scale leaves the range of float32 above {longest} tokens; take a larger base or position='rope'",
+        )
 
 
-def _validate_optimizer(o: OptimizerConfig) -> None:
-    for field in ("b1", "b2"):
-        _require(0.0 <= getattr(o, field) < 1.0, f"optimizer.{field}={getattr(o, field)} must lie in [0, 1)")
-    _require(o.eps > 0, f"optimizer.eps={o.eps} must be positive")
-    _require(o.weight_decay >= 0, f"optimizer.weight_decay={o.weight_decay} must not be negative")
-    _require(
-        o.clip_norm is None or (math.isfinite(o.clip_norm) and o.clip_norm > 0),
-        f"optimizer.clip_norm={o.clip_norm} must be positive, or None for no clipping",
-    )
-    _require(o.max_skipped_updates > 0, "optimizer.max_skipped_updates must be positive")
+def _longest_xpos(m: ModelConfig) -> int:
+    """Largest max_length at which the scales of xPos (model/positions.py) are normal numbers of the model's precision.
+
+    The scale zeta^((position - max_length // 2) / scale_base) has its smallest zeta, 0.4 / 1.4, in the first pair, and
+    its largest exponent at position 0. Queries are multiplied by it and keys by its inverse; the inverse of a number
+    below the smallest normal one is infinite.
+    """
+    smallest = sys.float_info.min if m.dtype == "float64" else FLOAT32_TINY
+    largest_power = math.log(1.0001 * smallest) / math.log(0.4 / 1.4)  # with room for rounding: 69.7 in float32
+    return 2 * int(largest_power * m.xpos_scale_base) + 1
 
 
 def _validate_weights(path: str, weights: tuple[float, ...] | None, num_sources: int | None) -> None:
@@ -149,7 +160,8 @@ def _validate_weights(path: str, weights: tuple[float, ...] | None, num_sources:
 def _validate_data(d: DataConfig) -> None:
     _require(len(d.sources) > 0, "data.sources is empty; name a built-in source, a file, a folder or a glob")
     names = (*d.sources, *d.teachers)
-    _require(len(set(names)) == len(names), f"data.sources or data.teachers names one twice: {', '.join(names)}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _require(not twice, f"data.sources or data.teachers names one twice: {shorten(', '.join(twice), str)}")
     _require(
         d.mixture is None or not d.teachers,
         f"data.teachers={d.teachers} is not read: data.mixture='{d.mixture}' defines the teachers",
@@ -161,38 +173,28 @@ def _validate_data(d: DataConfig) -> None:
     _validate_weights("data.mixture_weights", d.mixture_weights, d.num_sources)
     if d.vocabulary is not None and not d.vocabulary.endswith(".model"):
         _choice("data.vocabulary", d.vocabulary, VOCABULARIES)
-    _require(d.vocab_size >= 300, f"data.vocab_size={d.vocab_size} must be at least 300 (256 bytes and a few pieces)")
-    _require(d.end_id is None or d.end_id >= 0, f"data.end_id={d.end_id} must not be negative")
-    _require(
-        0.0 < d.validation_fraction < 0.5, f"data.validation_fraction={d.validation_fraction} must lie in (0, 0.5)"
-    )
-    _require(
-        math.isfinite(d.teacher_weight) and d.teacher_weight > 0,
-        f"data.teacher_weight={d.teacher_weight} must be positive",
-    )
     _require(
         d.teacher_weight == 1.0 or d.teacher_mixing == "mixed",
         f"data.teacher_weight={d.teacher_weight} is not read with teacher_mixing='alternating': a batch of teachers "
         "alone is divided by its weights",
     )
-    _require(d.workers is None or d.workers > 0, f"data.workers={d.workers} must be positive")
     _require(bool(d.true_mark) and bool(d.false_mark), "data.true_mark and data.false_mark must not be empty")
     _require(d.true_mark != d.false_mark, f"data.true_mark and data.false_mark are both '{d.true_mark}'")
 
 
 def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
-    for field in ("steps", "batch_size", "microbatches"):
-        _require(getattr(s, field) > 0, f"{path}.{field}={getattr(s, field)} must be positive")
     _require(
         s.batch_size % s.microbatches == 0,
         f"{path}.batch_size={s.batch_size} is not a multiple of microbatches={s.microbatches}",
     )
-    _require(0 <= s.warmup_steps < s.steps, f"{path}.warmup_steps={s.warmup_steps} must be less than steps={s.steps}")
+    rates = s.schedule_settings
     _require(
-        math.isfinite(s.learning_rate) and s.learning_rate >= s.final_learning_rate >= 0,
-        f"{path}: learning_rate={s.learning_rate} must be at least final_learning_rate={s.final_learning_rate} >= 0",
+        rates.warmup_steps < s.steps, f"{path}.warmup_steps={rates.warmup_steps} must be less than steps={s.steps}"
     )
-    _require(0 < s.decay_fraction <= 1, f"{path}.decay_fraction={s.decay_fraction} must lie in (0, 1]")
+    _require(
+        rates.learning_rate >= rates.final_learning_rate,
+        f"{path}: learning_rate={rates.learning_rate} must be at least final_learning_rate={rates.final_learning_rate}",
+    )
     _validate_operator(s, f"{path}.growth")
     _validate_weights(f"{path}.mixture_weights", s.mixture_weights, num_sources)
 
@@ -201,14 +203,6 @@ def _validate_operator(s: StageConfig, path: str) -> None:
     g = s.growth
     if ":" not in g.family:
         _choice(f"{path}.family", g.family, tuple(GROWTH_FAMILIES))
-    for field in ("shrink", "rewarm_fraction", "new_warmup_fraction"):
-        _require(0.0 <= getattr(g, field) <= 1.0, f"{path}.{field}={getattr(g, field)} must lie in [0, 1]")
-    _require(0 < g.split_gap < 0.5, f"{path}.split_gap={g.split_gap} must lie in (0, 0.5)")
-    _require(g.tuning_steps >= 0, f"{path}.tuning_steps={g.tuning_steps} must not be negative")
-    _require(
-        math.isfinite(g.tuning_learning_rate) and g.tuning_learning_rate > 0,
-        f"{path}.tuning_learning_rate={g.tuning_learning_rate} must be positive",
-    )
     _require(
         "ramp_steps" not in g.traits.settings or 0 < g.ramp_steps <= s.steps,
         f"{path}.ramp_steps={g.ramp_steps} must be 1 to the stage's steps={s.steps} for family '{g.family}'",
@@ -223,15 +217,15 @@ def _validate_operator(s: StageConfig, path: str) -> None:
 
 def _validate_schedule(stages: tuple[StageConfig, ...]) -> None:
     """Check that stages that continue a schedule have no schedule settings, which would be ignored."""
-    default = StageConfig()
+    policy = stages[0].growth.rate_policy
     _require(
-        stages[0].growth.rate_policy == default.growth.rate_policy,
-        f"stages[0].growth.rate_policy='{stages[0].growth.rate_policy}' is not read: the first stage starts a schedule",
+        policy == GrowthConfig().rate_policy,
+        f"stages[0].growth.rate_policy='{policy}' is not read: the first stage starts a schedule",
     )
-    for i, stage in enumerate(stages[1:], start=1):
-        for field in SCHEDULE_FIELDS if stage.growth.rate_policy != "stage" else ():
+    for i, stage in enumerate(stages):
+        for field in ScheduleSettings._fields if not stage.starts_schedule(i) else ():
             _require(
-                getattr(stage, field) == getattr(default, field),
+                getattr(stage, field) is None,
                 f"stages[{i}].{field}={getattr(stage, field)} is not read: stages[{i}].growth.rate_policy="
                 f"'{stage.growth.rate_policy}' continues the schedule before it; 'stage' would start this one",
             )

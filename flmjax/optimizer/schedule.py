@@ -14,23 +14,23 @@ def stage_schedule(stage: StageConfig) -> optax.Schedule:
     constant, and linear to final_learning_rate over the last decay_fraction of the stage, at least one update. The last
     update of "cosine" and "wsd" has final_learning_rate exactly; the only update of a stage has the peak.
     """
-    peak, final = stage.learning_rate, stage.final_learning_rate
-    rest = stage.steps - stage.warmup_steps
-    if stage.schedule == "constant" or stage.steps == 1:
+    peak, final, warmup_steps, shape, decay_fraction = stage.schedule_settings
+    rest = stage.steps - warmup_steps
+    if shape == "constant" or stage.steps == 1:
         body = optax.constant_schedule(peak)
     elif rest == 1:
         body = optax.constant_schedule(final)
-    elif stage.schedule == "cosine":
+    elif shape == "cosine":
         body = optax.cosine_decay_schedule(peak, rest - 1, alpha=final / peak if peak else 0.0)
     else:
-        decay = min(rest, max(1, round(stage.decay_fraction * stage.steps)))
+        decay = min(rest, max(1, round(decay_fraction * stage.steps)))
         linear = optax.linear_schedule(peak, final, decay)
         # The line starts at the update before the decay, whose rate is still the peak.
         body = optax.join_schedules([optax.constant_schedule(peak), linear], [rest - decay - 1])
-    if stage.warmup_steps == 0:
+    if warmup_steps == 0:
         return body
-    warmup = optax.linear_schedule(peak / stage.warmup_steps, peak, stage.warmup_steps - 1)
-    return optax.join_schedules([warmup, body], [stage.warmup_steps])
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
+    return optax.join_schedules([warmup, body], [warmup_steps])
 
 
 def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:

@@ -12,13 +12,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from flmjax.config import ConfigError, RunConfig, Stage, StageConfig, differences, from_stored
+from flmjax.config.fields import ScheduleSettings
 from flmjax.data.loader import TrainingStream
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.training.growth_point import samples_before
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.paths import latest_whole_step
 
-SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
 SHOWN_FIELDS = 6  # of a refusal
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def _changed_stages(past: RunConfig, config: RunConfig, position: Position) -> l
         return [f"stages: {len(past.stages)} -> {len(config.stages)}, but stages[{last}] has begun"]
     changed = []
     for i, (before, after) in enumerate(zip(past.stages[: last + 1], config.stages[: last + 1], strict=True)):
-        of_rates = {name: getattr(before, name) for name in SCHEDULE_FIELDS}
+        of_rates = {name: getattr(before, name) for name in ScheduleSettings._fields}
         growth = dataclasses.replace(
             after.growth,
             rate_policy=before.growth.rate_policy,

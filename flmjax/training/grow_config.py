@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flmjax.config import STAGE_SIZES, ConfigError, DataConfig, GrowthConfig, RunConfig, StageConfig, resize
+from flmjax.config import DERIVED, STAGE_SIZES, ConfigError, DataConfig, GrowthConfig, RunConfig, StageConfig, resize
+from flmjax.config.fields import ScheduleSettings
 from flmjax.config.validate import validate
 from flmjax.data.prepared import META_FILE, read_meta
 from flmjax.data.tokenizers import MODEL_FILE, SETTINGS_FILE, ByteTokenizer
 from flmjax.workdir.paths import data_directory, latest_whole_step, read_config
 
 STAGE_NAME = "grown"
-SCHEDULE_FIELDS = ("learning_rate", "final_learning_rate", "warmup_steps", "schedule", "decay_fraction")
 # Settings of data that decide the token files.
 PREPARED_FIELDS = (
     "sources", "teachers", "mixture", "task_module", "vocabulary", "vocab_size", "end_id", "validation_fraction",
@@ -46,7 +46,7 @@ def _first_stage(config: RunConfig, index: int) -> StageConfig:
     """Stage number `index` of the source as the first stage of a run, without sizes and growth settings."""
     begun = config.stages[: index + 1]
     starts = [stage for i, stage in enumerate(begun) if i == 0 or stage.growth.rate_policy == "stage"]
-    schedule: dict[str, Any] = {name: getattr(starts[-1], name) for name in SCHEDULE_FIELDS}
+    schedule: dict[str, Any] = {name: getattr(starts[-1], name) for name in ScheduleSettings._fields}
     if schedule["warmup_steps"] is not None:
         schedule["warmup_steps"] = min(schedule["warmup_steps"], begun[-1].steps - 1)
     mixtures = [stage.mixture_weights for stage in begun if stage.mixture_weights is not None]
@@ -110,11 +110,7 @@ def grown_config(config: RunConfig, base: RunConfig) -> RunConfig:
     validate(config)
     sizes = {name: getattr(config.schedule[0].model, name) for name in (*STAGE_SIZES, "max_length")}
     derived = resize(base.model, config.stages[0].growth.family, **sizes)
-    follows = [
-        name
-        for name in ("norm_eps", "rotary_dim", "rotary_repeat")
-        if getattr(config.model, name) == getattr(base.model, name)
-    ]
+    follows = [name for name in DERIVED if getattr(config.model, name) == getattr(base.model, name)]
     model = dataclasses.replace(config.model, **{name: getattr(derived, name) for name in follows})
     data = config.data
     is_source_folder = data.directory is not None and data.directory == base.data.directory

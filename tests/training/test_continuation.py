@@ -44,7 +44,7 @@ def position(config: RunConfig, step: int, index: int = 0, fingerprint: str = ""
     """Where a run of `config` stands after `step` updates, the last of them in stage number `index`."""
     with_vocabulary = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
     at = with_vocabulary.schedule[index]
-    return Position(step, at, with_vocabulary, samples_before(at, step), fingerprint)
+    return Position(step, at, with_vocabulary, samples_before(at, step), fingerprint, {})
 
 
 WSD = stage(schedule="wsd", warmup_steps=10, decay_fraction=0.2)
