@@ -115,7 +115,7 @@ def test_a_file_system_without_flock_gets_another_lock(number, monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "start"), [(os.getpid(), "long ago"), (2**22 - 1, None)])
+@pytest.mark.parametrize(("number", "start"), [(os.getpid(), "long ago"), (2**22 - 1, None)], ids=["reused", "missing"])
 def test_a_reused_or_missing_process_number_is_dead(number, start, monkeypatch, tmp_path):
     monkeypatch.setattr(lock.fcntl, "flock", unsupported(errno.ENOLCK))
     path, lines = tmp_path / ".lock", []
