@@ -122,7 +122,7 @@ def _acquire(path: Path, owner: Owner, subject: str, created: list[Path], log: L
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(path.open("a+", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return _read(path) or Owner("unknown host", 0, None, "a moment ago")
@@ -149,7 +149,7 @@ def _create(path: Path, owner: Owner, subject: str, log: Log) -> "Owner | contex
         if other is not None and other.is_dead:
             log(f"{subject}: the lock of {other}, which has ended, is taken over")
             path.unlink(missing_ok=True)
-        with path.open("x") as file:
+        with path.open("x", encoding="utf-8") as file:
             file.write(json.dumps(owner._asdict()))
     except FileExistsError:
         if (holder := _read(path)) is None and time.time() - path.stat().st_mtime > 60:
@@ -183,7 +183,7 @@ def _start_time(pid: int) -> str | None:
     """Start time of a running process; None if the process or its time cannot be seen, "ended" for a zombie."""
     if Path("/proc/self/stat").exists():
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except OSError:
             return None
         return "ended" if fields[0] in "ZX" else fields[19]  # field 22 of the file, in clock ticks since boot

@@ -242,7 +242,7 @@ def test_clip_norm_that_cannot_be_is_refused(value):
         (RunConfig(data=DataConfig(mixture_weights=(0.0,))), "at least one weight must be positive"),
         (
             RunConfig(data=DataConfig(sources=("a", "b"), mixture_weights=(1.0, -0.5))),
-            "data.mixture_weights: -0.5 must be positive, or 0 to leave a source out",
+            r"data.mixture_weights\[1\]=-0.5 must not be negative",
         ),
         (
             RunConfig(stages=(StageConfig(mixture_weights=(0.0, 0.0)),), data=DataConfig(sources=("a", "b"))),

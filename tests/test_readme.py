@@ -84,6 +84,9 @@ def test_commands_parse(command, folder):
             cli.parse(arguments(command))
         write_config(RunConfig(seed=8), Path("runs/own"))
         assert cli.parse(arguments(command)).config == RunConfig(seed=8)
+    elif "--config=" not in command and "grow" in command:  # of the source's config
+        with pytest.raises(ConfigError, match="runs/mine is no workdir of a run: it has no complete checkpoint"):
+            cli.parse(arguments(command))
     else:
         cli.parse(arguments(command))
 
@@ -149,12 +152,13 @@ def test_a_run_on_a_folder_is_reported_and_grown(folder, capsys):
     assert cli.main(arguments(command_with("flmjax report"))) == 0
     assert (folder / "runs" / "mine" / "report.html").is_file()
     capsys.readouterr()
-    assert cli.main(arguments(command_with("big.py", "--dry-run"))) == 0
+    assert cli.main(arguments(command_with("flmjax grow", "--dry-run"))) == 0
     assert "layers/mlp/up/kernel" in capsys.readouterr().out
     assert not (folder / "runs" / "big").exists()
-    assert cli.main(arguments(command_with("big.py", "--workdir"))) == 0
-    assert "growth certificate" in capsys.readouterr().out
-    assert list((folder / "runs" / "big" / "certificates").iterdir())
+    for name in ("big", "big2"):
+        assert cli.main(arguments(command_with("flmjax grow", f"--workdir=runs/{name} "))) == 0
+        assert "growth certificate" in capsys.readouterr().out
+        assert list((folder / "runs" / name / "certificates").iterdir())
 
 
 def test_the_cost_of_flm_101b_is_printed(folder, capsys):

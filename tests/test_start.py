@@ -29,7 +29,7 @@ def text(tmp_path):
         (["--config.data.vocabulary=cl100k"], "needs a package; pip install"),
         (["--config.model.attention=cudnn"], "model.attention='cudnn' needs an NVIDIA GPU"),
         (["--config.stages[0].batch_size=4096"], "fewer than one batch of 4096"),
-        (["--config.data.validation_fraction=0.0001"], "none of the 5 documents is held out"),
+        (["--config.data.validation_fraction=0.0001"], "none of the 5 documents of "),
         (["--config.data.task_module=nowhere"], "data.task_module='nowhere' is not read"),
     ],
 )

@@ -66,9 +66,7 @@ def help_text(argv: list[str]) -> str:
     if takes_config(command):
         config = read_config(command, read_flags(command, words[1:]))
         if config is not None:
-            lines = (
-                shlex.quote(flag) + (f"  # {' | '.join(words)}" if words else "") for flag, words in settings(config)
-            )
+            lines = (shlex.quote(flag) + (f"  # {comment}" if comment else "") for flag, comment in settings(config))
             text += "\n\nSettings of this config:\n" + "\n".join(lines)
     return text
 

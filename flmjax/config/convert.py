@@ -113,10 +113,6 @@ def differences(stored: object, current: object, path: str = "") -> list[str]:
     if dataclasses.is_dataclass(stored) and type(stored) is type(current):
         names = [field.name for field in dataclasses.fields(stored) if field.metadata != EXECUTION]
         pairs = [(f"{path}.{name}".strip("."), getattr(stored, name), getattr(current, name)) for name in names]
-    elif path == "stages" and _is_tuple_of_settings(stored) and _is_tuple_of_settings(current):
-        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, current, strict=False))]
-        if len(stored) != len(current):
-            pairs.append((path, len(stored), len(current)))
     elif _is_tuple_of_settings(stored) and _is_tuple_of_settings(current):
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(itertools.zip_longest(stored, current))]
     else:

@@ -64,11 +64,11 @@ def outside_family(name: str) -> Any:
         raise ConfigError(f"growth family '{name}': {module_name} cannot be imported: {reason}") from error
     finally:
         sys.path.remove(folder)
-    if attribute not in vars(module):
-        raise ConfigError(
-            f"growth family '{name}': {module_name} has no '{attribute}'{nearest(attribute, vars(module))}"
-        )
-    family, traits = vars(module)[attribute], getattr(vars(module)[attribute], "traits", None)
+    names = vars(module)
+    if attribute not in names:
+        families = [other for other in names if isinstance(getattr(names[other], "traits", None), FamilyTraits)]
+        raise ConfigError(f"growth family '{name}': {module_name} has no '{attribute}'{nearest(attribute, families)}")
+    family, traits = names[attribute], getattr(names[attribute], "traits", None)
     if not isinstance(traits, FamilyTraits):
         raise ConfigError(f"growth family '{name}' is no flmjax.growth.families.Family but {type(family).__name__}")
     if wrong := [setting for setting in traits.settings if setting in NOT_OUTSIDE]:

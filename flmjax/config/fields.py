@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from flmjax.config.families import FamilyTraits, family_traits
 from flmjax.config.values import (
     INT32_MAX,
+    Count,
     Decay,
     NonNegativeFloat,
     NonNegativeInt,
@@ -145,9 +146,8 @@ class DataConfig:
     vocabulary: str | None = None
     vocab_size: Annotated[int, Range(300, INT32_MAX)] = 4096  # pieces to train; read by "sentencepiece" alone
     end_id: NonNegativeInt | None = None  # id that ends a document; None: the vocabulary's
-    validation_fraction: Annotated[float, Range(0, 0.5, open_low=True, open_high=True)] = (
-        0.05  # share of documents, chosen by hash; splits that a mixture defines come first
-    )
+    # Share of documents, chosen by hash; splits that a mixture defines come first.
+    validation_fraction: Annotated[float, Range(0, 0.5, open_low=True, open_high=True)] = 0.05
     # The hash is of a document's text, or of its "path" within the source (parallel pages stay together).
     split_by: Literal["text", "path"] = "text"
     end_of_document: bool = True  # append the end token to each document
@@ -286,9 +286,7 @@ class RunConfig:
     # Validation sequences for the certificate of a growth.
     certificate_rows: PositiveInt = dataclasses.field(default=4, metadata=EXECUTION)
     # Number of parameters; certificates of larger models have no comparison in float64.
-    certificate_float64_below: Annotated[int, Range(0, 2**63 - 1)] = dataclasses.field(
-        default=20_000_000, metadata=EXECUTION
-    )
+    certificate_float64_below: Count = dataclasses.field(default=20_000_000, metadata=EXECUTION)
     # Largest difference of float32 logits, relative to max |logit| (at least 1); a larger one stops the run.
     certificate_tolerance: PositiveFloat = dataclasses.field(default=2e-5, metadata=EXECUTION)
     sample_prompt: str = dataclasses.field(default="The ", metadata=EXECUTION)

@@ -44,6 +44,7 @@ class Range(NamedTuple):
 
 PositiveInt = Annotated[int, Range(1, INT32_MAX)]
 NonNegativeInt = Annotated[int, Range(0, INT32_MAX)]
+Count = Annotated[int, Range(0, 2**63 - 1)]  # of parameters; not computed with on the devices
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # of JAX's and of NumPy's generators
 PositiveFloat = Annotated[float, Range(FLOAT32_TINY, FLOAT32_MAX)]
 NonNegativeFloat = Annotated[float, Range(0, FLOAT32_MAX)]

@@ -98,8 +98,9 @@ def draw_share(source: np.ndarray, copies: np.ndarray, config: GrowthConfig, key
     # Drawn in float32, so that a certificate in float64 repeats the same growth; computed in the wider dtype.
     spread, turn = jax.random.uniform(key, (2, source.max() + 1), jnp.float32)
     t = config.split_gap * (1 + spread.astype(float)[at])
-    place = (earlier + jnp.floor(turn[at] * copies)) % copies  # 0 to n - 1, another one for every copy
-    share = (1 + t * (2 * place / np.maximum(copies - 1, 1) - 1)) / copies
+    turned = jnp.floor(turn[at] * copies).astype(int)
+    place = (earlier + turned) % copies  # 0 to n - 1, another one for every copy
+    share = (1 + t * (2 * place.astype(float) / np.maximum(copies - 1, 1) - 1)) / copies
     return jnp.where(known & (copies > 1), share, 1.0)
 
 

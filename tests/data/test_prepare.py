@@ -309,7 +309,7 @@ def test_paths_that_look_alike_get_different_files(tmp_path):
     for name in names:
         with open(name, "w") as file:
             file.write("\n\n\n".join(f"{name} {i}" for i in range(50)))
-    done = prepare(DataConfig(sources=names, vocabulary="bytes"), tmp_path / "data")
+    done = prepare(DataConfig(sources=names, vocabulary="bytes", validation_fraction=0.2), tmp_path / "data")
     assert done.sources == names
     assert len({counts["slug"] for counts in done.meta["sources"].values()}) == 4
     for name in names:
