@@ -376,6 +376,11 @@ class Stage:
         """Updates of the stage among the first `step` of the run, and those that its growth learns from."""
         return min(max(step, self.start), self.end) - self.start + self.tuning_steps
 
+    def samples_before(self, step: int) -> int:
+        """Samples (sequences) that the first `step` updates of the run read, and the growths that learn."""
+        before = self.previous.samples_before(self.start) if self.previous else 0
+        return before + self.updates_before(step) * self.config.batch_size
+
     def _reads(self, setting: str) -> bool:
         return self.previous is not None and setting in self.config.growth.traits.settings
 

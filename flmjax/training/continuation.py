@@ -1,84 +1,21 @@
-"""How a run goes on from its newest checkpoint: where it stands, and which changes of its config the past permits.
+"""How a run goes on from its newest checkpoint: which changes of its config and its data the past permits.
 
 A config may change where no update that is already made would have been another: the model, the mixture and the
 learning rate of every update up to the checkpoint must be those of the config that wrote it.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from flmjax.config import ConfigError, RunConfig, Stage, StageConfig, differences, from_stored
+from flmjax.config import ConfigError, RunConfig, StageConfig, differences
 from flmjax.config.fields import ScheduleSettings
 from flmjax.data.loader import TrainingStream
 from flmjax.optimizer.schedule import learning_rate
-from flmjax.training.growth_point import samples_before
-from flmjax.workdir.checkpoint import Checkpoints
-from flmjax.workdir.paths import latest_whole_step
+from flmjax.workdir.position import Position
 
 SHOWN_FIELDS = 6  # of a refusal
-
-T = TypeVar("T")
-
-
-class Position(NamedTuple):
-    """Where a run stands: the metadata of its newest checkpoint.
-
-    Attributes:
-        step: updates of the run.
-        stage: the stage of the checkpoint, in the schedule of `config`.
-        config: of the process that wrote the checkpoint, with the vocabulary's size.
-        samples_seen: number of the next sample of the training stream.
-        fingerprint: of the training stream.
-        newest_metrics: values of the teachers and the text that no line of metrics has yet.
-    """
-
-    step: int
-    stage: Stage
-    config: RunConfig
-    samples_seen: int
-    fingerprint: str
-    newest_metrics: dict[str, float]
-
-    @property
-    def first_sample(self) -> int:
-        """Samples that the runs before this one read, from which it was grown."""
-        return self.samples_seen - samples_before(self.stage, self.step)
-
-
-def newest_position(workdir: Path) -> Position | None:
-    """Position of the run in `workdir`; None without a complete checkpoint.
-
-    Raises:
-        ConfigError: naming the checkpoint, for metadata of another format or without an entry that is needed.
-        CheckpointError: for an unreadable checkpoint.
-    """
-    directory = workdir / "checkpoints"
-    step = latest_whole_step(directory)
-    if step is None:
-        return None
-    with Checkpoints(directory, keep=None) as checkpoints:
-        meta = checkpoints.meta(step)
-    name = f"checkpoint {directory / str(step)}: its metadata"
-    config = from_stored(meta, name)
-    index = _entry(meta, "stage", int, name)
-    if not 0 <= index < len(config.stages):
-        raise ConfigError(f"{name} has stage {index}, but its config has {len(config.stages)} stages, from 0")
-    stage = config.schedule[index]
-    seen = _entry(meta, "samples_seen", int, name) if "samples_seen" in meta else samples_before(stage, step)
-    fingerprint = _entry(meta, "fingerprint", str, name)
-    return Position(step, stage, config, seen, fingerprint, meta.get("newest_metrics", {}))  # older ones have none
-
-
-def _entry(meta: Mapping[str, object], key: str, kind: type[T], name: str) -> T:
-    value = meta.get(key)
-    if not isinstance(value, kind):
-        raise ConfigError(f"{name} has no '{key}'" if value is None else f"{name} has {key}={value!r}")
-    return value
-
 
 # ---- the config ------------------------------------------------------------------------------------------------------
 

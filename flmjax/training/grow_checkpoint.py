@@ -26,7 +26,7 @@ from flmjax.model.attention import check_backend
 from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.mesh import make_mesh
 from flmjax.text_table import text_table
-from flmjax.training.continuation import Position, is_same_past, newest_position, shifted
+from flmjax.training.continuation import is_same_past, shifted
 from flmjax.training.grow_config import has_same_preparation, vocabulary_settings
 from flmjax.training.growth_point import growth_key, prove_growth
 from flmjax.training.state import (
@@ -50,6 +50,7 @@ from flmjax.workdir.paths import (
     unfinished_growth,
     write_config,
 )
+from flmjax.workdir.position import Position, newest_position
 
 LOG = functools.partial(print, flush=True)
 

@@ -48,7 +48,7 @@ def grow_into(
     if not stage.tuning_steps:
         return grown
     assert stage.previous is not None
-    first = first_sample + samples_before(stage.previous, stage.start)
+    first = first_sample + stage.previous.samples_before(stage.start)
     host_batches = stream.batches(start=first, batch_size=stage.config.batch_size, **this_host())
     sharding = batch_sharding(new.mesh)
     batches = (global_batch(batch, sharding) for batch in itertools.islice(host_batches, stage.tuning_steps))
@@ -106,12 +106,6 @@ def prove_growth(
 def growth_key(config: RunConfig, index: int) -> jax.Array:
     """Key of the growth into stage number `index`; for a growth between runs `index` is 0."""
     return jax.random.fold_in(jax.random.key(config.seed), index + 1)
-
-
-def samples_before(stage: Stage, step: int) -> int:
-    """Number of samples (sequences) read in the first `step` updates of a run, learned growth included."""
-    before = samples_before(stage.previous, stage.start) if stage.previous else 0
-    return before + stage.updates_before(step) * stage.config.batch_size
 
 
 def this_host() -> dict[str, int]:

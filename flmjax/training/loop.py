@@ -32,8 +32,8 @@ from flmjax.optimizer.schedule import learning_rate
 from flmjax.sharding.axes import Params
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
-from flmjax.training.continuation import Position, check_continuation, continued_stream, newest_position
-from flmjax.training.growth_point import grow_into, growth_key, prove_growth, samples_before, this_host
+from flmjax.training.continuation import check_continuation, continued_stream
+from flmjax.training.growth_point import grow_into, growth_key, prove_growth, this_host
 from flmjax.training.state import (
     ITEMS,
     StateSpec,
@@ -48,6 +48,7 @@ from flmjax.training.step import jit_train_step, nonfinite_leaves
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
 from flmjax.workdir.paths import data_directory, latest_whole_step, locked_workdir, stored_config, write_config
+from flmjax.workdir.position import Position, newest_position
 from flmjax.workdir.progress import Clock, ProgressBar
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
@@ -243,7 +244,7 @@ class Run:
 
     def train_stage(self, state: TrainState, spec: StateSpec, stage: Stage) -> TrainState:
         """Train to the stage's end; log, evaluate and save when due. Returns the state at the end."""
-        first = self.first_sample + samples_before(stage, int(state.step))
+        first = self.first_sample + stage.samples_before(int(state.step))
         size = stage.config.batch_size
         host_batches = self.stream.batches(start=first, batch_size=size, **this_host())
         batches = (global_batch(batch, batch_sharding(self.mesh)) for batch in host_batches)
@@ -331,7 +332,7 @@ class Run:
         """Start writing a checkpoint."""
         meta = {
             "stage": stage.index,
-            "samples_seen": self.first_sample + samples_before(stage, step),
+            "samples_seen": self.first_sample + stage.samples_before(step),
             "fingerprint": self.stream.fingerprint,
             "newest_metrics": self.newest,
             "config": to_json(self.config),

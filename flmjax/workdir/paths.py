@@ -70,8 +70,13 @@ def end_growth(workdir: Path) -> None:
 
 def latest_whole_step(directory: Path) -> int | None:
     """The newest complete step in `directory`; None if there is none, or if the folder does not exist."""
+    return max(whole_steps(directory), default=None)
+
+
+def whole_steps(directory: Path) -> list[int]:
+    """The complete steps in `directory`, in order; [] if the folder does not exist."""
     folders = directory.iterdir() if directory.is_dir() else ()
-    return max((int(folder.name) for folder in folders if folder.name.isdigit() and is_complete(folder)), default=None)
+    return sorted(int(folder.name) for folder in folders if folder.name.isdigit() and is_complete(folder))
 
 
 def is_complete(folder: Path) -> bool:

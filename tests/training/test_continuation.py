@@ -17,15 +17,13 @@ from flmjax.config import (
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.training.continuation import (
-    Position,
     check_continuation,
     continued_stream,
     is_same_past,
-    newest_position,
     shifted,
 )
-from flmjax.training.growth_point import samples_before
 from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.position import Position, newest_position
 
 
 def run(*stages: StageConfig, **fields) -> RunConfig:
@@ -44,7 +42,7 @@ def position(config: RunConfig, step: int, index: int = 0, fingerprint: str = ""
     """Where a run of `config` stands after `step` updates, the last of them in stage number `index`."""
     with_vocabulary = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
     at = with_vocabulary.schedule[index]
-    return Position(step, at, with_vocabulary, samples_before(at, step), fingerprint, {})
+    return Position(step, at, with_vocabulary, at.samples_before(step), fingerprint, {})
 
 
 WSD = stage(schedule="wsd", warmup_steps=10, decay_fraction=0.2)
