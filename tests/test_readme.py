@@ -1,5 +1,6 @@
 """The README's blocks: every command parses, what is cheap runs, the Python runs, and every file it names exists."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import flmjax
 from flmjax import cli
 from flmjax.config import ConfigError, RunConfig
 from flmjax.workdir.paths import write_config
@@ -121,11 +123,21 @@ def test_the_tree_lists_every_room():
 
 
 def test_the_python_block_grows_a_model_exactly():
-    (block,) = [block for kind, block in BLOCKS if kind == "python" and block != MINE]
+    (block,) = [block for kind, block in BLOCKS if kind == "python" and "grow_params(" in block]
     names: dict[str, jax.Array] = {}
     exec(block, names)
     assert names["difference"].shape == (1, 16, 4096)
     assert abs(names["difference"]).max() < 1e-5
+
+
+def test_the_public_names_exist():
+    (paragraph,) = re.findall(r"^These names stay: (.*?)\n\n", README, re.MULTILINE | re.DOTALL)
+    assert callable(flmjax.load)
+    listed = re.findall(r"((?:`\w+`(?:, | and )?)+)\s+of\s+`(flmjax[\w.]+)`", paragraph)
+    assert len(listed) == 5
+    for names, module in listed:
+        for name in re.findall(r"\w+", names.replace(" and ", " ")):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_a_config_of_ones_own_trains_and_goes_on(folder, own_environment):
@@ -150,7 +162,15 @@ def test_a_run_on_a_folder_is_reported_and_grown(folder, capsys):
     """The README's commands one after the other, on a small folder and with few steps."""
     assert cli.main([*arguments(command_with("sources=my/folder")), *SMALL]) == 0
     assert cli.main(arguments(command_with("flmjax report"))) == 0
-    assert (folder / "runs" / "mine" / "report.html").is_file()
+    workdir = folder / "runs" / "mine"
+    for line in README.partition("## What a run leaves")[2].partition("##")[0].splitlines():
+        for name in re.findall(r"`([\w./]+)`", line.split("|")[1]) if line.startswith("| `") else ():
+            assert (workdir / name.removesuffix("STEP/")).exists(), name
+    (block,) = [block for kind, block in BLOCKS if kind == "python" and "flmjax.load(" in block]
+    exec(block, names := {})
+    assert names["logits"].shape[:2] == (1, len(names["ids"]))
+    (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("6 ")]
+    assert len(printed) > 2
     capsys.readouterr()
     assert cli.main(arguments(command_with("flmjax grow", "--dry-run"))) == 0
     assert "layers/mlp/up/kernel" in capsys.readouterr().out

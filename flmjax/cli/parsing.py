@@ -74,7 +74,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     ),
     "plan": (
         Option("output", "DIR", "folder for plan.json and plan.html", is_folder=True),
-        Option("price", "DOLLARS", "price of one device for an hour", float),
+        Option("price", "DOLLARS", "price of a device-hour; default: 1 for A800s, none for other chips", float),
         Option("search-layout", None, "search mesh, microbatches and remat; the best estimates are compiled"),
         Option("cost-only", None, "compile nothing: FLOPs, days and price by arithmetic alone"),
         Option("tflops", "N", "with --cost-only: model TFLOP/s of one device", float),
