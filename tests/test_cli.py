@@ -297,7 +297,7 @@ def test_an_interrupted_command_says_whether_it_resumes(command, resumes, monkey
     assert cli.main([command, QUICKSTART, *workdir]) == 130
     error = capsys.readouterr().err
     assert error.startswith("flmjax: interrupted")
-    assert ("resume from the last checkpoint" in error) == resumes
+    assert ("run the same command again to go on" in error) == resumes
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flmjax.config import ConfigError, GrowthConfig, ModelConfig, RunConfig, StageConfig, from_config_dict
+from flmjax.config import ConfigError, GrowthConfig, MeshConfig, ModelConfig, RunConfig, StageConfig, from_config_dict
 from flmjax.hardware import A800
 from flmjax.model.flops import num_parameters
 from flmjax.model.transformer import abstract_params, count_parameters
@@ -153,7 +153,9 @@ def test_the_table_has_the_papers_speeds_or_a_stated_one():
     assert "the paper: days" in stated
     assert "330" in stated
     with pytest.raises(ConfigError, match=r"stage stage; --tflops=N"):
-        cost_table(RunConfig(model=ModelConfig(vocab_size=300)), None, None)
+        cost_table(RunConfig(model=ModelConfig(vocab_size=300), mesh=MeshConfig(fsdp=1)), None, None)
+    with pytest.raises(ConfigError, match=r"for example --config.model.vocab_size=4096 --config.mesh.fsdp=8"):
+        cost_table(RunConfig(), 1.0, None)
 
 
 def test_a_cost_alone_needs_no_jax_and_less_than_two_seconds():

@@ -244,7 +244,7 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--config.stages[2].microbatches=4"], "540 does not divide .*=48; microbatches=3 would"),
         (["--config.mesh.tensor=8", "--config.mesh.fsdp=8"], "num_heads=44 .* tensor=8; tensor=4 would"),
         (["--price=-1"], "price"),
-        (["--cost-only", "--config.mesh.fsdp=None"], "mesh.fsdp is None"),
+        (["--cost-only", "--config.mesh.fsdp=None"], "size .* of the mesh, for example --config.mesh.fsdp=8"),
         (["--cost-only", "--config.mesh.fsdp=-2"], "mesh.fsdp=-2 must be positive"),
         (["--config.mesh.replica=-3", "--config.mesh.fsdp=-16"], "mesh.replica=-3 must be positive"),
         (["--config.mesh.tensor=0"], "mesh.tensor=0 must be positive"),
@@ -255,7 +255,7 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--search-layout", "--price=2"], "--price=2 is not read with --search-layout"),
         (["--cost-only", "--search-layout"], "--search-layout is not read with --cost-only"),
         (["--cost-only", "--output=x"], "--output is not read with --cost-only"),
-        (["--cost-only", "--config.mesh.topology=v5p:4x8x8"], "--tflops=N gives"),
+        (["--cost-only", "--config.mesh.topology=v5p:4x8x8"], "--tflops=N states it"),
     ],
 )
 def test_a_run_that_cannot_be_planned_is_refused_in_one_line(flags, words, capsys):

@@ -162,7 +162,7 @@ def test_little_held_out_text_is_a_warning_of_the_page(tmp_path):
     sources = {"en": {"train": enough, "validation": enough}, "zh": {"train": enough, "validation": few}}
     path.write_text(json.dumps({**json.loads(path.read_text()), "sources": sources}))
     text = report(tmp_path).text
-    assert "Source 'zh': its validation loss stands on 2 held-out documents of 99 tokens" in text
+    assert "Source 'zh': its validation loss is not reliable: the held-out text has 2 documents, fewer than 10" in text
     assert "Source 'en'" not in text
 
 

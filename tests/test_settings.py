@@ -104,7 +104,7 @@ def test_a_number_outside_its_range_is_refused_by_name(path):
         (["stages[01].steps=5"], "'stages[01]' names no field; a setting is NAME.NAME or NAME[0].NAME"),
         (["stages[-1].steps=5"], "'stages[-1]' names no field"),
         (["stages[].steps=5"], "'stages[]' names no field"),
-        (["stages[9].steps=5"], "there is no stages[9]; the config has 3 of stages"),
+        (["stages[9].steps=5"], "there is no stages[9], the last one is stages[2]; a config file adds a stage"),
         (["stages.steps=5"], "config.stages has no field 'steps'; name an entry: config.stages[0]"),
         (["stages[0]=5"], "config.stages[0] is no single setting; set a field of config.stages[0]: name, steps"),
         (["stages=5"], "set a field of config.stages[0]: name, steps"),

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt as error:
         where = f": {error}" if str(error) else ""
-        resume = "; run the same command again to resume from the last checkpoint" if line.command == "train" else ""
+        resume = "; run the same command again to go on" if line.command == "train" else ""
         print(f"flmjax: interrupted{where}{resume}", file=sys.stderr)
         return 130
     return 0

@@ -27,7 +27,8 @@ def load_config(argument: str) -> RunConfig:
     file, colon, words = argument.partition(":")
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ConfigError(f"there is no config file '{file}'")
+        hint = f"; did you mean {file}.py" if path.with_name(f"{path.name}.py").is_file() else ""
+        raise ConfigError(f"there is no config file '{file}'{hint}")
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses of the file look for their module

@@ -89,7 +89,9 @@ def _replace(settings: Any, words: list[str], value: object, path: str) -> Any:
     name, index = _split(words[0], path)
     old = getattr(settings, name)
     if index is not None and index >= len(old):
-        raise ConfigError(f"config.{path}: there is no {name}[{index}]; the config has {len(old)} of {name}, from 0 on")
+        last = f"the last one is {name}[{len(old) - 1}]" if len(old) else "there is none"
+        cure = "; a config file adds a stage, a flag does not" if name == "stages" else ""
+        raise ConfigError(f"config.{path}: there is no {name}[{index}], {last}{cure}")
     if len(words) > 1:
         value = _replace(old if index is None else old[index], words[1:], value, path)
     if index is not None:

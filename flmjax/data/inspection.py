@@ -50,7 +50,7 @@ def summary(stream: TrainingStream) -> str:
     if prepared.marks is not None:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
         place = prepared.marks.differs + 1
-        notes.append(f"marks: true {spelled[0]}, false {spelled[1]}; their tokens differ first at number {place}")
+        notes.append(f"marks: true {spelled[0]}, false {spelled[1]}; token {place} decides")
     notes += data_warnings(prepared.meta["sources"], stream.length)
     return "\n".join([*notes, text_table(rows, left=2)])
 

@@ -130,7 +130,10 @@ def _load_same(
         if stored.get(name) != current.get(name)
     ]
     if differing:
-        raise ConfigError(f"{directory} was prepared with other settings: {'; '.join(differing)}; choose another one")
+        raise ConfigError(
+            f"{directory} was prepared with other settings: {'; '.join(differing)}; take another folder, or "
+            "delete this one to prepare it anew"
+        )
     prepared = load(directory, full)
     if check_sources:
         report_changes(data, prepared)

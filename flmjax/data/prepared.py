@@ -166,10 +166,11 @@ def data_warnings(sources: Mapping[str, Any], length: int) -> list[str]:
     for name, counts in sources.items():
         documents, tokens = counts["validation"]["documents"], counts["validation"]["tokens"]
         if documents < MIN_HELD_OUT or tokens <= length:
+            few = f"{documents} documents, fewer than {MIN_HELD_OUT}"
+            short = f"{tokens:,} tokens, which do not fill a sequence of {length:,}"
             lines.append(
-                f"source '{name}': its validation loss stands on {documents} held-out documents of {tokens:,} tokens, "
-                f"not on {MIN_HELD_OUT} documents and a sequence of {length:,} tokens at least; add documents, raise "
-                "data.validation_fraction, or hold out by document with data.split_by='text'"
+                f"source '{name}': its validation loss is not reliable: the held-out text has "
+                f"{few if documents < MIN_HELD_OUT else short}; add documents or raise data.validation_fraction"
             )
         if counts.get("changed"):
             total = sum(counts[split]["documents"] for split in ("train", "validation"))

@@ -1,6 +1,7 @@
 """A trained model, read from its run's workdir."""
 
 import dataclasses
+import operator
 from pathlib import Path
 
 import jax
@@ -46,7 +47,7 @@ def load(workdir: Path, step: int | None = None) -> LoadedModel:
             that have one), or missing files of the tokenizer.
         CheckpointError: for an unreadable or damaged checkpoint.
     """
-    directory = workdir / "checkpoints"
+    directory, step = workdir / "checkpoints", None if step is None else operator.index(step)
     steps = whole_steps(directory)
     if not steps:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no complete checkpoint")

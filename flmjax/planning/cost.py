@@ -36,7 +36,9 @@ def training_flops(model: ModelConfig, tokens: float, factor: float = PLAIN) -> 
         ConfigError: without a vocabulary size.
     """
     if model.vocab_size is None:
-        raise ConfigError("model.vocab_size is None; FLOPs need the tokenizer's")
+        raise ConfigError(
+            "model.vocab_size is None until the data are prepared; state it, for example --config.model.vocab_size=4096"
+        )
     attention = model.num_heads * model.head_dim * model.max_length / 6
     layers = model.num_layers * (block_matrices(model) / 12 + attention)
     return factor * tokens * (layers + model.vocab_size * model.embed_dim / 16)

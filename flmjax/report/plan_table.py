@@ -201,6 +201,7 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
     Raises:
         ConfigError: without a speed for a stage, or a size of mesh.fsdp.
     """
+    _check_devices(config)
     costs = cost.stage_costs(config)
     on_a800s = (config.mesh.topology or "").startswith("a800:")
     papers = cost.published(costs) if on_a800s else [None] * len(costs)
@@ -240,21 +241,30 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
     return "\n".join(lines)
 
 
+def _check_devices(config: RunConfig) -> None:
+    """Refuse a config without a number of devices or a size of the vocabulary, with the flags that state both."""
+    absent = {"model.vocab_size=4096": config.model.vocab_size is None, "mesh.fsdp=8": config.mesh.fsdp is None}
+    if flags := [f"--config.{flag}" for flag, is_absent in absent.items() if is_absent]:
+        raise ConfigError(f"a cost needs the size of the vocabulary and of the mesh, for example {' '.join(flags)}")
+
+
 def _speeds(
     costs: Sequence[cost.StageCost], papers: Sequence[cost.Published | None], speed: float | None
 ) -> list[float]:
     """Model TFLOP/s of a device in each stage."""
     speeds = [speed if speed is not None else paper.tflops if paper else None for paper in papers]
     if missing := [stage.name for stage, known in zip(costs, speeds, strict=True) if known is None]:
-        raise ConfigError(f"no speed is known for stage {', '.join(missing)}; --tflops=N gives model TFLOP/s a device")
+        raise ConfigError(
+            f"no speed is known for stage {', '.join(missing)}; --tflops=N states it, in 1e12 model FLOPs a second of "
+            "one device"
+        )
     return [known for known in speeds if known is not None]
 
 
 def _cost_machine(config: RunConfig, speed: float | None, price: float | None) -> cost.Machine:
     """The devices of the config's mesh: the paper's A800s, or unknown ones whose speed the user states."""
     mesh = config.mesh
-    if mesh.fsdp is None:
-        raise ConfigError("mesh.fsdp is None; a cost needs the number of devices, as in --config.mesh.fsdp=1")
+    assert mesh.fsdp is not None, "_check_devices"
     devices = mesh.replica * mesh.fsdp * mesh.tensor
     return cost.machine_of(A800, devices, price) if speed is None else cost.Machine(devices, price)
 

@@ -16,6 +16,10 @@ from flmjax.optimizer.schedule import learning_rate
 from flmjax.workdir.position import Position
 
 SHOWN_FIELDS = 6  # of a refusal
+LONGER = (
+    "; a constant schedule, and wsd before its decay, can take more steps, a cosine or a decay that has begun cannot: "
+    "add a further stage with growth.rate_policy='stage' in the config file"
+)
 
 # ---- the config ------------------------------------------------------------------------------------------------------
 
@@ -82,13 +86,12 @@ def _check_rates(workdir: Path, past: tuple[StageConfig, ...], present: tuple[St
         if before != after:
             of_stages = [(f"stages[{i}]", *pair) for i, pair in enumerate(zip(past, present, strict=False))]
             changed = [line for path, a, b in of_stages for line in differences(a, b, path)]
+            is_same_length = sum(s.steps for s in past) == sum(s.steps for s in present)
             if len(past) != len(present):
                 changed.append(f"stages: {len(past)} -> {len(present)}")
             raise ConfigError(
                 f"{workdir}: {'; '.join(changed[:SHOWN_FIELDS])} would change the learning rate of updates that are "
-                f"made (update {update + 1}: {before:.6g} -> {after:.6g}); a constant schedule, and wsd before its "
-                "decay, can take more steps, a cosine or a decay that has begun cannot: add a further stage with "
-                "growth.rate_policy='stage' instead"
+                f"made (update {update + 1}: {before:.6g} -> {after:.6g}){'' if is_same_length else LONGER}"
             )
 
 

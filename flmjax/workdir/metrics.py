@@ -72,13 +72,13 @@ class MetricsWriter:
         self._board.close()
 
 
-def read_metrics(workdir: Path) -> list[Record]:
+def read_metrics(workdir: str | os.PathLike[str]) -> list[Record]:
     """The lines of WORKDIR/metrics.jsonl in order; [] without the file. An incomplete last line is left out.
 
     Raises:
         ConfigError: naming an earlier line that is not a JSON object with "kind" and "step".
     """
-    path = workdir / METRICS_FILE
+    path = Path(workdir).expanduser() / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")

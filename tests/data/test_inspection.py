@@ -63,7 +63,7 @@ def test_the_table_has_counts_shares_and_duplicates(prepared):
         "0 held-out texts are also in the training text"
     )
     marks = "true 😈 [240, 159, 152, 136], false 😡 [240, 159, 152, 161]"
-    assert lines[1] == f"marks: {marks}; their tokens differ first at number 4"
+    assert lines[1] == f"marks: {marks}; token 4 decides"
     cells = [line.split() for line in lines[2:]]
     assert cells[0] == ["source", "split", "documents", "tokens", "bytes", "bytes/token", "share", "duplicates"]
     counts = prepared.meta["sources"]["text"]["train"]
