@@ -13,7 +13,7 @@ from flmjax.config import (
     to_stored,
 )
 from flmjax.data.prepare import prepare
-from flmjax.report.run_page import run_figure
+from flmjax.report.run_figure import run_figure
 from flmjax.report.run_record import read_run
 
 

@@ -26,7 +26,8 @@ from flmjax.config import (
     to_json,
 )
 from flmjax.report.page import short
-from flmjax.report.run_page import run_figure, smoothed, write_report
+from flmjax.report.run_figure import run_figure, smoothed
+from flmjax.report.run_page import write_report
 from flmjax.report.run_record import read_run
 from flmjax.workdir.paths import read_config
 
