@@ -171,7 +171,7 @@ def test_the_picture_shows_judgements_against_chance(tmp_path, alternating):
     make_teacher_workdir(tmp_path, alternating)
     for columns in (1, 2):
         panels = {panel.get_title(loc="left"): panel for panel in run_figure(read_run(tmp_path), columns).axes}
-        assert len(panels) == 8
+        assert len(panels) == 10
         judgements = panels["Judgement accuracy"]
         assert judgements.get_ylim() == (0, 1)
         chance = next(line for line in judgements.get_lines() if line.get_label() == "chance (50%)")
@@ -211,7 +211,8 @@ def test_a_run_without_teachers_does_not_mention_them(tmp_path):
     assert not re.search("(?i)judg|teacher|chance", source)
     panels = run_figure(read_run(tmp_path / "run"), columns=2).axes
     titles = ["Loss (nats per token)", "Loss against compute", "Bits per byte", "Parameters", "Learning rate"]
-    assert [panel.get_title(loc="left") for panel in panels] == [*titles, "Throughput (tokens per second)"]
+    titles += ["Gradient norm", "Throughput (tokens per second)", "Model FLOPs utilisation"]
+    assert [panel.get_title(loc="left") for panel in panels] == titles
 
 
 # ---- certificates ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The picture of a run: loss, bits per byte, parameters, learning rate and throughput, of teachers their judgements."""
+"""The picture of a run: losses, size, learning rate, gradient norm and speed; with teachers also judgements."""
 
 import math
 from collections.abc import Sequence
@@ -16,56 +16,61 @@ TINTS = ("#dbe9f6", "#fdebd0", "#dcefdc", "#f0e0f0", "#f7f0c4", "#daf0f0")  # of
 INK, TRAIN, VALIDATION, GREY = "#22303c", "#1f6fb2", "#c8412b", "#777777"
 LEGEND: Record = {"fontsize": 8, "labelcolor": INK, "edgecolor": "none", "framealpha": 0.7}
 CHANCE = 0.5  # accuracy of a guess: a proposition is true or false
+SMOOTHED_FROM = 30  # lines of metrics; fewer points are a curve that needs no mean
 
 
 def run_figure(run: RunRecord, columns: int) -> "Figure":
-    """Six panels in `columns` columns, two for a desk, one for a phone; with teachers two more panels, of teachers."""
+    """Eight panels in `columns` columns, two for a desk, one for a phone; two more panels if the run has teachers."""
     from matplotlib.figure import Figure  # without pyplot: no global state, and the canvas is Agg's
 
     teachers = has_teachers(run)
-    rows = (8 if teachers else 6) // columns
+    rows = (10 if teachers else 8) // columns
     width, height = (6.3, 3.2) if columns == 2 else (4.4, 2.8)  # inches of a panel
     figure = Figure(figsize=(width * columns, height * rows), dpi=110)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-    loss, compute, bits, parameters, rate, speed, *of_teachers = figure.subplots(rows, columns).flatten()
-    if teachers:
-        _draw_teachers(of_teachers, run, letters=width * 72 / 5.5)
-    of_text = " of text" if teachers else ""
+    loss, compute, bits, parameters, rate, norm, speed, utilization, *of_teachers = figure.subplots(
+        rows, columns
+    ).flatten()
+    letters, of_text = width * 72 / 5.5, " of text" if teachers else ""
     for panel, title, field in (
         (loss, f"Loss{of_text} (nats per token)", "tokens"),
         (compute, f"Loss{of_text} against compute", "flops"),
         (bits, "Bits per byte", "tokens"),
         (parameters, "Parameters", "tokens"),
-        (rate, "Learning rate", "tokens"),
+        (norm, "Gradient norm", "tokens"),
         (speed, "Throughput (tokens per second)", "tokens"),
+        (utilization, "Model FLOPs utilisation", "tokens"),
     ):
-        _frame(panel, run, title, field, letters=width * 72 / 5.5)
+        _frame(panel, run, title, field, letters, run.last[field])
     _draw_curve(loss, run, "tokens", "loss")
     _draw_curve(compute, run, "flops", "loss")
     _draw_curve(bits, run, "tokens", "bits_per_byte")
     if run.gzip is not None:
         bits.axhline(run.gzip, color=GREY, linestyle="--", linewidth=1.2, label="gzip -9 of the same text")
-    for panel in (loss, compute, bits):
-        panel.legend(loc="upper right", **LEGEND)
-    edges = [record.before["tokens"] for record in run.stages] + [run.last["tokens"]]
-    sizes = [record.parameters or math.nan for record in run.stages]
-    parameters.stairs(sizes, edges, baseline=None, color=TRAIN, linewidth=2)
-    for start, size in zip(edges, sizes, strict=False):
-        parameters.annotate(short(size), (start, size), (3, -10), textcoords="offset points", fontsize=8, color=INK)
-    for panel, name in ((rate, "learning_rate"), (speed, "tokens_per_second")):
+    _add_step_axis(loss, run)
+    _draw_parameters(parameters, run)
+    _draw_learning_rate(rate, run, letters)
+    _draw_gradient_norm(norm, run)
+    for panel, name in ((speed, "tokens_per_second"), (utilization, "model_flops_utilization")):
         x, y = _series(run.train, "tokens", name)
         panel.plot(x, y, color=TRAIN, linewidth=1.4, marker="o" if len(x) == 1 else None, clip_on=False)
-    for panel in (parameters, rate, speed):
+    utilization.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value > 1 else f"{value:.0%}")
+    for panel in (loss, compute, bits):
+        panel.legend(loc="upper right", **LEGEND)
+    for panel in (parameters, rate, speed, utilization):
         panel.set_ylim(bottom=0)
+    if teachers:
+        _draw_teachers(of_teachers, run, letters)
     return figure
 
 
-def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float) -> None:
+def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float, end: float) -> None:
     """Draw title, axes and stages: a tint and a name for each (slanted where it is narrow), a line at each growth.
 
     Args:
         field: of the metrics on the x axis, "tokens" or "flops".
         letters: number of letters of stage names that fit over the panel.
+        end: right end of the x axis.
     """
     panel.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=22)
     panel.set_xlabel({"tokens": "tokens", "flops": "model FLOPs"}[field], fontsize=9, color=INK)
@@ -76,7 +81,7 @@ def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float
     unit = "FLOP" if field == "flops" else ""
     panel.xaxis.set_major_formatter(lambda value, _: short(value, unit).removesuffix(unit).strip())
     panel.yaxis.set_major_formatter(lambda value, _: short(value))
-    end = run.last[field] or 1
+    end = end or 1
     panel.set_xlim(0, end)
     for i, record in enumerate(run.stages):
         name, start, stop = record.stage.name, record.before[field], record.last[field]
@@ -90,11 +95,55 @@ def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float
         panel.text(y=1.02, s=name, transform=transform, fontsize=8, color=INK, parse_math=False, **place)
 
 
+def _add_step_axis(panel: "Axes", run: RunRecord) -> None:
+    """A second axis below that of tokens: the step at each of its ticks, also where batch sizes differ."""
+    steps = panel.secondary_xaxis(-0.24)
+    steps.xaxis.set_major_formatter(lambda tokens, _: f"{run.step_at(tokens):,.0f}" if tokens >= 0 else "")
+    steps.set_xlabel("step", fontsize=9, color=INK)
+    steps.tick_params(labelsize=8, colors=INK)
+    steps.spines["bottom"].set_color(GREY)
+
+
+def _draw_parameters(panel: "Axes", run: RunRecord) -> None:
+    edges = [record.before["tokens"] for record in run.stages] + [run.last["tokens"]]
+    sizes = [record.parameters or math.nan for record in run.stages]
+    panel.stairs(sizes, edges, baseline=None, color=TRAIN, linewidth=2)
+    for start, size in zip(edges, sizes, strict=False):
+        panel.annotate(short(size), (start, size), (3, -10), textcoords="offset points", fontsize=8, color=INK)
+
+
+def _draw_learning_rate(panel: "Axes", run: RunRecord, letters: float) -> None:
+    """The schedule's learning rates: a line as far as the run has come, pale dashes for the steps that remain."""
+    x, rates = run.learning_rates
+    done = sum(tokens <= run.last["tokens"] for tokens in x)
+    _frame(panel, run, "Learning rate", "tokens", letters, x[-1])
+    panel.plot(x[:done], rates[:done], color=TRAIN, linewidth=1.4, clip_on=False, label="schedule")
+    if done < len(x):
+        first = max(done - 1, 0)
+        style: Record = {"color": TRAIN, "alpha": 0.45, "linestyle": "--", "linewidth": 1.2, "label": "not trained yet"}
+        panel.plot(x[first:], rates[first:], **style)
+        panel.legend(loc="upper right", **LEGEND)
+
+
+def _draw_gradient_norm(panel: "Axes", run: RunRecord) -> None:
+    """Gradient norms on a logarithmic axis, on which a single large one leaves the others readable."""
+    x, y = _series(run.train, "tokens", "gradient_norm")
+    panel.plot(x, y, color=TRAIN, linewidth=1, marker="o" if len(x) == 1 else None, clip_on=False)
+    if any(norm > 0 for norm in y):
+        panel.set_yscale("log")
+    clip_norm = run.config.optimizer.clip_norm
+    if clip_norm is not None:
+        panel.axhline(clip_norm, color=GREY, linestyle="--", linewidth=1.2, label="larger norms are clipped to it")
+        panel.legend(loc="upper right", **LEGEND)
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    panel.yaxis.set_minor_formatter(lambda value, _: "")
+
+
 def _draw_teachers(panels: Sequence["Axes"], run: RunRecord, letters: float) -> None:
     """Draw the panels of the teachers' sequences: accuracy of the judgements, and the loss of the marks."""
     judgements, loss = panels
-    _frame(judgements, run, "Judgement accuracy", "tokens", letters)
-    _frame(loss, run, "Loss of teachers (nats per token)", "tokens", letters)
+    _frame(judgements, run, "Judgement accuracy", "tokens", letters, run.last["tokens"])
+    _frame(loss, run, "Loss of teachers (nats per token)", "tokens", letters, run.last["tokens"])
     _draw_curve(judgements, run, "tokens", "judgement_accuracy")
     _draw_curve(loss, run, "tokens", "teacher_loss")
     judgements.axhline(CHANCE, color=GREY, linestyle="--", linewidth=1.2, label=f"chance ({CHANCE:.0%})")
@@ -106,12 +155,12 @@ def _draw_teachers(panels: Sequence["Axes"], run: RunRecord, letters: float) -> 
 
 def _draw_curve(panel: "Axes", run: RunRecord, x_field: str, y_field: str) -> None:
     x, y = _series(train_lines(run, y_field), x_field, y_field)
-    if len(x) > 40:
+    if len(x) >= SMOOTHED_FROM:
         panel.plot(x, y, color=TRAIN, alpha=0.35, linewidth=0.8, label="train")
-        panel.plot(x, smoothed(y, len(y) // 60), color=TRAIN, linewidth=1.6, label="train, smoothed")
+        panel.plot(x, smoothed(y, smoothing_reach(len(y))), color=TRAIN, linewidth=1.6, label="train, smoothed")
     elif x:
         panel.plot(x, y, color=TRAIN, linewidth=1.4, marker="." if len(x) == 1 else None, clip_on=False, label="train")
-    x, y = _series(run.validation, x_field, y_field)
+    x, y = _series([line for line in run.validation if y_field in line], x_field, y_field)
     if x:
         panel.plot(x, y, "o-", color=VALIDATION, linewidth=1, markersize=4, clip_on=False, label="validation")
 
@@ -137,6 +186,15 @@ def train_lines(run: RunRecord, y: str) -> list[Record]:
     name = "language_loss" if y == "loss" else y
     lines = (line for line in run.train if line["loss"] is None or line[name] is not None)
     return [{**line, "loss": line["language_loss"]} for line in lines]
+
+
+def smoothing_reach(points: int) -> int:
+    """Values on either side of a curve's smoothed value: a twentieth of the curve, and at least 4.
+
+    The loss of a batch scatters around the trend. A mean over 9 values has a third of their scatter, which the eye sees
+    as a smooth line; a tenth of the curve, 4 to 20 times as many, still follows the fall of the loss.
+    """
+    return max(4, points // 20)
 
 
 def smoothed(values: Sequence[float], half: int) -> list[float]:

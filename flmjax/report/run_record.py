@@ -1,16 +1,24 @@
 """A run read back from its workdir."""
 
+import bisect
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
+
+import numpy as np
 
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
 from flmjax.data.prepared import data_warnings
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
+from flmjax.optimizer.schedule import learning_rate
+from flmjax.training.growth_point import samples_before
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
 from flmjax.workdir.paths import read_config
+
+CURVE_POINTS = 250  # of a schedule of learning rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +91,38 @@ class RunRecord:
         if len(self.stages) < 2 or model.vocab_size is None:
             return None
         return self.last["tokens"] * flops_per_token(model, model.max_length)
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of the first `step` updates of the schedule, those of a learned growth included."""
+        schedule = self.config.schedule
+        stage = schedule[bisect.bisect_left([stage.end for stage in schedule], step)]
+        return samples_before(stage, step) * stage.model.max_length
+
+    def step_at(self, tokens: float) -> float:
+        """The step at which the run has read `tokens` tokens; during a learned growth, the step of the growth."""
+        x, y = [0], [0]
+        for stage in self.config.schedule:
+            end = self.tokens_after(stage.end)
+            x += [end - (stage.end - stage.start) * stage.config.batch_size * stage.model.max_length, end]
+            y += [stage.start, stage.end]
+        return float(np.interp(tokens, x, y))
+
+    @functools.cached_property
+    def learning_rates(self) -> tuple[list[int], list[float]]:
+        """(tokens, learning rate) after updates of the schedule, also after those that are not trained yet.
+
+        Every update of a short schedule; of a long one CURVE_POINTS, and both sides of the borders of stages and
+        warm-ups, so that no corner is cut.
+        """
+        stages, last = self.config.stages, self.config.total_steps - 1
+        updates = {int(update) for update in np.linspace(0, last, min(last + 1, CURVE_POINTS))}
+        for stage in self.config.schedule:
+            settings = stage.config
+            warmups = (settings.warmup_steps or 0, round(settings.growth.rewarm_fraction * settings.steps))
+            for border in (stage.start, stage.end, *(stage.start + warmup for warmup in warmups)):
+                updates |= {border - 1, border} & set(range(last + 1))
+        steps = sorted(updates)
+        return [self.tokens_after(step + 1) for step in steps], [learning_rate(stages, step) for step in steps]
 
 
 def read_run(workdir: Path) -> RunRecord:
