@@ -221,6 +221,17 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path):
     assert [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START] == [1, 3]
 
 
+def test_texts_are_in_tensorboard_as_they_stand(tmp_path):
+    text = "The \ud83d # no heading\n\n```\n成长"  # half of a UTF-16 pair; Markdown, which TensorBoard would render
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        writer.write_text("sample/small", text, 5)
+    ((tag, step, shown),) = [
+        (v.tag, e.step, v.tensor.string_val[0].decode()) for e in events(tmp_path) for v in e.summary.value
+    ]
+    assert (tag, step) == ("sample/small/text_summary", 5)
+    assert shown == "    The \\ud83d # no heading\n    \n    ```\n    成长"
+
+
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
