@@ -125,6 +125,112 @@ def test_meta_json_is_read_from_the_configs_directory(tmp_path):
     assert f"gzip -9 of the same text ({prepared.validation_gzip_bits_per_byte:.3f})" in page.text
 
 
+# ---- sources, wall time, starts ------------------------------------------------------------------------------------
+
+
+def make_run_of_two_sources(workdir: Path) -> None:
+    """Two sources, 3 : 1 in the first stage and 1 : 1 in the second; both are short, so that epochs are many."""
+    stages = (
+        dataclasses.replace(STAGES[0], mixture_weights=(3.0, 1.0)),
+        dataclasses.replace(STAGES[1], mixture_weights=(0.5, 0.5)),
+    )
+    config = make_workdir(workdir, stages=stages)
+    data = dataclasses.replace(config.data, sources=("texts/a", "texts/b"))
+    texts = {"texts/a": [f"a{i:04}" * 19 for i in range(100)], "texts/b": [f"b{i:04}" * 9 for i in range(100)]}
+    (workdir / "data" / "meta.json").unlink()
+    prepare(data, workdir / "data", sources={name: iter(of_name) for name, of_name in texts.items()})
+    config = dataclasses.replace(config, data=data)
+    (workdir / "config.json").write_text(json.dumps(to_stored(config)))
+
+
+def test_sources_have_their_tokens_shares_and_epochs(tmp_path):
+    make_run_of_two_sources(tmp_path)
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    tokens = [meta["sources"][source]["train"]["tokens"] for source in ("texts/a", "texts/b")]
+    # 4 steps of 2 samples at 3 : 1, then 2 steps at 1 : 1: 6 + 2 = 8 and 2 + 2 = 4 samples of 16 tokens.
+    rows = [math.ceil((count - 1) / 16) for count in tokens]
+    table = report(tmp_path).table(1)
+    common = {"share in large": "50.0%"}
+    for label, count, share, epochs in zip("ab", tokens, ("75.0%", "25.0%"), (8 / rows[0], 4 / rows[1]), strict=True):
+        expected = {"source": label, "training tokens": f"{count:,}", "share in small": share}
+        assert table[label] == expected | common | {"epochs so far": f"{epochs:.2f}"}
+
+
+def test_a_run_without_its_token_files_is_reported(tmp_path):
+    make_run_of_two_sources(tmp_path)
+    for file in (tmp_path / "data").glob("*.u*"):
+        file.unlink()
+    before = sorted((tmp_path / "data").iterdir())
+    row = report(tmp_path).table(1)["a"]
+    assert (row["share in small"], row["epochs so far"]) == ("75.0%", "-")
+    assert sorted((tmp_path / "data").iterdir()) == before  # nothing is prepared for a report
+    for file in before:
+        file.unlink()
+    assert "Sources" not in report(tmp_path).text
+
+
+def write_starts(workdir: Path, *seconds: dict[str, float]) -> None:
+    origin = {
+        "command": "flmjax train --workdir=<run>",
+        "folder": "/home/me",
+        "versions": {"python": "3.11.7", "jax": "0.10.2"},
+        "commit": "0123456789abcdef",
+        "is_dirty": True,
+        "device": "NVIDIA H200",
+        "devices": 8,
+        "date": "2026-11-29T08:43:33+00:00",
+        "peak_flops": 69e9,
+        "peak_source": "measured on this machine",
+    }
+    steps = ({"first_step": 4 * i, "last_step": 4 * i + 4} for i in range(len(seconds)))
+    lines = ({**origin, **of_start, "seconds": times} for of_start, times in zip(steps, seconds, strict=True))
+    (workdir / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_wall_time_is_the_sum_of_all_starts(tmp_path):
+    make_workdir(tmp_path)
+    write_starts(tmp_path, {"updates": 10.0, "growth": 20.0, "samples": 0.0}, {"updates": 50.0, "compilation": 20.0})
+    page = report(tmp_path)
+    table = page.tables[2]
+    assert table[1:] == [
+        ["updates", "1 min 0 s", "60.0%"],
+        ["growth", "20.0 s", "20.0%"],
+        ["compilation", "20.0 s", "20.0%"],
+        ["all", "1 min 40 s", "100.0%"],
+    ]
+    assert "Training time 1 min 40 s 60% of it updates" in page.text
+    assert "Tokens 192 step 6 of 6" in page.text
+
+
+def test_every_start_is_a_row_with_its_origin(tmp_path):
+    make_workdir(tmp_path)
+    write_starts(tmp_path, {"updates": 1.0}, {"updates": 1.0})
+    page = report(tmp_path)
+    head, *rows = page.tables[3]
+    assert [row[1] for row in rows] == ["0 to 4", "4 to 8"]
+    row = dict(zip(head, rows[0], strict=True))
+    expected = {"date": "2026-11-29 08:43:33+00:00", "steps": "0 to 4", "devices": "8 x NVIDIA H200"}
+    expected |= {"versions": "python 3.11.7, jax 0.10.2", "commit": "0123456789ab, with changes"}
+    assert row == expected | {"command line": "flmjax train --workdir=<run>\nin /home/me"}
+
+
+def test_a_measured_peak_is_named_as_such(tmp_path):
+    make_workdir(tmp_path)
+    write_starts(tmp_path, {"updates": 1.0})
+    assert (
+        "Utilisation: model FLOP/s by a peak of 69 GFLOP/s a device, measured on this machine." in report(tmp_path).text
+    )
+    titles = [panel.get_title(loc="left") for panel in run_figure(read_run(tmp_path), columns=2).axes]
+    assert "Model FLOPs utilisation of a measured peak" in titles
+
+
+@pytest.mark.parametrize("entry", [{}, {"seconds": {"updates": None}}, {"versions": None, "devices": None}])
+def test_an_entry_that_lacks_values_is_reported(tmp_path, entry):
+    make_workdir(tmp_path)
+    (tmp_path / "starts.jsonl").write_text(json.dumps(entry) + "\n")
+    assert "Starts" in report(tmp_path, draw=not entry).text
+
+
 # ---- teachers -------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +335,7 @@ def test_a_certificate_below_its_tolerance_passes(tmp_path):
     make_workdir(tmp_path)
     row = certify(tmp_path, loss_before=1.5, loss_after=1.50001)
     expected = {"step": "4", "result": "✓ exact", "float32": "1.2e-06", "float64": "3.1e-15", "tolerance": "1e-04"}
-    expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000 → 1.5000", "family": "zero"}
+    expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000", "family": "zero"}
     expected |= {"KL": "2.5e-09", "gradient norm": "1.25 → 1.5"}
     expected |= {"compared": "4 sequences, 1,024 tokens", "sizes": "embed_dim 4 → 8, mlp_dim 8 → 16"}
     assert row == expected | {"growth": "small → large"}

@@ -39,7 +39,7 @@ def run_figure(run: RunRecord, columns: int) -> "Figure":
         (parameters, "Parameters", "tokens"),
         (norm, "Gradient norm", "tokens"),
         (speed, "Throughput (tokens per second)", "tokens"),
-        (utilization, "Model FLOPs utilisation", "tokens"),
+        (utilization, f"Model FLOPs utilisation{_peak_kind(run)}", "tokens"),
     ):
         _frame(panel, run, title, field, letters, run.last[field])
     _draw_curve(loss, run, "tokens", "loss")
@@ -125,18 +125,25 @@ def _draw_learning_rate(panel: "Axes", run: RunRecord, letters: float) -> None:
         panel.legend(loc="upper right", **LEGEND)
 
 
+def _peak_kind(run: RunRecord) -> str:
+    """The end of the title of utilisation where the peak is not of a data sheet."""
+    source = str(run.starts[-1].get("peak_source", "")) if run.starts else ""
+    return " of a measured peak" if source.startswith("measured") else ""
+
+
 def _draw_gradient_norm(panel: "Axes", run: RunRecord) -> None:
     """Gradient norms on a logarithmic axis, on which a single large one leaves the others readable."""
     x, y = _series(run.train, "tokens", "gradient_norm")
     panel.plot(x, y, color=TRAIN, linewidth=1, marker="o" if len(x) == 1 else None, clip_on=False)
     if any(norm > 0 for norm in y):
-        panel.set_yscale("log")
+        panel.set_yscale("log", subs=(2, 5))
     clip_norm = run.config.optimizer.clip_norm
     if clip_norm is not None:
         panel.axhline(clip_norm, color=GREY, linestyle="--", linewidth=1.2, label="larger norms are clipped to it")
         panel.legend(loc="upper right", **LEGEND)
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    panel.yaxis.set_minor_formatter(lambda value, _: "")
+    panel.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
+    panel.tick_params(which="minor", labelsize=8, colors=INK)
 
 
 def _draw_teachers(panels: Sequence["Axes"], run: RunRecord, letters: float) -> None:

@@ -6,17 +6,21 @@ import functools
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
-from flmjax.data.prepared import data_warnings
+from flmjax.data.loader import TrainingStream
+from flmjax.data.prepared import Prepared, data_warnings, read_meta
+from flmjax.data.tokenizers import load_tokenizer
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.training.growth_point import samples_before
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
 from flmjax.workdir.paths import read_config
+from flmjax.workdir.starts import read_starts
 
 CURVE_POINTS = 250  # of a schedule of learning rates
 
@@ -41,6 +45,20 @@ class StageRecord:
     validation: Record
 
 
+class Mixture(NamedTuple):
+    """The sources of a run's training data.
+
+    Attributes:
+        tokens: training tokens of each source, by its name.
+        shares: for each stage of the schedule, the share of its samples that each source gives.
+        epochs: samples that each source has given so far by samples that it has; None without the token files.
+    """
+
+    tokens: dict[str, int]
+    shares: list[list[float]]
+    epochs: list[float] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
     """A run read back from its workdir.
@@ -51,6 +69,8 @@ class RunRecord:
         train, validation, growth, sample: the lines of metrics.jsonl of each kind.
         certificates: of every growth so far.
         gzip: bits per byte of the held-out text under gzip -9; None: unknown.
+        mixture: sources of the training data; None: unknown.
+        starts: entries of starts.jsonl; of an older version there are none.
         data_warnings: what a reader must know of the data (data/prepared.py).
         last: the line with the most steps.
         stages: those that have begun.
@@ -64,6 +84,8 @@ class RunRecord:
     sample: list[Record]
     certificates: list[Record]
     gzip: float | None
+    mixture: "Mixture | None"
+    starts: list[Record]
     data_warnings: list[str]
     last: Record
     stages: list[StageRecord]
@@ -92,10 +114,18 @@ class RunRecord:
             return None
         return self.last["tokens"] * flops_per_token(model, model.max_length)
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of all starts by kind of work."""
+        seconds: dict[str, float] = {}
+        for start in self.starts:
+            for work, value in start.get("seconds", {}).items():
+                seconds[work] = seconds.get(work, 0.0) + (value or 0.0)
+        return seconds
+
     def tokens_after(self, step: int) -> int:
         """Tokens of the first `step` updates of the schedule, those of a learned growth included."""
-        schedule = self.config.schedule
-        stage = schedule[bisect.bisect_left([stage.end for stage in schedule], step)]
+        stage = stage_at(self.config, step)
         return samples_before(stage, step) * stage.model.max_length
 
     def step_at(self, tokens: float) -> float:
@@ -151,10 +181,37 @@ def read_run(workdir: Path) -> RunRecord:
         **{k: [r for r in records if r["kind"] == k] for k in ("train", "validation", "growth", "sample")},
         certificates=[_read_json(path) or {} for path in sorted((workdir / "certificates").glob("step_*.json"))],
         gzip=meta.get("validation_gzip_bits_per_byte"),
+        mixture=_read_mixture(config, folder, latest(timed)["step"]),
+        starts=read_starts(workdir),
         data_warnings=data_warnings(meta.get("sources", {}), config.model.max_length),
         last=latest(timed),
         stages=stages,
     )
+
+
+def _read_mixture(config: RunConfig, folder: Path, step: int) -> Mixture | None:
+    """The mixture of the data in `folder`, which are neither prepared nor verified; None without their description."""
+    try:
+        prepared = Prepared(folder, read_meta(folder), load_tokenizer(folder))
+        stream = TrainingStream.of_run(config, prepared)
+    except ConfigError:
+        return None
+    samples, shares = 0, []
+    for stage in config.schedule:
+        end = samples_before(stage, stage.end)
+        counts = stream.source_samples(samples, end)
+        shares.append([count / sum(counts) for count in counts])
+        samples = end
+    try:
+        epochs = stream.epochs(samples_before(stage_at(config, step), step))
+    except OSError:  # the token files are gone
+        epochs = None
+    return Mixture({source: prepared.num_tokens(source, "train") for source in prepared.sources}, shares, epochs)
+
+
+def stage_at(config: RunConfig, step: int) -> Stage:
+    """The stage that update number `step` of a run belongs to."""
+    return config.schedule[bisect.bisect_left([stage.end for stage in config.schedule], step)]
 
 
 def _read_json(path: Path) -> Record | None:
