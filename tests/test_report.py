@@ -4,17 +4,17 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from report_runs import STAGES, change, make_teacher_workdir, make_workdir, read_lines, report, write_lines
 
-from flmjax.config import (
-    to_stored,
-)
+from flmjax.config import ConfigError, to_stored
 from flmjax.data.prepare import prepare
 from flmjax.report.run_figure import run_figure
 from flmjax.report.run_record import read_run
+from flmjax.workdir.paths import Parent, write_parent
 
 
 def test_the_table_of_stages_has_the_numbers_by_hand(tmp_path):
@@ -229,6 +229,62 @@ def test_an_entry_that_lacks_values_is_reported(tmp_path, entry):
     make_workdir(tmp_path)
     (tmp_path / "starts.jsonl").write_text(json.dumps(entry) + "\n")
     assert "Starts" in report(tmp_path, draw=not entry).text
+
+
+# ---- parent ---------------------------------------------------------------------------------------------------------
+
+
+def make_grown_run(folder: Path) -> Parent:
+    """The run `parent` of 6 steps and 192 tokens, and the run `grown` of 4 steps and 128 tokens, grown from step 4."""
+    make_workdir(folder / "parent")
+    make_workdir(folder / "grown", stages=STAGES[:1])
+    parent = Parent(str(folder / "parent"), step=4, stage="small", tokens=128, first_sample=0)
+    write_parent(parent, folder / "grown")
+    return parent
+
+
+def test_a_grown_run_shows_its_parents_loss_before_its_own(tmp_path):
+    make_grown_run(tmp_path)
+    text = report(tmp_path / "grown").text
+    assert f"Grown from {tmp_path / 'parent'}, step 4 of stage small; its loss is grey in the picture." in text
+    panels = {panel.get_title(loc="left"): panel for panel in run_figure(read_run(tmp_path / "grown"), columns=2).axes}
+    for title, name in {"Loss (nats per token)": "loss", "Bits per byte": "bits_per_byte"}.items():
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in panels[title].get_lines()}
+        lines = [x for x in read_lines(tmp_path / "parent") if x["kind"] == "train" and x["step"] <= 4]
+        assert drawn["parent, parent"] == [[line["tokens"] - 128, line[name]] for line in lines]
+        assert drawn["train"][0][0] == 32
+        assert panels[title].get_xlim() == (-128, 128)
+    assert panels["Learning rate"].get_xlim() == (0, 128)
+
+
+def test_a_long_parent_is_shown_for_as_many_tokens_as_the_run_has(tmp_path):
+    make_grown_run(tmp_path)
+    lines = read_lines(tmp_path / "grown")
+    write_lines(tmp_path / "grown", [line for line in lines if line["step"] <= 2])  # 64 tokens
+    panel = run_figure(read_run(tmp_path / "grown"), columns=2).axes[0]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
+    assert [x for x, _ in drawn["parent, parent"]] == [-64, -32, 0]
+
+
+@pytest.mark.parametrize("what", ["gone", "broken", "another run"])
+def test_a_parent_that_is_no_longer_there_is_named(tmp_path, what):
+    make_grown_run(tmp_path)
+    metrics = tmp_path / "parent" / "metrics.jsonl"
+    if what == "gone":
+        shutil.rmtree(tmp_path / "parent")
+    elif what == "broken":
+        metrics.write_text("{\n" + metrics.read_text())
+    else:  # a run that has not come to step 4
+        write_lines(tmp_path / "parent", [x for x in read_lines(tmp_path / "parent") if x["step"] <= 3])
+    assert "step 4 of stage small; that workdir is gone." in report(tmp_path / "grown", draw=what == "gone").text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"workdir": "x"}', '{"workdir": "x", "step": "4"}'])
+def test_a_damaged_description_of_the_parent_is_refused(tmp_path, text):
+    make_grown_run(tmp_path)
+    (tmp_path / "grown" / "parent.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"parent\.json does not describe a parent run"):
+        read_run(tmp_path / "grown")
 
 
 # ---- teachers -------------------------------------------------------------------------------------------------------

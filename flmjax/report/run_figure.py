@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flmjax.report.page import finite, short
@@ -48,6 +49,8 @@ def run_figure(run: RunRecord, columns: int) -> "Figure":
     if run.gzip is not None:
         bits.axhline(run.gzip, color=GREY, linestyle="--", linewidth=1.2, label="gzip -9 of the same text")
     _add_step_axis(loss, run)
+    for panel, name in ((loss, "loss"), (bits, "bits_per_byte")):
+        _draw_parent(panel, run, name)
     _draw_parameters(parameters, run)
     _draw_learning_rate(rate, run, letters)
     _draw_gradient_norm(norm, run)
@@ -102,6 +105,23 @@ def _add_step_axis(panel: "Axes", run: RunRecord) -> None:
     steps.set_xlabel("step", fontsize=9, color=INK)
     steps.tick_params(labelsize=8, colors=INK)
     steps.spines["bottom"].set_color(GREY)
+
+
+def _draw_parent(panel: "Axes", run: RunRecord, y_field: str) -> None:
+    """The parent's last losses, in grey before token 0: of as many tokens as the run has, or of all if it has fewer."""
+    if run.parent is None or run.parent_run is None:
+        return
+    before = min(run.parent.tokens, run.last["tokens"])
+    label = f"parent, {Path(run.parent.workdir).name}"
+    for lines, style in ((train_lines(run.parent_run, y_field), "-"), (run.parent_run.validation, "o")):
+        x, y = _series(lines, "tokens", y_field)
+        near = [(tokens - run.parent.tokens, loss) for tokens, loss in zip(x, y, strict=True)]
+        near = [point for point in near if point[0] >= -before]
+        if near:
+            panel.plot(*zip(*near, strict=True), style, color=GREY, alpha=0.6, linewidth=1, markersize=3, label=label)
+            label = "_nolegend_"
+    panel.set_xlim(left=-before)
+    panel.axvline(0, color=INK, linewidth=0.9, linestyle=":")
 
 
 def _draw_parameters(panel: "Axes", run: RunRecord) -> None:

@@ -43,6 +43,7 @@ def run_page(run: RunRecord, name: str, wide: bytes, narrow: bytes) -> str:
         title=f"{name} - flmjax report",
         name=name,
         boxes=_boxes(run),
+        parent=_parent_text(run),
         warnings=_warnings(run),
         wide=base64_text(wide),
         narrow=base64_text(narrow),
@@ -116,6 +117,14 @@ def _saving(run: RunRecord) -> dict[str, str] | None:
         "stage": run.stages[-1].stage.name,
         "tokens": f"{run.last['tokens']:,}",
     }
+
+
+def _parent_text(run: RunRecord) -> str | None:
+    """The sentence that names the parent of a grown run."""
+    if run.parent is None:
+        return None
+    curve = "that workdir is gone" if run.parent_run is None else "its loss is grey in the picture"
+    return f"Grown from {run.parent.workdir}, step {run.parent.step:,} of stage {run.parent.stage}; {curve}."
 
 
 def _peak_text(run: RunRecord) -> str | None:

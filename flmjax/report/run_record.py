@@ -17,9 +17,10 @@ from flmjax.data.tokenizers import load_tokenizer
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.optimizer.schedule import learning_rate
+from flmjax.training.continuation import shifted
 from flmjax.training.growth_point import samples_before
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
-from flmjax.workdir.paths import read_config
+from flmjax.workdir.paths import Parent, read_config, read_parent
 from flmjax.workdir.starts import read_starts
 
 CURVE_POINTS = 250  # of a schedule of learning rates
@@ -70,6 +71,8 @@ class RunRecord:
         certificates: of every growth so far.
         gzip: bits per byte of the held-out text under gzip -9; None: unknown.
         mixture: sources of the training data; None: unknown.
+        parent: the run that this one was grown from; None: not grown, or by an older version.
+        parent_run: the parent read back up to the growth; None: no parent, or its workdir is gone.
         starts: entries of starts.jsonl; of an older version there are none.
         data_warnings: what a reader must know of the data (data/prepared.py).
         last: the line with the most steps.
@@ -85,6 +88,8 @@ class RunRecord:
     certificates: list[Record]
     gzip: float | None
     mixture: "Mixture | None"
+    parent: Parent | None
+    parent_run: "RunRecord | None"
     starts: list[Record]
     data_warnings: list[str]
     last: Record
@@ -155,8 +160,11 @@ class RunRecord:
         return [self.tokens_after(step + 1) for step in steps], [learning_rate(stages, step) for step in steps]
 
 
-def read_run(workdir: Path) -> RunRecord:
+def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
     """Read a workdir, also of a run in progress; what is missing is None or empty.
+
+    Args:
+        with_parent: whether the workdir of the run's parent is read too.
 
     Raises:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
@@ -175,13 +183,16 @@ def read_run(workdir: Path) -> RunRecord:
     stages = _stage_records(config, timed)
     if not stages:
         raise ConfigError(f"{workdir / METRICS_FILE} names no stage of {workdir / 'config.json'}")
+    parent = read_parent(workdir)
     return RunRecord(
         config=config,
         config_json=stored_config,
         **{k: [r for r in records if r["kind"] == k] for k in ("train", "validation", "growth", "sample")},
         certificates=[_read_json(path) or {} for path in sorted((workdir / "certificates").glob("step_*.json"))],
         gzip=meta.get("validation_gzip_bits_per_byte"),
-        mixture=_read_mixture(config, folder, latest(timed)["step"]),
+        mixture=_read_mixture(config, folder, latest(timed)["step"], parent.first_sample if parent else 0),
+        parent=parent,
+        parent_run=_read_parent_run(parent) if parent and with_parent else None,
         starts=read_starts(workdir),
         data_warnings=data_warnings(meta.get("sources", {}), config.model.max_length),
         last=latest(timed),
@@ -189,21 +200,40 @@ def read_run(workdir: Path) -> RunRecord:
     )
 
 
-def _read_mixture(config: RunConfig, folder: Path, step: int) -> Mixture | None:
-    """The mixture of the data in `folder`, which are neither prepared nor verified; None without their description."""
+def _read_parent_run(parent: Parent) -> RunRecord | None:
+    """The parent's lines up to the growth; None if its workdir is gone, or holds a run that has not come so far."""
+    try:
+        run = read_run(Path(parent.workdir), with_parent=False)
+    except (ConfigError, OSError):
+        return None
+    if run.last["step"] < parent.step:
+        return None
+    train, validation = (
+        [line for line in lines if line["step"] <= parent.step] for lines in (run.train, run.validation)
+    )
+    return dataclasses.replace(run, train=train, validation=validation)
+
+
+def _read_mixture(config: RunConfig, folder: Path, step: int, first_sample: int) -> Mixture | None:
+    """The mixture of the data in `folder`, which are neither prepared nor verified; None without their description.
+
+    Args:
+        step: updates of the run so far.
+        first_sample: of the run in the training stream; the parent of a grown run has read those before it.
+    """
     try:
         prepared = Prepared(folder, read_meta(folder), load_tokenizer(folder))
-        stream = TrainingStream.of_run(config, prepared)
+        stream = shifted(TrainingStream.of_run(config, prepared), first_sample)
     except ConfigError:
         return None
-    samples, shares = 0, []
+    samples, shares = first_sample, []
     for stage in config.schedule:
-        end = samples_before(stage, stage.end)
+        end = first_sample + samples_before(stage, stage.end)
         counts = stream.source_samples(samples, end)
         shares.append([count / sum(counts) for count in counts])
         samples = end
     try:
-        epochs = stream.epochs(samples_before(stage_at(config, step), step))
+        epochs = stream.epochs(first_sample + samples_before(stage_at(config, step), step))
     except OSError:  # the token files are gone
         epochs = None
     return Mixture({source: prepared.num_tokens(source, "train") for source in prepared.sources}, shares, epochs)
