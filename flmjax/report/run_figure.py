@@ -42,7 +42,8 @@ def run_figure(run: RunRecord, columns: int) -> "Figure":
         (speed, "Throughput (tokens per second)", "tokens"),
         (utilization, f"Model FLOPs utilisation{_peak_kind(run)}", "tokens"),
     ):
-        _frame(panel, run, title, field, letters, run.last[field])
+        frame(panel, title, field, run.last[field])
+        _draw_stages(panel, run, field, letters)
     _draw_curve(loss, run, "tokens", "loss")
     _draw_curve(compute, run, "flops", "loss")
     _draw_curve(bits, run, "tokens", "bits_per_byte")
@@ -55,7 +56,7 @@ def run_figure(run: RunRecord, columns: int) -> "Figure":
     _draw_learning_rate(rate, run, letters)
     _draw_gradient_norm(norm, run)
     for panel, name in ((speed, "tokens_per_second"), (utilization, "model_flops_utilization")):
-        x, y = _series(run.train, "tokens", name)
+        x, y = series(run.train, "tokens", name)
         panel.plot(x, y, color=TRAIN, linewidth=1.4, marker="o" if len(x) == 1 else None, clip_on=False)
     utilization.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value > 1 else f"{value:.0%}")
     for panel in (loss, compute, bits):
@@ -67,12 +68,11 @@ def run_figure(run: RunRecord, columns: int) -> "Figure":
     return figure
 
 
-def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float, end: float) -> None:
-    """Draw title, axes and stages: a tint and a name for each (slanted where it is narrow), a line at each growth.
+def frame(panel: "Axes", title: str, field: str, end: float) -> None:
+    """Draw the title and the axes of a panel.
 
     Args:
         field: of the metrics on the x axis, "tokens" or "flops".
-        letters: number of letters of stage names that fit over the panel.
         end: right end of the x axis.
     """
     panel.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=22)
@@ -84,8 +84,17 @@ def _frame(panel: "Axes", run: RunRecord, title: str, field: str, letters: float
     unit = "FLOP" if field == "flops" else ""
     panel.xaxis.set_major_formatter(lambda value, _: short(value, unit).removesuffix(unit).strip())
     panel.yaxis.set_major_formatter(lambda value, _: short(value))
-    end = end or 1
-    panel.set_xlim(0, end)
+    panel.set_xlim(0, end or 1)
+
+
+def _draw_stages(panel: "Axes", run: RunRecord, field: str, letters: float) -> None:
+    """Draw a tint and a name for each stage (slanted where it is narrow), and a line at each growth.
+
+    Args:
+        field: of the metrics on the x axis, "tokens" or "flops".
+        letters: number of letters of stage names that fit over the panel.
+    """
+    end = panel.get_xlim()[1]
     for i, record in enumerate(run.stages):
         name, start, stop = record.stage.name, record.before[field], record.last[field]
         panel.axvspan(start, stop, color=TINTS[i % len(TINTS)], linewidth=0, zorder=0)
@@ -114,7 +123,7 @@ def _draw_parent(panel: "Axes", run: RunRecord, y_field: str) -> None:
     before = min(run.parent.tokens, run.last["tokens"])
     label = f"parent, {Path(run.parent.workdir).name}"
     for lines, style in ((train_lines(run.parent_run, y_field), "-"), (run.parent_run.validation, "o")):
-        x, y = _series(lines, "tokens", y_field)
+        x, y = series(lines, "tokens", y_field)
         near = [(tokens - run.parent.tokens, loss) for tokens, loss in zip(x, y, strict=True)]
         near = [point for point in near if point[0] >= -before]
         if near:
@@ -136,7 +145,8 @@ def _draw_learning_rate(panel: "Axes", run: RunRecord, letters: float) -> None:
     """The schedule's learning rates: a line as far as the run has come, pale dashes for the steps that remain."""
     x, rates = run.learning_rates
     done = sum(tokens <= run.last["tokens"] for tokens in x)
-    _frame(panel, run, "Learning rate", "tokens", letters, x[-1])
+    frame(panel, "Learning rate", "tokens", x[-1])
+    _draw_stages(panel, run, "tokens", letters)
     panel.plot(x[:done], rates[:done], color=TRAIN, linewidth=1.4, clip_on=False, label="schedule")
     if done < len(x):
         first = max(done - 1, 0)
@@ -153,7 +163,7 @@ def _peak_kind(run: RunRecord) -> str:
 
 def _draw_gradient_norm(panel: "Axes", run: RunRecord) -> None:
     """Gradient norms on a logarithmic axis, on which a single large one leaves the others readable."""
-    x, y = _series(run.train, "tokens", "gradient_norm")
+    x, y = series(run.train, "tokens", "gradient_norm")
     panel.plot(x, y, color=TRAIN, linewidth=1, marker="o" if len(x) == 1 else None, clip_on=False)
     if any(norm > 0 for norm in y):
         panel.set_yscale("log", subs=(2, 5))
@@ -169,8 +179,10 @@ def _draw_gradient_norm(panel: "Axes", run: RunRecord) -> None:
 def _draw_teachers(panels: Sequence["Axes"], run: RunRecord, letters: float) -> None:
     """Draw the panels of the teachers' sequences: accuracy of the judgements, and the loss of the marks."""
     judgements, loss = panels
-    _frame(judgements, run, "Judgement accuracy", "tokens", letters, run.last["tokens"])
-    _frame(loss, run, "Loss of teachers (nats per token)", "tokens", letters, run.last["tokens"])
+    titles = ("Judgement accuracy", "Loss of teachers (nats per token)")
+    for panel, title in zip(panels, titles, strict=True):
+        frame(panel, title, "tokens", run.last["tokens"])
+        _draw_stages(panel, run, "tokens", letters)
     _draw_curve(judgements, run, "tokens", "judgement_accuracy")
     _draw_curve(loss, run, "tokens", "teacher_loss")
     judgements.axhline(CHANCE, color=GREY, linestyle="--", linewidth=1.2, label=f"chance ({CHANCE:.0%})")
@@ -181,18 +193,18 @@ def _draw_teachers(panels: Sequence["Axes"], run: RunRecord, letters: float) -> 
 
 
 def _draw_curve(panel: "Axes", run: RunRecord, x_field: str, y_field: str) -> None:
-    x, y = _series(train_lines(run, y_field), x_field, y_field)
+    x, y = series(train_lines(run, y_field), x_field, y_field)
     if len(x) >= SMOOTHED_FROM:
         panel.plot(x, y, color=TRAIN, alpha=0.35, linewidth=0.8, label="train")
         panel.plot(x, smoothed(y, smoothing_reach(len(y))), color=TRAIN, linewidth=1.6, label="train, smoothed")
     elif x:
         panel.plot(x, y, color=TRAIN, linewidth=1.4, marker="." if len(x) == 1 else None, clip_on=False, label="train")
-    x, y = _series([line for line in run.validation if y_field in line], x_field, y_field)
+    x, y = series([line for line in run.validation if y_field in line], x_field, y_field)
     if x:
         panel.plot(x, y, "o-", color=VALIDATION, linewidth=1, markersize=4, clip_on=False, label="validation")
 
 
-def _series(lines: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:
+def series(lines: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:
     """Two fields of the lines; a missing value is NaN, a gap in the curve."""
     return [line[x] for line in lines], [finite(line.get(y)) for line in lines]
 

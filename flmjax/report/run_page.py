@@ -19,19 +19,24 @@ from flmjax.report.run_tables import (
 )
 
 
-def write_report(workdir: Path) -> Path:
-    """Write WORKDIR/loss.png and WORKDIR/report.html, a page that needs no other file; returns the page's path.
+def write_report(workdir: Path, output: Path | None = None) -> Path:
+    """Write loss.png and report.html, a page that needs no other file, into the workdir; returns the page's path.
 
     A run in progress, without growth or with missing files is reported as far as it is known.
+
+    Args:
+        output: another folder for both files.
 
     Raises:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
     """
     run = read_run(workdir)
     wide, narrow = png(run_figure(run, columns=2)), png(run_figure(run, columns=1))
-    (workdir / "loss.png").write_bytes(wide)
-    path = workdir / "report.html"
-    path.write_text(run_page(run, workdir.resolve().name, wide, narrow), encoding="utf-8")
+    page, folder = run_page(run, workdir.resolve().name, wide, narrow), output or workdir
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "loss.png").write_bytes(wide)
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
     return path
 
 
