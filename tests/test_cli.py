@@ -90,7 +90,7 @@ def complain(capsys, *argv: str) -> str:
         (["report", "--workdir="], "--workdir is missing"),
         (
             ["report", "--workdir=WORKDIR", "--workdir=WORKDIR/"],
-            "is the folder of another --workdir; name each run once",
+            "is the folder of another --workdir; name each",
         ),
         (["report", "--workdir=WORKDIR", "--workdir=WORKDIR/other"], "config.json does not exist"),
         (["plan", QUICKSTART, "--workdir=WORKDIR"], "'flmjax plan' takes no --workdir; usage: flmjax plan --config="),
