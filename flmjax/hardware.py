@@ -94,7 +94,7 @@ def peak_flops(device: "jax.Device", dtype: str) -> tuple[float, str]:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     source = (
         f"measured on this machine: fastest of many 1024 x 1024 float32 matrix multiplications on {device.device_kind}"
-        f" (a busy machine measures less, and utilisation looks too high: load {load:.1f} on {cores} cores)"
+        f"; a busy machine measures less, and utilisation looks too high; load {load:.1f} on {cores} cores"
     )
     return _measured_flops(device), source
 

@@ -123,6 +123,17 @@ def test_meta_json_is_read_from_the_configs_directory(tmp_path):
     assert f"gzip -9 of the same text ({prepared.validation_gzip_bits_per_byte:.3f})" in page.text
 
 
+def test_metrics_of_a_longer_run_are_reported(tmp_path):
+    """An interrupted run may go on with fewer steps: its lines past the new end stay until it does."""
+    make_workdir(tmp_path)
+    config = read_run(tmp_path).config
+    shorter = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], steps=3),))
+    (tmp_path / "config.json").write_text(json.dumps(to_stored(shorter)))
+    lines = [line for line in read_lines(tmp_path) if line.get("stage") == "small" and line["kind"] != "growth"]
+    write_lines(tmp_path, lines)
+    assert report(tmp_path, draw=True).table(0)["small"]["steps"] == "3"
+
+
 # ---- teachers -------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,7 @@ def test_kill_between_saves_loses_nothing(lab):
     # Step 10 was being written when the kill came: it is complete or absent.
     shown = start(lab, "never", workdir).stdout
     assert re.search(r"resume at step (5|10):", shown)
+    assert not re.search(r"float32 (\S+) \(the run\), float32 \1", shown)  # a certificate's number once
     for stage, line in zip(("small 15", "large 30"), read_samples(workdir), strict=True):
         first_line = printable(line["prompt"] + line["text"]).partition("\n")[0]
         assert f"{stage}: text sample\n    {first_line}" in shown

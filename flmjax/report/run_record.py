@@ -241,7 +241,8 @@ def _read_mixture(config: RunConfig, folder: Path, step: int, first_sample: int)
 
 def stage_at(config: RunConfig, step: int) -> Stage:
     """The stage that update number `step` of a run belongs to."""
-    return config.schedule[bisect.bisect_left([stage.end for stage in config.schedule], step)]
+    ends = [stage.end for stage in config.schedule[:-1]]  # metrics may be of a longer run, whose config was shortened
+    return config.schedule[bisect.bisect_left(ends, step)]
 
 
 def _read_json(path: Path) -> Record | None:

@@ -242,7 +242,7 @@ class Run:
             f"{count_parameters(state.params):,} parameters ({m.num_layers} layers x {m.embed_dim}, {m.num_heads} "
             f"heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
         )
-        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source})")
+        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device, {self.peak_source}")
         self.entry.add(first_step=int(state.step))
         return stage.index, spec, state
 
