@@ -1,5 +1,6 @@
-"""Text in aligned columns, for a terminal."""
+"""Text for a terminal or a page: aligned columns, and printable characters."""
 
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -19,3 +20,8 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for code points that no terminal or page may get: a byte-level model writes them."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in text)

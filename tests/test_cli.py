@@ -86,6 +86,13 @@ def complain(capsys, *argv: str) -> str:
         (["prepare", QUICKSTART, "--config.data.teacher_weight=0.0", "--workdir=WORKDIR"], "must be positive"),
         (["prepare", QUICKSTART, "--config.data.teacher_mixing=mix", "--workdir=WORKDIR"], "did you mean mixed"),
         (["report", "--workdir=WORKDIR"], "config.json"),
+        (["report"], "--workdir is missing; usage: flmjax report --workdir=DIR [--workdir=DIR ...] [--output=DIR]"),
+        (["report", "--workdir="], "--workdir is missing"),
+        (
+            ["report", "--workdir=WORKDIR", "--workdir=WORKDIR/"],
+            "is the folder of another --workdir; name each",
+        ),
+        (["report", "--workdir=WORKDIR", "--workdir=WORKDIR/other"], "config.json does not exist"),
         (["plan", QUICKSTART, "--workdir=WORKDIR"], "'flmjax plan' takes no --workdir; usage: flmjax plan --config="),
         (["report", QUICKSTART, "--workdir=WORKDIR"], "'flmjax report' takes no --config; usage: flmjax report --work"),
         (["train", QUICKSTART, "--dry-run", "--workdir=WORKDIR"], "'flmjax train' takes no --dry-run"),

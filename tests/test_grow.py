@@ -13,10 +13,12 @@ from run_cases import batches, make_lab, start
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from flmjax.report.run_record import read_run
 from flmjax.training.grow_checkpoint import vocabulary_fault
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import read_metrics
-from flmjax.workdir.paths import read_config
+from flmjax.workdir.paths import Parent, read_config, read_parent
+from flmjax.workdir.starts import read_starts
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,16 @@ def test_growth_without_a_config_takes_the_rest_from_the_source(lab):
     with Checkpoints(workdir / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.meta(0)["samples_seen"] == 150
         assert checkpoints.meta(2)["samples_seen"] == 162
+    tokens = 15 * 4 * 32 + 15 * 6 * 32
+    assert read_parent(workdir) == Parent(str(source.resolve()), 30, "large", tokens, first_sample=150)
+    starts = read_starts(workdir)
+    assert [(entry["first_step"], entry["last_step"]) for entry in starts] == [(0, 0), (0, 2)]
+    assert [" grow " in entry["command"] for entry in starts] == [True, False]
+    assert starts[0]["seconds"]["growth"] > 0
     stream = TrainingStream.of_run(config, load(source / "data"))
+    mixture = read_run(workdir).mixture
+    assert mixture is not None
+    assert mixture.epochs == stream.epochs(162)
     first = next(stream.batches(start=150, batch_size=6, threads=0))
     assert batches(workdir)[0] == {str(zlib.crc32(first["tokens"].tobytes()))}
 

@@ -165,7 +165,7 @@ def test_a_run_on_a_folder_is_reported_and_grown(folder, capsys):
     workdir = folder / "runs" / "mine"
     for line in README.partition("## What a run leaves")[2].partition("##")[0].splitlines():
         for name in re.findall(r"`([\w./]+)`", line.split("|")[1]) if line.startswith("| `") else ():
-            assert (workdir / name.removesuffix("STEP/")).exists(), name
+            assert (workdir / name.removesuffix("STEP/")).exists() != (name == "parent.json"), name
     (block,) = [block for kind, block in BLOCKS if kind == "python" and "flmjax.load(" in block]
     exec(block, names := {})
     assert names["logits"].shape[:2] == (1, len(names["ids"]))
@@ -179,6 +179,7 @@ def test_a_run_on_a_folder_is_reported_and_grown(folder, capsys):
         assert cli.main(arguments(command_with("flmjax grow", f"--workdir=runs/{name} "))) == 0
         assert "growth certificate" in capsys.readouterr().out
         assert list((folder / "runs" / name / "certificates").iterdir())
+        assert (folder / "runs" / name / "parent.json").exists()
 
 
 def test_the_cost_of_flm_101b_is_printed(folder, capsys):

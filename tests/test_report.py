@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from report_runs import STAGES, change, make_teacher_workdir, make_workdir, read_lines, report, write_lines
 
-from flmjax.config import (
-    to_stored,
-)
+from flmjax.config import to_stored
 from flmjax.data.prepare import prepare
-from flmjax.report.run_page import run_figure
+from flmjax.report.run_figure import run_figure
 from flmjax.report.run_record import read_run
 
 
@@ -125,6 +123,17 @@ def test_meta_json_is_read_from_the_configs_directory(tmp_path):
     assert f"gzip -9 of the same text ({prepared.validation_gzip_bits_per_byte:.3f})" in page.text
 
 
+def test_metrics_of_a_longer_run_are_reported(tmp_path):
+    """An interrupted run may go on with fewer steps: its lines past the new end stay until it does."""
+    make_workdir(tmp_path)
+    config = read_run(tmp_path).config
+    shorter = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], steps=3),))
+    (tmp_path / "config.json").write_text(json.dumps(to_stored(shorter)))
+    lines = [line for line in read_lines(tmp_path) if line.get("stage") == "small" and line["kind"] != "growth"]
+    write_lines(tmp_path, lines)
+    assert report(tmp_path, draw=True).table(0)["small"]["steps"] == "3"
+
+
 # ---- teachers -------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +180,7 @@ def test_the_picture_shows_judgements_against_chance(tmp_path, alternating):
     make_teacher_workdir(tmp_path, alternating)
     for columns in (1, 2):
         panels = {panel.get_title(loc="left"): panel for panel in run_figure(read_run(tmp_path), columns).axes}
-        assert len(panels) == 8
+        assert len(panels) == 10
         judgements = panels["Judgement accuracy"]
         assert judgements.get_ylim() == (0, 1)
         chance = next(line for line in judgements.get_lines() if line.get_label() == "chance (50%)")
@@ -211,7 +220,8 @@ def test_a_run_without_teachers_does_not_mention_them(tmp_path):
     assert not re.search("(?i)judg|teacher|chance", source)
     panels = run_figure(read_run(tmp_path / "run"), columns=2).axes
     titles = ["Loss (nats per token)", "Loss against compute", "Bits per byte", "Parameters", "Learning rate"]
-    assert [panel.get_title(loc="left") for panel in panels] == [*titles, "Throughput (tokens per second)"]
+    titles += ["Gradient norm", "Throughput (tokens per second)", "Model FLOPs utilisation"]
+    assert [panel.get_title(loc="left") for panel in panels] == titles
 
 
 # ---- certificates ---------------------------------------------------------------------------------------------------
@@ -228,7 +238,7 @@ def test_a_certificate_below_its_tolerance_passes(tmp_path):
     make_workdir(tmp_path)
     row = certify(tmp_path, loss_before=1.5, loss_after=1.50001)
     expected = {"step": "4", "result": "✓ exact", "float32": "1.2e-06", "float64": "3.1e-15", "tolerance": "1e-04"}
-    expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000 → 1.5000", "family": "zero"}
+    expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000", "family": "zero"}
     expected |= {"KL": "2.5e-09", "gradient norm": "1.25 → 1.5"}
     expected |= {"compared": "4 sequences, 1,024 tokens", "sizes": "embed_dim 4 → 8, mlp_dim 8 → 16"}
     assert row == expected | {"growth": "small → large"}

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from report_runs import (
     STAGES,
@@ -25,8 +26,10 @@ from flmjax.config import (
     OptimizerConfig,
     to_json,
 )
+from flmjax.optimizer.schedule import learning_rate
 from flmjax.report.page import short
-from flmjax.report.run_page import run_figure, smoothed, write_report
+from flmjax.report.run_figure import run_figure, smoothed
+from flmjax.report.run_page import write_report
 from flmjax.report.run_record import read_run
 from flmjax.workdir.paths import read_config
 
@@ -69,10 +72,70 @@ def test_the_picture_shows_the_logged_numbers_and_marks_growth(tmp_path):
         drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
         for kind, of_kind in logged.items():
             assert drawn[kind] == [[line[x], line[y]] for line in of_kind]
-    for panel, x in zip(panels, [128, 129_024, 128, 128, 128, 128], strict=True):
+    for panel, x in zip(panels, [128, 129_024, *[128] * 6], strict=True):
         assert [x, x] in [line.get_xdata() for line in panel.get_lines()]
         assert {"small", "large"} <= {text.get_text() for text in panel.texts}
     assert 2.5 in [line.get_ydata()[0] for line in panels[2].get_lines()]
+
+
+@pytest.mark.parametrize("points", [30, 80, 200])
+def test_the_smoothed_curve_is_smoother_than_the_curve(tmp_path, points):
+    """With 40 to 119 lines of metrics the "smoothed" curve was the curve itself: a mean over one value or three."""
+    make_workdir(tmp_path, stages=(dataclasses.replace(STAGES[0], steps=points),))
+    drawn = curves(run_figure(read_run(tmp_path), columns=2).axes[0])
+    roughness = {name: np.abs(np.diff(drawn[name][:, 1], n=2)).mean() for name in ("train", "train, smoothed")}
+    assert roughness["train, smoothed"] < roughness["train"] / 5
+    middle = slice(points // 3, 2 * points // 3)  # the mean follows the curve
+    means = [drawn[name][middle, 1].mean() for name in ("train", "train, smoothed")]
+    assert means[1] == pytest.approx(means[0], rel=0.02)
+
+
+def test_the_learning_rate_is_drawn_from_the_schedule_to_its_end(tmp_path):
+    """Lines of metrics every 40 steps would cut the corner of a warm-up of 10."""
+    settings = {"steps": 100, "learning_rate": 3e-3, "warmup_steps": 10, "final_learning_rate": 1e-4}
+    stages = (dataclasses.replace(STAGES[0], **settings), dataclasses.replace(STAGES[1], steps=30, batch_size=4))
+    make_workdir(tmp_path, stages=stages, until=80, log_every=40)
+    drawn = curves(panels(tmp_path)["Learning rate"])
+    x = [32 * step for step in range(1, 101)] + [3200 + 64 * step for step in range(1, 31)]  # tokens
+    points = np.array([x, [learning_rate(stages, update) for update in range(130)]]).T
+    np.testing.assert_array_equal(drawn["schedule"], points[:80])
+    np.testing.assert_array_equal(drawn["not trained yet"], points[79:])
+    assert drawn["schedule"][:, 1].max() == pytest.approx(3e-3)
+
+
+def test_a_long_schedule_keeps_its_corners(tmp_path):
+    stages = (dataclasses.replace(STAGES[0], steps=100_000, learning_rate=3e-3, warmup_steps=777),)
+    make_workdir(tmp_path, stages=stages, until=20)
+    x, rates = read_run(tmp_path).learning_rates
+    assert len(x) < 400
+    assert (x[-1], max(rates)) == (3_200_000, pytest.approx(3e-3))
+    assert {32 * step for step in (1, 777, 778, 100_000)} <= set(x)
+
+
+def test_the_axis_of_steps_fits_stages_of_unlike_batch_sizes(tmp_path):
+    stages = (STAGES[0], dataclasses.replace(STAGES[1], batch_size=16))
+    make_workdir(tmp_path, stages=stages)  # 4 steps of 32 tokens, 2 of 256
+    run = read_run(tmp_path)
+    assert [run.step_at(tokens) for tokens in (0, 32, 128, 384, 640)] == [0, 1, 4, 5, 6]
+    panel = run_figure(run, columns=2).axes[0]
+    steps = next(axis for axis in panel.child_axes if axis.get_xlabel() == "step")
+    assert steps.xaxis.get_major_formatter()(384, 0) == "5"
+
+
+def test_gradient_norm_and_utilisation_have_panels(tmp_path):
+    make_workdir(tmp_path)
+    lines = [line for line in read_lines(tmp_path) if line["kind"] == "train"]
+    for title, name in {"Gradient norm": "gradient_norm", "Model FLOPs utilisation": "model_flops_utilization"}.items():
+        curve = next(line for line in panels(tmp_path)[title].get_lines() if len(line.get_xdata()) == len(lines))
+        assert curve.get_xydata().tolist() == [[line["tokens"], line[name]] for line in lines]
+
+
+def panels(workdir):
+    return {panel.get_title(loc="left"): panel for panel in run_figure(read_run(workdir), columns=2).axes}
+
+
+def curves(panel):
+    return {line.get_label(): line.get_xydata() for line in panel.get_lines()}
 
 
 def test_the_smoothed_curve_is_a_mean_that_skips_gaps():

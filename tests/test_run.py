@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +19,12 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import masked
 from flmjax.model.loss import loss_sums
 from flmjax.sharding.mesh import make_mesh
+from flmjax.text_table import printable
 from flmjax.training.state import state_spec
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import read_metrics
 from flmjax.workdir.paths import read_config
+from flmjax.workdir.starts import read_starts
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,8 @@ def lab(tmp_path_factory):
 def test_a_run_writes_its_files_and_metrics(lab):
     straight = lab / "straight"
     assert sorted(p.name for p in straight.iterdir() if not p.name.startswith(".")) == [
-        "certificates", "checkpoints", "config.json", "data", "loss.png", "metrics.jsonl", "report.html", "tensorboard",
+        "certificates", "checkpoints", "config.json", "data", "loss.png", "metrics.jsonl", "report.html",
+        "starts.jsonl", "tensorboard",
     ]  # fmt: skip
     certificate = json.loads((straight / "certificates" / "step_00000015.json").read_text())
     assert certificate["max_difference"]["float32"] <= 1e-4
@@ -52,8 +57,34 @@ def test_kill_between_saves_loses_nothing(lab):
     workdir = lab / "killed"
     start(lab, "batch:12", workdir, expect=-9)  # the first 11 steps are done, step 10 is saved
     # Step 10 was being written when the kill came: it is complete or absent.
-    assert re.search(r"resume at step (5|10):", start(lab, "never", workdir).stdout)
+    shown = start(lab, "never", workdir).stdout
+    assert re.search(r"resume at step (5|10):", shown)
+    assert not re.search(r"float32 (\S+) \(the run\), float32 \1", shown)  # a certificate's number once
+    for stage, line in zip(("small 15", "large 30"), read_samples(workdir), strict=True):
+        first_line = printable(line["prompt"] + line["text"]).partition("\n")[0]
+        assert f"{stage}: text sample\n    {first_line}" in shown
     assert_same_run(lab / "straight", workdir)
+
+
+def read_samples(workdir: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(workdir) if line["kind"] == "sample"]
+
+
+def test_every_start_has_its_origin_and_its_wall_time(lab):
+    """The killed process has its entry of the last checkpoint, the interrupted one that of its end."""
+    workdir = lab / "starts"
+    start(lab, "saved:12", workdir, expect=-9)
+    start(lab, "interrupt:14", workdir, expect=130)
+    began = time.monotonic()
+    start(lab, "never", workdir)
+    wall = time.monotonic() - began
+    entries = read_starts(workdir)
+    assert [(entry["first_step"], entry["last_step"]) for entry in entries] == [(0, 10), (10, 13), (10, 30)]
+    assert all(f"--workdir={workdir}" in entry["command"] for entry in entries)
+    seconds = entries[2]["seconds"]
+    assert 0.2 * wall < sum(seconds.values()) < wall
+    names = ("updates", "compilation", "evaluation", "checkpoints", "growth", "samples", "data loading")
+    assert all(seconds[name] > 0 for name in names)
 
 
 def test_kill_while_the_mask_opens_loses_nothing(lab):

@@ -87,11 +87,17 @@ def plan(
         raise TooLargeError(run_plan.refusals[0])
 
 
-def report(workdir: Path) -> None:
-    """Write report.html of a run, finished or not."""
-    from flmjax.report.run_page import write_report
+def report(workdir: tuple[str, ...], output: str | None) -> None:
+    """Write report.html of a run, finished or not; or compare several runs on one page."""
+    runs, folder = [Path(run) for run in workdir], Path(output) if output else None
+    if len(runs) == 1:
+        from flmjax.report.run_page import write_report
 
-    print(f"report: {write_report(workdir)}", flush=True)
+        print(f"report: {write_report(runs[0], folder)}", flush=True)
+        return
+    from flmjax.report.comparison import write_comparison
+
+    print(f"comparison: {write_comparison(runs, folder or Path('comparison'))}", flush=True)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

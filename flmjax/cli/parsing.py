@@ -24,6 +24,7 @@ class Option(NamedTuple):
         help: one line, a noun phrase or a statement.
         type: of the value.
         is_folder: whether the value is the path of a folder.
+        is_repeated: whether the flag may stand several times; its value is a tuple.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Option(NamedTuple):
     help: str
     type: type = str
     is_folder: bool = False
+    is_repeated: bool = False
 
     @property
     def flag(self) -> str:
@@ -41,6 +43,8 @@ class Option(NamedTuple):
         """Add the flag to `values`."""
         if self.value is None:
             return flags.DEFINE_boolean(self.name, False, self.help, flag_values=values)
+        if self.is_repeated:
+            return flags.DEFINE_multi_string(self.name, [], self.help, flag_values=values)
         if self.type is int:
             return flags.DEFINE_integer(self.name, 0, self.help, lower_bound=0, flag_values=values)
         if self.type is float:
@@ -61,7 +65,7 @@ USAGES = {
     "prepare": f"{FILE_FLAGS} {WORKDIR.flag} [--inspect=N]",
     "grow": f"[{CONFIG.flag}] [{OVERRIDE.flag} ...] --source=WORKDIR ({WORKDIR.flag} [--weights-only] | --dry-run)",
     "plan": f"{FILE_FLAGS} [--output=DIR | --search-layout | --cost-only [--tflops=N]] [--price=DOLLARS]",
-    "report": WORKDIR.flag,
+    "report": f"{WORKDIR.flag} [{WORKDIR.flag} ...] [--output=DIR]",
 }
 # The flags of each command beside --config and --workdir.
 OPTIONS: dict[str, tuple[Option, ...]] = {
@@ -79,7 +83,10 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("cost-only", None, "compile nothing: FLOPs, days and price by arithmetic alone"),
         Option("tflops", "N", "with --cost-only: model TFLOP/s of one device", float),
     ),
-    "report": (),
+    "report": (
+        WORKDIR._replace(help="folder of a run; several are compared on one page", is_folder=True, is_repeated=True),
+        Option("output", "DIR", "folder of the page; default: the run's, of several ./comparison", is_folder=True),
+    ),
 }
 
 
@@ -94,8 +101,8 @@ def continues(command: str) -> bool:
 
 
 def takes_workdir(command: str) -> bool:
-    """Whether a command writes or reads a workdir; plan does not."""
-    return command != "plan"
+    """Whether a command works in one workdir: plan has none, and report reads any number."""
+    return command not in ("plan", "report")
 
 
 class CommandLine(NamedTuple):
@@ -139,7 +146,8 @@ def parse(argv: list[str]) -> CommandLine:
     _, workdir, _, options = values = read_flags(command, argv[1:])
     if command == "grow" and not options["source"]:
         raise ConfigError(f"--source is missing: the workdir of the run to grow; {usage(command)}")
-    if workdir is None and not options.get("dry_run") and takes_workdir(command):
+    has_workdir = workdir is not None or options.get("dry_run") if takes_workdir(command) else options.get("workdir", 1)
+    if not has_workdir:
         raise ConfigError(f"--workdir is missing; {usage(command)}")
     if not takes_config(command):
         return CommandLine(command, None, workdir, options)
@@ -191,7 +199,9 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
         raise ConfigError(f"'{rest[1]}' is not a flag; {usage(command)}")
     options = {name: holder.value for name, holder in holders.items()}
     for option in OPTIONS[command]:
-        if option.is_folder and options[option.name]:
+        if option.is_repeated:
+            options[option.name] = tuple(str(_folder(option, value)) for value in options[option.name] if value)
+        elif option.is_folder and options[option.name]:
             options[option.name] = str(_folder(option, options[option.name]))
     overrides = {path: _override_value(values[f"config.{path}"].value, hint, path) for path, hint in fields.items()}
     config = values["config"].value if takes_config(command) else None

@@ -65,12 +65,25 @@ class TrainingStream:
     @functools.cached_property
     def samples(self) -> grain.MapDataset[Batch]:
         """The samples: element n is sample n of the run, a Batch without the axis B."""
-        order = SampleOrder(self._phases, self._is_teacher)
         datasets = []
         for source in self.prepared.sources:
             seed = int.from_bytes(hashlib.sha256(key_bytes(f"{self.seed} {source}")).digest()[:4])
             datasets.append(grain.MapDataset.source(self._rows(source, "train")).shuffle(seed=seed).repeat())
-        return grain.MapDataset.select_from_datasets(datasets, order)
+        return grain.MapDataset.select_from_datasets(datasets, self._order)
+
+    def source_samples(self, start: int, end: int) -> list[int]:
+        """Number of samples that each source gives among the samples start to end - 1 of the stream."""
+        counts = zip(self._order.counts_before(start), self._order.counts_before(end), strict=True)
+        return [after - before for before, after in counts]
+
+    def epochs(self, samples: int) -> list[float]:
+        """Epochs of each source in the first `samples` samples of the stream: its samples there by its training rows.
+
+        Raises:
+            OSError: if the token files are gone.
+        """
+        rows = (max(len(self._rows(source, "train")), 1) for source in self.prepared.sources)
+        return [count / number for count, number in zip(self.source_samples(0, samples), rows, strict=True)]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -173,6 +186,10 @@ class TrainingStream:
     @functools.cached_property
     def _phases(self) -> list[ExactPhase]:
         return exact_phases(self.schedule, len(self.prepared.sources))
+
+    @property
+    def _order(self) -> SampleOrder:
+        return SampleOrder(self._phases, self._is_teacher)
 
     @property
     def _is_teacher(self) -> list[bool]:

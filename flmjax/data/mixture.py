@@ -172,6 +172,12 @@ class SampleOrder(grain.transforms.DatasetSelectionMap):
         source = next(i for i in range(len(before)) if after[i] > before[i])
         return source, self._cursors[phase][source] + before[source]
 
+    def counts_before(self, index: int) -> list[int]:
+        """Number of samples that each source gives before sample `index` of the run."""
+        phase = bisect.bisect_right(self._starts, index) - 1
+        counts = self._counts_after(phase, index - self._starts[phase])
+        return [cursor + count for cursor, count in zip(self._cursors[phase], counts, strict=True)]
+
     def _counts_after(self, phase: int, n: int) -> list[int]:
         shares, _, block = self._phases[phase]
         if block:

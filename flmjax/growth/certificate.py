@@ -96,7 +96,7 @@ class Certificate:
         numbers = ", ".join(
             f"{self.run_dtype if name == 'run' else name} {value:.2g}{' (the run)' if name == 'run' else ''}"
             for name, value in self.max_difference.items()
-            if value is not None and not (name == "run" and self.run_dtype in self.max_difference)
+            if value is not None and not (name == self.run_dtype and value == self.max_difference["run"])
         )
         failure = "" if self.failure is None else f"; FAILED: {self.failure}"
         removed = (

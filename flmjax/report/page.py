@@ -4,13 +4,13 @@ import base64
 import functools
 import io
 import math
-import unicodedata
 from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
 
 from flmjax.hardware import GiB
+from flmjax.text_table import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,19 +32,16 @@ def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("flmjax.report"),
         autoescape=True,
-        finalize=printable,
+        finalize=_finalized,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
-def printable(value: object) -> str:
-    """Text whose unprintable code points (a byte-level model writes them) are U+FFFD; markup stays as it is."""
-    if isinstance(value, Markup):
-        return value
-    text = str(value)
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in text)
+def _finalized(value: object) -> str:
+    """Printable text of a template's value; markup stays as it is."""
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
 def png(figure: "Figure") -> bytes:

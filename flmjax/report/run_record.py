@@ -1,16 +1,28 @@
 """A run read back from its workdir."""
 
+import bisect
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
-from flmjax.data.prepared import data_warnings
+from flmjax.data.loader import TrainingStream
+from flmjax.data.prepared import Prepared, data_warnings, read_meta
+from flmjax.data.tokenizers import load_tokenizer
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
+from flmjax.optimizer.schedule import learning_rate
+from flmjax.training.continuation import shifted
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
-from flmjax.workdir.paths import read_config
+from flmjax.workdir.paths import Parent, read_config, read_parent
+from flmjax.workdir.starts import read_starts
+
+CURVE_POINTS = 250  # of a schedule of learning rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +45,20 @@ class StageRecord:
     validation: Record
 
 
+class Mixture(NamedTuple):
+    """The sources of a run's training data.
+
+    Attributes:
+        tokens: training tokens of each source, by its name.
+        shares: for each stage of the schedule, the share of its samples that each source gives.
+        epochs: samples that each source has given so far by samples that it has; None without the token files.
+    """
+
+    tokens: dict[str, int]
+    shares: list[list[float]]
+    epochs: list[float] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
     """A run read back from its workdir.
@@ -43,6 +69,10 @@ class RunRecord:
         train, validation, growth, sample: the lines of metrics.jsonl of each kind.
         certificates: of every growth so far.
         gzip: bits per byte of the held-out text under gzip -9; None: unknown.
+        mixture: sources of the training data; None: unknown.
+        parent: the run that this one was grown from; None: not grown, or by an older version.
+        parent_run: the parent read back up to the growth; None: no parent, or its workdir is gone.
+        starts: entries of starts.jsonl; of an older version there are none.
         data_warnings: what a reader must know of the data (data/prepared.py).
         last: the line with the most steps.
         stages: those that have begun.
@@ -56,6 +86,10 @@ class RunRecord:
     sample: list[Record]
     certificates: list[Record]
     gzip: float | None
+    mixture: "Mixture | None"
+    parent: Parent | None
+    parent_run: "RunRecord | None"
+    starts: list[Record]
     data_warnings: list[str]
     last: Record
     stages: list[StageRecord]
@@ -84,9 +118,52 @@ class RunRecord:
             return None
         return self.last["tokens"] * flops_per_token(model, model.max_length)
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of all starts by kind of work."""
+        seconds: dict[str, float] = {}
+        for start in self.starts:
+            for work, value in start.get("seconds", {}).items():
+                seconds[work] = seconds.get(work, 0.0) + (value or 0.0)
+        return seconds
 
-def read_run(workdir: Path) -> RunRecord:
+    def tokens_after(self, step: int) -> int:
+        """Tokens of the first `step` updates of the schedule, those of a learned growth included."""
+        stage = stage_at(self.config, step)
+        return stage.samples_before(step) * stage.model.max_length
+
+    def step_at(self, tokens: float) -> float:
+        """The step at which the run has read `tokens` tokens; during a learned growth, the step of the growth."""
+        x, y = [0], [0]
+        for stage in self.config.schedule:
+            end = self.tokens_after(stage.end)
+            x += [end - (stage.end - stage.start) * stage.config.batch_size * stage.model.max_length, end]
+            y += [stage.start, stage.end]
+        return float(np.interp(tokens, x, y))
+
+    @functools.cached_property
+    def learning_rates(self) -> tuple[list[int], list[float]]:
+        """(tokens, learning rate) after updates of the schedule, also after those that are not trained yet.
+
+        Every update of a short schedule; of a long one CURVE_POINTS, and both sides of the borders of stages and
+        warm-ups, so that no corner is cut.
+        """
+        stages, last = self.config.stages, self.config.total_steps - 1
+        updates = {int(update) for update in np.linspace(0, last, min(last + 1, CURVE_POINTS))}
+        for stage in self.config.schedule:
+            settings = stage.config
+            warmups = (settings.warmup_steps or 0, round(settings.growth.rewarm_fraction * settings.steps))
+            for border in (stage.start, stage.end, *(stage.start + warmup for warmup in warmups)):
+                updates |= {border - 1, border} & set(range(last + 1))
+        steps = sorted(updates)
+        return [self.tokens_after(step + 1) for step in steps], [learning_rate(stages, step) for step in steps]
+
+
+def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
     """Read a workdir, also of a run in progress; what is missing is None or empty.
+
+    Args:
+        with_parent: whether the workdir of the run's parent is read too.
 
     Raises:
         ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
@@ -105,16 +182,66 @@ def read_run(workdir: Path) -> RunRecord:
     stages = _stage_records(config, timed)
     if not stages:
         raise ConfigError(f"{workdir / METRICS_FILE} names no stage of {workdir / 'config.json'}")
+    parent = read_parent(workdir)
     return RunRecord(
         config=config,
         config_json=stored_config,
         **{k: [r for r in records if r["kind"] == k] for k in ("train", "validation", "growth", "sample")},
         certificates=[_read_json(path) or {} for path in sorted((workdir / "certificates").glob("step_*.json"))],
         gzip=meta.get("validation_gzip_bits_per_byte"),
+        mixture=_read_mixture(config, folder, latest(timed)["step"], parent.first_sample if parent else 0),
+        parent=parent,
+        parent_run=_read_parent_run(parent) if parent and with_parent else None,
+        starts=read_starts(workdir),
         data_warnings=data_warnings(meta.get("sources", {}), config.model.max_length),
         last=latest(timed),
         stages=stages,
     )
+
+
+def _read_parent_run(parent: Parent) -> RunRecord | None:
+    """The parent's lines up to the growth; None if its workdir is gone, or holds a run that has not come so far."""
+    try:
+        run = read_run(Path(parent.workdir), with_parent=False)
+    except (ConfigError, OSError):
+        return None
+    if run.last["step"] < parent.step:
+        return None
+    train, validation = (
+        [line for line in lines if line["step"] <= parent.step] for lines in (run.train, run.validation)
+    )
+    return dataclasses.replace(run, train=train, validation=validation)
+
+
+def _read_mixture(config: RunConfig, folder: Path, step: int, first_sample: int) -> Mixture | None:
+    """The mixture of the data in `folder`, which are neither prepared nor verified; None without their description.
+
+    Args:
+        step: updates of the run so far.
+        first_sample: of the run in the training stream; the parent of a grown run has read those before it.
+    """
+    try:
+        prepared = Prepared(folder, read_meta(folder), load_tokenizer(folder))
+        stream = shifted(TrainingStream.of_run(config, prepared), first_sample)
+    except ConfigError:
+        return None
+    samples, shares = first_sample, []
+    for stage in config.schedule:
+        end = first_sample + stage.samples_before(stage.end)
+        counts = stream.source_samples(samples, end)
+        shares.append([count / sum(counts) for count in counts])
+        samples = end
+    try:
+        epochs = stream.epochs(first_sample + stage_at(config, step).samples_before(step))
+    except OSError:  # the token files are gone
+        epochs = None
+    return Mixture({source: prepared.num_tokens(source, "train") for source in prepared.sources}, shares, epochs)
+
+
+def stage_at(config: RunConfig, step: int) -> Stage:
+    """The stage that update number `step` of a run belongs to."""
+    ends = [stage.end for stage in config.schedule[:-1]]  # metrics may be of a longer run, whose config was shortened
+    return config.schedule[bisect.bisect_left(ends, step)]
 
 
 def _read_json(path: Path) -> Record | None:

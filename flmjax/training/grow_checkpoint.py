@@ -42,6 +42,7 @@ from flmjax.training.state import (
 from flmjax.training.step import jit_growth
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.paths import (
+    Parent,
     begin_growth,
     data_directory,
     end_growth,
@@ -49,8 +50,10 @@ from flmjax.workdir.paths import (
     locked_workdir,
     unfinished_growth,
     write_config,
+    write_parent,
 )
 from flmjax.workdir.position import Position, newest_position
+from flmjax.workdir.starts import StartEntry
 
 LOG = functools.partial(print, flush=True)
 
@@ -96,7 +99,7 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         CheckpointError: for an unreadable source.
         GrowthError: for impossible sizes, or a growth that does not keep its claim; no checkpoint is written.
     """
-    with locked_workdir(workdir):
+    with locked_workdir(workdir), StartEntry(workdir) as entry:
         origin, checkpoints = _newest(source), workdir / "checkpoints"
         is_run = (workdir / "config.json").exists() or latest_whole_step(checkpoints) is not None
         if is_run and unfinished_growth(workdir) is None:
@@ -108,17 +111,25 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         check_vocabulary(config, source, origin, workdir)
         begin_growth(workdir, source)
         try:
-            _grow(config, source, origin, workdir, make_mesh(mesh_shape, jax.devices()), weights_only)
+            with entry.time.during("growth"):
+                _grow(config, source, origin, workdir, make_mesh(mesh_shape, jax.devices()), entry, weights_only)
         except (ConfigError, GrowthError):
             end_growth(workdir)
             raise
 
 
 def _grow(
-    config: RunConfig, source: Path, origin: Position, workdir: Path, mesh: jax.sharding.Mesh, weights_only: bool
+    config: RunConfig,
+    source: Path,
+    origin: Position,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    entry: StartEntry,
+    weights_only: bool,
 ) -> None:
     """Prepare the data, grow, prove and write what grow_checkpoint promises."""
-    data = prepare(config.data, data_directory(config, workdir), progress=True)
+    with entry.time.during("data preparation"):
+        data = prepare(config.data, data_directory(config, workdir), progress=True)
     user_config, config = config, with_vocabulary(config, data)
     check_vocabulary(config, source, origin, workdir)
     new = _target(config, origin)
@@ -152,6 +163,9 @@ def _grow(
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, to_items(grown), meta)
         checkpoints.wait()
+    tokens = origin.stage.samples_before(origin.step) * origin.stage.model.max_length
+    write_parent(Parent(str(source.resolve()), origin.step, origin.stage.name, tokens, first_sample), workdir)
+    entry.write(first_step=0, last_step=0)
     write_config(user_config, workdir)
     end_growth(workdir)
 

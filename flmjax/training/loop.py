@@ -1,8 +1,8 @@
 """A run: stages of training with growth between them, started or resumed by the same call."""
 
 import functools
-import itertools
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
 from flmjax.config.validate import validate, validate_mesh
-from flmjax.data.batch import global_batch
+from flmjax.data.batch import Batch, global_batch
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import META_FILE, data_warnings, with_vocabulary
@@ -32,6 +32,7 @@ from flmjax.optimizer.schedule import learning_rate
 from flmjax.sharding.axes import Params
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
+from flmjax.text_table import printable
 from flmjax.training.continuation import check_continuation, continued_stream
 from flmjax.training.growth_point import grow_into, growth_key, prove_growth, this_host
 from flmjax.training.state import (
@@ -50,6 +51,7 @@ from flmjax.workdir.metrics import MetricsWriter, read_metrics
 from flmjax.workdir.paths import data_directory, latest_whole_step, locked_workdir, stored_config, write_config
 from flmjax.workdir.position import Position, newest_position
 from flmjax.workdir.progress import Clock, ProgressBar
+from flmjax.workdir.starts import StartEntry
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
 OF_ALL_ROWS = ("loss", "gradient_norm")  # other metrics are of one kind of sequence, NaN in a batch without it
@@ -74,7 +76,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     validate(config)
     mesh_shape = validate_mesh(config, jax.device_count())
     check_backend(config.model.attention, jax.devices()[0].platform, config.model.dtype)
-    with locked_workdir(workdir), ProgressBar(config.total_steps) as bar:
+    with locked_workdir(workdir), StartEntry(workdir) as entry, ProgressBar(config.total_steps) as bar:
         with bar.doing("loading"):
             stored, position = stored_config(workdir), newest_position(workdir)
             check_continuation(workdir, position, config)
@@ -83,7 +85,8 @@ def train(config: RunConfig, workdir: Path) -> None:
         if step == config.total_steps and not missing_samples(config, workdir, step):
             bar.log(f"finished at step {step:,}, nothing left to do")
             return
-        with bar.doing("loading the data" if is_prepared(config, workdir) else "preparing the data"):
+        doing = "loading the data" if is_prepared(config, workdir) else "preparing the data"
+        with bar.doing(doing), entry.time.during("data preparation"):
             user_config, (config, stream) = config, open_stream(config, workdir, position)
         claim = functools.partial(write_config, user_config, workdir) if stored != user_config else lambda: None
         try:
@@ -92,7 +95,7 @@ def train(config: RunConfig, workdir: Path) -> None:
                 MetricsWriter(workdir, step) as writer,
             ):
                 mesh = make_mesh(mesh_shape, jax.devices())
-                run = Run(config, workdir, stream, mesh, checkpoints, writer, bar, position, claim)
+                run = Run(config, workdir, stream, mesh, checkpoints, writer, bar, entry, position, claim)
                 run.run_schedule()
         except KeyboardInterrupt:
             saved = latest_whole_step(workdir / "checkpoints")
@@ -186,11 +189,13 @@ class Run:
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         bar: ProgressBar,
+        entry: StartEntry,
         position: Position | None,
         claim: Callable[[], None],
     ) -> None:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
+        self.entry, self.time = entry, entry.time
         self.position, self.claim = position, claim
         self.first_sample = 0 if position is None else position.first_sample
         self.stream, self.tokenizer = stream, stream.prepared.tokenizer
@@ -201,6 +206,7 @@ class Run:
             self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
         else:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
+        entry.add(peak_flops=self.peak, peak_source=self.peak_source)
         # Newest values since the last line of metrics, without OF_ALL_ROWS; checkpoints keep them.
         self.newest: dict[str, float] = {} if position is None else position.newest_metrics
 
@@ -211,9 +217,11 @@ class Run:
         index, spec, state = self.start()
         for stage in self.config.schedule[index:]:
             if stage.index > index:
-                spec, state = self.grow(stage, spec, state)
+                with self.time.during("growth"):
+                    spec, state = self.grow(stage, spec, state)
             if int(state.step) < stage.end:
-                state = self.train_stage(state, spec, stage)
+                with self.time.during("updates"):
+                    state = self.train_stage(state, spec, stage)
             elif not self.writer.has("sample", stage.end):  # an interrupt came between the last save and the sample
                 self.write_sample(state, stage)
 
@@ -235,7 +243,8 @@ class Run:
             f"{count_parameters(state.params):,} parameters ({m.num_layers} layers x {m.embed_dim}, {m.num_heads} "
             f"heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
         )
-        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device ({self.peak_source})")
+        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device, {self.peak_source}")
+        self.entry.add(first_step=int(state.step))
         return stage.index, spec, state
 
     def spec(self, stage: Stage) -> StateSpec:
@@ -247,7 +256,7 @@ class Run:
         first = self.first_sample + stage.samples_before(int(state.step))
         size = stage.config.batch_size
         host_batches = self.stream.batches(start=first, batch_size=size, **this_host())
-        batches = (global_batch(batch, batch_sharding(self.mesh)) for batch in host_batches)
+        batches = (global_batch(batch, batch_sharding(self.mesh)) for batch in self.timed(host_batches))
         sums_of = jit_source_sums(stage.model, self.mesh, len(self.validation.labels))
         ramp = ramp_of(stage)
         unmask: Any = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
@@ -275,17 +284,31 @@ class Run:
                     self.save(step, state, stage)
                 clock.restart()
         self.write_sample(state, stage)
-        self.checkpoints.wait()
+        with self.time.during("checkpoints"):
+            self.checkpoints.wait()
         return state
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; the time that the run waits for them is that of data loading."""
+        while True:
+            with self.time.during("data loading"):
+                batch = next(batches)
+            yield batch
 
     def compiled(self, stage: Stage, updates: Iterator[Update]) -> Iterator[Update]:
         """The updates of a stage; the first compiles its program. Then nothing can refuse the config any more."""
-        with self.bar.doing(f"compiling stage {stage.name}"):
+        with self.bar.doing(f"compiling stage {stage.name}"), self.time.during("compilation"):
             first = next(updates)
         self.claim()
-        for update in itertools.chain([first], updates):
-            self.bar.step = update[0]
+        self.entry.write(last_step=first[0])
+        update: Update | None = first
+        while update is not None:
+            self.bar.step, _, _ = update
+            self.entry.add(last_step=self.bar.step)
             yield update
+            # After the mask has opened, the next update compiles the program without it.
+            with self.time.during("compilation" if self.bar.step == stage.ramp.stop else "updates"):
+                update = next(updates, None)
 
     def log(self, step: int, metrics: Metrics, stage: Stage, spec: StateSpec, clock: Clock) -> None:
         """Check one step's metrics, and write them if due."""
@@ -324,7 +347,8 @@ class Run:
     def evaluate(self, step: int, params: Params, sums_of: SourceSums, stage: Stage) -> None:
         """Compute and write the validation loss."""
         batch_size = stage.config.batch_size // stage.layout.microbatches
-        values = validation_loss(params, self.validation, sums_of, batch_size, self.mesh)
+        with self.time.during("evaluation"):
+            values = validation_loss(params, self.validation, sums_of, batch_size, self.mesh)
         self.write("validation", step, stage, **values)
         self.bar.log(f"{stage.name} {step}: {describe(values)}")
 
@@ -337,7 +361,9 @@ class Run:
             "newest_metrics": self.newest,
             "config": to_json(self.config),
         }
-        self.checkpoints.save(step, to_items(state), meta)
+        with self.time.during("checkpoints"):
+            self.checkpoints.save(step, to_items(state), meta)
+        self.entry.write()
 
     def grow(self, stage: Stage, spec: StateSpec, state: TrainState) -> tuple[StateSpec, TrainState]:
         """Spec and state at the start of `stage`, grown and certified. The state before growth is already saved."""
@@ -357,10 +383,14 @@ class Run:
         if not self.config.sample_tokens:
             return
         key = jax.random.key(self.config.seed)
-        ids = generate(state.params, stage.model, [self.prompt], self.config.sample_tokens, key)[0]
+        with self.time.during("samples"):
+            ids = generate(state.params, stage.model, [self.prompt], self.config.sample_tokens, key)[0]
         text = self.tokenizer.decode(ids[len(self.prompt) :])
         step = int(state.step)
-        self.writer.write("sample", step, stage=stage.name, prompt=self.config.sample_prompt, text=text)
+        prompt = self.config.sample_prompt
+        self.writer.write("sample", step, stage=stage.name, prompt=prompt, text=text)
+        self.writer.write_text(f"sample/{stage.name}", prompt + text, step)
+        self.bar.log(f"{stage.name} {step}: text sample\n{textwrap.indent(printable(prompt + text), '    ')}")
 
     def write(self, kind: str, step: int, stage: Stage, **values: Any) -> None:
         """Write a line of metrics with the stage's name, and the tokens and FLOPs up to it."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class MetricsWriter:
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 self._board.add_scalar(f"{kind}/{name}", value, global_step=line["step"])
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Add a text to TensorBoard, where it is shown as it stands: a block of code in Markdown."""
+        block = textwrap.indent(text.encode(errors=SURROGATES).decode(), "    ", lambda _: True)
+        self._board.add_text(name, block, global_step=step)
 
     def has(self, kind: str, step: int) -> bool:
         """Whether the file has a line of this kind for `step`, the step at which the run resumed."""

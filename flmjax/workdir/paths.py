@@ -3,11 +3,13 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from flmjax.config import ConfigError, RunConfig, from_stored, to_stored
 from flmjax.lock import locked
 
 CONFIG_FILE = "config.json"
+PARENT_FILE = "parent.json"
 GROWTH_FILE = "growth.partial"  # while `flmjax grow` writes the workdir: the source
 
 
@@ -66,6 +68,47 @@ def unfinished_growth(workdir: Path) -> str | None:
 def end_growth(workdir: Path) -> None:
     """Remove the mark of begin_growth."""
     (workdir / GROWTH_FILE).unlink(missing_ok=True)
+
+
+class Parent(NamedTuple):
+    """The run that another one was grown from by `flmjax grow`.
+
+    Attributes:
+        workdir: absolute path of its workdir at that time.
+        step, stage, tokens: updates, stage and tokens of the checkpoint that was grown.
+        first_sample: number of the grown run's first sample in the training stream; not 0 where it goes on in the
+            parent's data.
+    """
+
+    workdir: str
+    step: int
+    stage: str
+    tokens: int
+    first_sample: int
+
+
+def write_parent(parent: Parent, workdir: Path) -> None:
+    """Write parent.json in `workdir`."""
+    (workdir / PARENT_FILE).write_text(json.dumps(parent._asdict()) + "\n", encoding="utf-8")
+
+
+def read_parent(workdir: Path) -> Parent | None:
+    """The parent of the run in `workdir`; None for a run that was not grown from another.
+
+    Raises:
+        ConfigError: naming parent.json if it cannot be read.
+    """
+    path = workdir / PARENT_FILE
+    try:
+        parent = Parent(**json.loads(path.read_text(encoding="utf-8")))
+        numbers = parent.step, parent.tokens, parent.first_sample
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"{numbers} are not counts")
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} does not describe a parent run: {error}; without that file none is named") from error
+    return parent
 
 
 def latest_whole_step(directory: Path) -> int | None:

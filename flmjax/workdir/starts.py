@@ -1,0 +1,173 @@
+"""The starts of a run, WORKDIR/starts.jsonl: the origin of the results of each process, and its wall time by kind.
+
+A file beside metrics.jsonl, which is cut back to the checkpoint when a run resumes: every start keeps its entry. An
+entry is written after the first update, at every checkpoint and at the end; the time that a killed process spent after
+its last checkpoint is not in it.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import flmjax
+from flmjax.config import ConfigError
+from flmjax.workdir.metrics import Record
+
+STARTS_FILE = "starts.jsonl"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # beside Python and flmjax
+
+# Kinds of work of a process; "other" is what is left, such as restoring a checkpoint.
+Work = Literal[
+    "updates",
+    "compilation",
+    "evaluation",
+    "checkpoints",
+    "growth",
+    "samples",
+    "data loading",
+    "data preparation",
+    "other",
+]
+WORKS: tuple[Work, ...] = get_args(Work)
+
+
+class WallTime:
+    """Seconds of a process by kind of work, from its creation on. One kind at a time is counted: they add up."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Work, float] = dict.fromkeys(WORKS, 0.0)
+        self._work: Work = "other"
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def during(self, work: Work) -> Iterator[None]:
+        """Count the time of the block as `work`; blocks inside it count as their own."""
+        around = self._work
+        self._turn_to(work)
+        try:
+            yield
+        finally:
+            self._turn_to(around)
+
+    def seconds(self) -> dict[Work, float]:
+        """Seconds of each kind so far."""
+        self._turn_to(self._work)
+        return dict(self._seconds)
+
+    def _turn_to(self, work: Work) -> None:
+        now = time.monotonic()
+        self._seconds[self._work] += now - self._since
+        self._work, self._since = work, now
+
+
+class StartEntry:
+    """The entry of this process in WORKDIR/starts.jsonl; the block of `with` is the time that the process works.
+
+    Nothing is written before the first call of `write`, so that a refused command leaves no file. Environment variables
+    are not stored: they may hold secrets.
+
+    Args:
+        workdir: of the run, locked by this process.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self._path = workdir / STARTS_FILE
+        self._before: bytes | None = None  # the entries of the starts before; None: nothing is written yet
+        self._values: Record = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+        self.time = WallTime()
+
+    def __enter__(self) -> "StartEntry":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            self.write()
+
+    def add(self, **values: object) -> None:
+        """Set values of the entry, which the next `write` stores."""
+        self._values |= values
+
+    def write(self, **values: object) -> None:
+        """Store the entry with these values and the wall time so far; a kill leaves the old file or the new one."""
+        import jax
+
+        self.add(**values)
+        if jax.process_index():
+            return
+        if self._before is None:
+            self._before = self._path.read_bytes() if self._path.exists() else b""
+            self._values = {**_origin(), **self._values}
+        seconds = {work: round(value, 3) for work, value in self.time.seconds().items()}
+        line = json.dumps({**self._values, "seconds": seconds}, ensure_ascii=False)
+        partial = self._path.with_suffix(".tmp")
+        partial.write_bytes(self._before + line.encode(errors="backslashreplace") + b"\n")
+        partial.replace(self._path)
+
+
+def read_starts(workdir: Path) -> list[Record]:
+    """The entries of WORKDIR/starts.jsonl in order; [] without the file, which older versions did not write.
+
+    Raises:
+        ConfigError: naming a line that is not a JSON object.
+    """
+    path = workdir / STARTS_FILE
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("seconds", {}), dict):
+            raise ConfigError(f"{path}: line {number} is not an entry of a start: {line[:60]!r}; delete that line")
+        entries.append(entry)
+    return entries
+
+
+def _origin() -> Record:
+    """What the results of this process depend on beside the config: machine, command line and versions."""
+    import jax
+
+    program = "flmjax" if Path(sys.argv[0]).name in ("flmjax", "__main__.py") else sys.argv[0]
+    versions = {"python": platform.python_version(), "flmjax": flmjax.__version__}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "command": shlex.join([program, *sys.argv[1:]]),
+        "folder": os.getcwd(),
+        "versions": versions,
+        **checkout(Path(flmjax.__file__).parent),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def checkout(package: Path) -> Record:
+    """Commit of the git checkout that tracks the files of `package`, and whether it has changes; {} if there is none.
+
+    A package that is installed inside another project's checkout is not tracked there.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        line = ["git", "--no-optional-locks", "-C", str(package), *arguments]
+        return subprocess.run(
+            line, env=environment, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "is_dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one of another user
+        return {}
