@@ -49,6 +49,15 @@ def test_a_prompt_that_leaves_no_place_is_refused():
         prompt_ids("a\udc80", ByteTokenizer(), 16)
 
 
+@pytest.mark.timeout(60)
+def test_more_tokens_than_there_is_place_for_take_no_longer():
+    """Sampling went on after the end of the window, and 2^31 - 1 tokens made that end a negative number."""
+    key, params = jax.random.key(0), random_params(WITH_BYTES)
+    window = generate(params, WITH_BYTES, [np.array([1])], WITH_BYTES.max_length, key)[0]
+    assert len(window) == WITH_BYTES.max_length
+    np.testing.assert_array_equal(generate(params, WITH_BYTES, [np.array([1])], 2**31 - 1, key)[0], window)
+
+
 def test_prompts_continue_in_a_batch_as_they_do_alone():
     """Padding must not change how a short prompt continues: huggingface/transformers#26137."""
     config = with_fields(TINY, max_length=32)

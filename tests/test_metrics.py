@@ -27,6 +27,7 @@ from flmjax.model.flops import flops_per_token, matmul_parameters
 from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import map_with_axes
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
+from flmjax.workdir.progress import ProgressBar
 
 TINY = ModelConfig(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=3, mlp_dim=5, vocab_size=11)
 
@@ -278,6 +279,16 @@ def test_a_terminal_shows_a_bar_with_stage_loss_speed_and_time():
 
 def test_a_terminal_without_a_width_gets_plain_lines():
     assert on_a_terminal(columns=0).startswith("small 20/40 loss 2.5000, 12,346 tokens/s, ")
+
+
+def test_a_line_names_the_losses_of_text_and_teachers(capsys):
+    """The loss of both (3.2) stood beside the validation loss of the text alone (5.2)."""
+    with ProgressBar(total=40) as bar:
+        bar.update(20, "small", 3.2, None, {"language": 5.25, "teacher": 0.25})
+        bar.update(30, "small", 5.2, None, {"language": 5.25, "teacher": math.nan})
+    lines = capsys.readouterr().out.splitlines()
+    assert "loss 3.2000 (language 5.2500, teacher 0.2500), " in lines[0]
+    assert "loss 5.2000 (language 5.2500), " in lines[1]
 
 
 COMPILES = """

@@ -55,11 +55,12 @@ def generate(
     """
     cut = [np.asarray(prompt, np.int32)[: config.max_length - 1] for prompt in prompts]
     starts = np.array([len(prompt) for prompt in cut], np.int32)
-    ends = np.minimum(starts + num_tokens, config.max_length)
+    ends = np.minimum(starts.astype(np.int64) + num_tokens, config.max_length)  # num_tokens may be any int32
     window_BL = np.zeros((len(cut), int(ends.max(initial=1))), np.int32)
     for row, prompt in zip(window_BL, cut, strict=True):
         row[: len(prompt)] = prompt
-    filled_BL = np.asarray(_generate(params, window_BL, starts, num_tokens, key, temperature, config))
+    new_tokens = int((ends - starts).max(initial=0))
+    filled_BL = np.asarray(_generate(params, window_BL, starts, new_tokens, key, temperature, config))
     return [row[:end] for row, end in zip(filled_BL, ends, strict=True)]
 
 

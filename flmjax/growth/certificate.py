@@ -85,11 +85,12 @@ class Certificate:
             )
 
     def save(self, directory: Path) -> Path:
-        """Write step_NNNNNNNN.json in `directory` and return its path."""
+        """Write step_NNNNNNNN.json in `directory` and return its path; a killed write leaves no partial file."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"step_{self.step:08d}.json"
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        return path
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        return partial.replace(path)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())

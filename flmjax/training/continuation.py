@@ -12,7 +12,7 @@ import numpy as np
 from flmjax.config import ConfigError, RunConfig, StageConfig, differences
 from flmjax.config.fields import ScheduleSettings
 from flmjax.data.loader import TrainingStream
-from flmjax.optimizer.schedule import learning_rate
+from flmjax.optimizer.schedule import learning_rate, new_warmup
 from flmjax.workdir.position import Position
 
 SHOWN_FIELDS = 6  # of a refusal
@@ -44,6 +44,7 @@ def check_continuation(workdir: Path, position: Position | None, config: RunConf
             f"take another --workdir (only steps from {position.step} on and later stages may change)"
         )
     _check_rates(workdir, past.stages, config.stages, position.step)
+    _check_warmups(workdir, past, config, position.stage.index)
 
 
 def _changed_stages(past: RunConfig, config: RunConfig, position: Position) -> list[str]:
@@ -92,6 +93,19 @@ def _check_rates(workdir: Path, past: tuple[StageConfig, ...], present: tuple[St
             raise ConfigError(
                 f"{workdir}: {'; '.join(changed[:SHOWN_FIELDS])} would change the learning rate of updates that are "
                 f"made (update {update + 1}: {before:.6g} -> {after:.6g}){'' if is_same_length else LONGER}"
+            )
+
+
+def _check_warmups(workdir: Path, past: RunConfig, config: RunConfig, last: int) -> None:
+    """Refuse another warm-up of the parameters that the growth into a stage up to number `last` created."""
+    for before, after in zip(past.schedule[1 : last + 1], config.schedule[1 : last + 1], strict=True):
+        old, new = new_warmup(before.config), new_warmup(after.config)
+        grows = before.previous is not None and before.model != before.previous.model
+        if grows and old != new:
+            raise ConfigError(
+                f"{workdir}: the parameters that stages[{before.index}] created have a warm-up of {old} updates, and "
+                f"of {new} in this config; stages[{before.index}].growth.new_warmup_fraction="
+                f"{old / after.config.steps:.9g} keeps it"
             )
 
 

@@ -342,7 +342,8 @@ class Run:
             model_flops_utilization=None if speed is None else speed * flops / (self.peak * self.mesh.size),
             skipped_updates=skipped,
         )
-        self.bar.update(step, stage.name, values["loss"], speed)
+        parts = {kind: values[f"{kind}_loss"] for kind in ("language", "teacher") if f"{kind}_loss" in values}
+        self.bar.update(step, stage.name, values["loss"], speed, parts)
 
     def evaluate(self, step: int, params: Params, sums_of: SourceSums, stage: Stage) -> None:
         """Compute and write the validation loss."""

@@ -1,11 +1,12 @@
 """Progress of a run on a terminal, and the clock of its speed."""
 
 import contextlib
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -95,9 +96,17 @@ class ProgressBar:
             self._bar.initial = self._bar.n = step
             self._bar.refresh()
 
-    def update(self, step: int, stage: str, loss: float, tokens_per_second: float | None) -> None:
-        """Show that `step` steps of the run are complete; without a terminal every call prints one line."""
-        numbers = f"loss {loss:.4f}" + (f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
+    def update(
+        self, step: int, stage: str, loss: float, tokens_per_second: float | None, parts: Mapping[str, float] = {}
+    ) -> None:
+        """Show that `step` steps of the run are complete; without a terminal every call prints one line.
+
+        Args:
+            parts: losses of the kinds of sequences that `loss` is the mean of; those that are not finite are left out.
+        """
+        of_kinds = ", ".join(f"{name} {value:.4f}" for name, value in parts.items() if math.isfinite(value))
+        numbers = f"loss {loss:.4f}" + (f" ({of_kinds})" if of_kinds else "")
+        numbers += f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         if self._bar is None:
             left = (time.monotonic() - self._start) / max(step - self._initial, 1) * (self._total - step)
             print(f"{stage} {step}/{self._total} {numbers}, {tqdm.format_interval(left)} left", flush=True)

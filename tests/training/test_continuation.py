@@ -1,6 +1,7 @@
 """Changes of a config that a run with a checkpoint permits, the samples that it has read, and incomplete metadata."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -64,7 +65,6 @@ COSINE = stage(schedule="cosine", warmup_steps=10)
         (run(stage(), grown()), 150, 1, run(stage(), grown(steps=140), grown("c"))),
         (run(stage(), grown()), 100, 0, run(stage(steps=120), grown(ramp_steps=5, family="mask"))),
         (run(stage(), grown()), 200, 1, run(stage(), grown(steps=1000, new_warmup_fraction=0.001))),
-        (run(stage(), grown()), 101, 1, run(stage(), grown(steps=1000))),  # the state keeps the warm-up that has begun
     ],
 )
 def test_a_run_goes_on_where_no_update_would_have_differed(past, step, index, config, tmp_path):
@@ -206,3 +206,19 @@ def test_a_stored_config_without_a_field_has_its_default(tmp_path):
     del (config := to_stored(run(stage()))["config"])["optimizer"]["max_skipped_updates"], config["data"]["workers"]
     at = newest_position(saved(tmp_path, {**META, "config": config}))
     check_continuation(tmp_path, at, run(stage()))
+
+
+def test_a_longer_stage_keeps_the_warmup_of_the_parameters_that_it_created(tmp_path):
+    """The warm-up is a share of the stage's steps: a longer stage would have slowed updates that are made already."""
+    past, longer = run(stage(), grown(new_warmup_fraction=0.5)), run(stage(), grown(steps=300, new_warmup_fraction=0.5))
+    with pytest.raises(ConfigError, match=r"stages\[1\] created have a warm-up of 50 updates, and of 150") as refusal:
+        check_continuation(tmp_path, position(past, 150, 1), longer)
+    cure = float(re.search(r"new_warmup_fraction=(\S+) keeps it", str(refusal.value))[1])
+    check_continuation(tmp_path, position(past, 150, 1), run(stage(), grown(steps=300, new_warmup_fraction=cure)))
+    check_continuation(tmp_path, position(past, 80, 0), longer)  # the stage has not begun
+
+
+def test_a_stage_that_created_no_parameters_may_become_longer(tmp_path):
+    same = {"name": "b", "growth": GrowthConfig(new_warmup_fraction=0.5)}
+    past = run(stage(), stage(**same))
+    check_continuation(tmp_path, position(past, 150, 1), run(stage(), stage(steps=300, **same)))
