@@ -108,9 +108,13 @@ def _draw_stages(panel: "Axes", run: RunRecord, field: str, letters: float) -> N
 
 
 def _add_step_axis(panel: "Axes", run: RunRecord) -> None:
-    """A second axis below that of tokens: the step at each of its ticks, also where batch sizes differ."""
+    """A second axis below that of tokens: round steps, which are not evenly spaced where batch sizes differ."""
+    from matplotlib.ticker import MaxNLocator
+
+    last = run.last["step"]
+    ticks = [int(step) for step in MaxNLocator(8, integer=True).tick_values(0, last) if 0 <= step <= last]
     steps = panel.secondary_xaxis(-0.24)
-    steps.xaxis.set_major_formatter(lambda tokens, _: f"{run.step_at(tokens):,.0f}" if tokens >= 0 else "")
+    steps.set_ticks([run.tokens_after(step) for step in ticks], [f"{step:,}" for step in ticks])
     steps.set_xlabel("step", fontsize=9, color=INK)
     steps.tick_params(labelsize=8, colors=INK)
     steps.spines["bottom"].set_color(GREY)

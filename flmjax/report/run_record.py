@@ -132,15 +132,6 @@ class RunRecord:
         stage = stage_at(self.config, step)
         return stage.samples_before(step) * stage.model.max_length
 
-    def step_at(self, tokens: float) -> float:
-        """The step at which the run has read `tokens` tokens; during a learned growth, the step of the growth."""
-        x, y = [0], [0]
-        for stage in self.config.schedule:
-            end = self.tokens_after(stage.end)
-            x += [end - (stage.end - stage.start) * stage.config.batch_size * stage.model.max_length, end]
-            y += [stage.start, stage.end]
-        return float(np.interp(tokens, x, y))
-
     @functools.cached_property
     def learning_rates(self) -> tuple[list[int], list[float]]:
         """(tokens, learning rate) after updates of the schedule, also after those that are not trained yet.
