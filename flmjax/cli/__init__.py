@@ -10,6 +10,7 @@ from flmjax.cli.commands import COMMANDS
 from flmjax.cli.help import help_text, version_text, wants_help
 from flmjax.cli.parsing import CommandLine, one_line, parse
 from flmjax.config import ConfigError
+from flmjax.hardware import hide_plugins
 
 __all__ = ["COMMANDS", "CommandLine", "main", "parse", "run"]
 
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of any encoding shows names and texts of any characters
             stream.reconfigure(errors="backslashreplace")
+    if argv[:1] != ["plan"]:
+        hide_plugins()
     try:
         if argv == ["--version"]:
             print(version_text())
