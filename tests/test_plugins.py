@@ -8,7 +8,6 @@ import pytest
 
 from flmjax import hardware
 
-
 CONFIG = f"""
 import jax
 from ml_collections import config_dict

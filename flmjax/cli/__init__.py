@@ -22,9 +22,7 @@ def main(argv: list[str]) -> int:
         The exit status: 0, 1 for an error while the command ran, 2 for a command line that cannot be meant, 130 for an
         interruption.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of any encoding shows names and texts of any characters
-            stream.reconfigure(errors="backslashreplace")
+    _show_any_characters()
     if argv[:1] != ["plan"]:
         hide_plugins()
     try:
@@ -62,6 +60,13 @@ def main(argv: list[str]) -> int:
         print(f"flmjax: interrupted{where}{resume}", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_any_characters() -> None:
+    """Let a terminal of any encoding show names and texts of any characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run() -> None:
