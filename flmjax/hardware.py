@@ -6,13 +6,29 @@ FLOP/s is a rate of floating-point operations; bandwidths are in bytes/s, those 
 import dataclasses
 import math
 import os
+import sys
 import time
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import jax
 
 GiB = 2**30
+
+# Device nodes of the drivers: an NVIDIA GPU is visible to JAX if one of these is (jax/_src/hardware_utils.py); a TPU's
+# driver is accel (v2 to v4) or vfio.
+_NVIDIA_NODES = ("nvidia0", "nvidiactl", "dxg")
+_TPU_NODES = ("accel*", "vfio/*")
+# The modules that JAX loads for a kind of device, and the nodes of the devices.
+_PLUGINS = {
+    "jax_plugins.xla_cuda12": _NVIDIA_NODES,
+    "jax_plugins.xla_cuda13": _NVIDIA_NODES,
+    "jax_cuda12_plugin": _NVIDIA_NODES,
+    "jax_cuda13_plugin": _NVIDIA_NODES,
+    "libtpu": _TPU_NODES,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,3 +130,29 @@ def _measured_flops(device: "jax.Device", size: int = 1024, budget_seconds: floa
         multiply(x, x).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def hide_plugins(nodes: Path = Path("/dev")) -> None:
+    """Hide JAX's plug-ins for devices that this machine lacks from JAX, which must not be imported yet.
+
+    JAX would load them and pass on in many lines that there is no device. Without a device they are compilers, of use
+    to `flmjax plan` alone. Platforms that the environment variable JAX_PLATFORMS demands are left to JAX.
+
+    Args:
+        nodes: the folder of device nodes.
+    """
+    if (os.environ.get("JAX_PLATFORMS") or "cpu") != "cpu":
+        return
+    for name, patterns in _PLUGINS.items():
+        if not any(any(nodes.glob(pattern)) for pattern in patterns):
+            sys.modules.setdefault(name, _EmptyPlugin(name))
+
+
+class _EmptyPlugin(ModuleType):
+    """A plug-in that registers no device; its submodules cannot be imported."""
+
+    def initialize(self) -> None:
+        """Register nothing; JAX calls it of the modules in `jax_plugins`."""
+
+    def get_library_path(self) -> None:
+        """No library; JAX calls it of `libtpu`."""

@@ -113,6 +113,24 @@ def test_a_step_that_compiles_but_does_not_fit_is_refused(compilers):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize(("topology", "attention"), [("a800:1x8", "cudnn"), ("v5e:2x4", "splash")])
+def test_a_plan_is_compiled_for_the_machine(topology, attention, compilers, tmp_path):
+    """A step with fused attention; .ci/run plans it on the newest JAX too."""
+    mesh = ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    size = ["--config.model.num_layers=2", "--config.stages[0].batch_size=48"]
+    flags = [f"--config.mesh.topology={topology}", *mesh, *size, f"--output={tmp_path}"]
+    done = plan_process(compilers, *flags, config="flm_proxy.py")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["is_exact"]
+    assert plan["refusals"] == []
+    (stage,) = plan["stages"]
+    assert stage["attention"] == attention
+    assert 0 < stage["program"]["peak"] < 4 * GiB
+    assert stage["program"]["rematerialisations"] == 0
+
+
+@pytest.mark.timeout(400)
 def test_without_its_compiler_a_machine_is_planned_on_cpus(own_environment):
     flags = ["--config.mesh.topology=a800:1x8", "--config.mesh.replica=1", "--config.mesh.fsdp=4"]
     flags += ["--config.mesh.tensor=2", "--config.model.attention=plain", "--config.stages[0].batch_size=48"]

@@ -10,6 +10,7 @@ from flmjax.cli.commands import COMMANDS
 from flmjax.cli.help import help_text, version_text, wants_help
 from flmjax.cli.parsing import CommandLine, one_line, parse
 from flmjax.config import ConfigError
+from flmjax.hardware import hide_plugins
 
 __all__ = ["COMMANDS", "CommandLine", "main", "parse", "run"]
 
@@ -21,9 +22,9 @@ def main(argv: list[str]) -> int:
         The exit status: 0, 1 for an error while the command ran, 2 for a command line that cannot be meant, 130 for an
         interruption.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of any encoding shows names and texts of any characters
-            stream.reconfigure(errors="backslashreplace")
+    _show_any_characters()
+    if argv[:1] != ["plan"]:
+        hide_plugins()
     try:
         if argv == ["--version"]:
             print(version_text())
@@ -59,6 +60,13 @@ def main(argv: list[str]) -> int:
         print(f"flmjax: interrupted{where}{resume}", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_any_characters() -> None:
+    """Let a terminal of any encoding show names and texts of any characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run() -> None:

@@ -176,7 +176,7 @@ def main() -> int:
     if BATCH % max(args.microbatches, 1) or args.microbatches < 1:
         parser.error(f"--microbatches={args.microbatches} must divide the {BATCH} rows")
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        print("step_time.py compares with PyTorch and transformers: pip install 'flmjax[hf]'", file=sys.stderr)
+        print("step_time.py compares with PyTorch and transformers: pip install 'flmjax[bench]'", file=sys.stderr)
         return 1
     import torch
 
