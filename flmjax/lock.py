@@ -152,7 +152,10 @@ def _create(path: Path, owner: Owner, subject: str, log: Log) -> "Owner | contex
         with path.open("x", encoding="utf-8") as file:
             file.write(json.dumps(owner._asdict()))
     except FileExistsError:
-        if (holder := _read(path)) is None and time.time() - path.stat().st_mtime > 60:
+        holder, age = _read(path), 0.0
+        with contextlib.suppress(FileNotFoundError):  # released in this moment
+            age = time.time() - path.stat().st_mtime
+        if holder is None and age > 60:
             raise ConfigError(f"{path} names no process; if none is at work on {subject}, delete it") from None
         return holder or Owner("unknown host", 0, None, "a moment ago")
     if other is not None:

@@ -129,6 +129,11 @@ def split_parts(spooled: Spooled, folder: Path, name: str) -> list[Part]:
     return parts
 
 
+def num_cores() -> int:
+    """Number of cores that this process may use; where the system does not tell, of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def encode_parts(parts: Iterable[Part], encoder: Encoder, folder: Path, workers: int | None, progress: bool) -> None:
     """Write the files of all parts that have none yet.
 
@@ -139,7 +144,7 @@ def encode_parts(parts: Iterable[Part], encoder: Encoder, folder: Path, workers:
     """
     missing = [part for part in parts if not part.path.exists()]
     total = sum(int(part.sizes.sum()) for part in missing)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    workers = min(workers or num_cores(), len(missing))
     # disable=None: silent where standard error is no terminal
     with tqdm(
         desc="text to tokens", total=total, unit="B", unit_scale=True, leave=False, disable=None if progress else True
