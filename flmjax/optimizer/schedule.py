@@ -1,36 +1,34 @@
 """Learning rate of every update of a run."""
 
 import dataclasses
-
-import optax
+import math
 
 from flmjax.config import StageConfig
 
 
-def stage_schedule(stage: StageConfig) -> optax.Schedule:
-    """Schedule of one stage: the learning rate of its update n = 0, 1, ...
+def stage_rate(stage: StageConfig, update: int) -> float:
+    """Learning rate of update 0, 1, ... of the schedule that `stage` starts; the last rate stays after the end.
 
     A linear warm-up reaches the peak at its last update. Then "constant"; "cosine" to final_learning_rate; or "wsd":
     constant, and linear to final_learning_rate over the last decay_fraction of the stage, at least one update. The last
     update of "cosine" and "wsd" has final_learning_rate exactly; the only update of a stage has the peak.
+
+    Computed on the host, in float64: a rate from the device would wait for the update that runs there.
     """
     peak, final, warmup_steps, shape, decay_fraction = stage.schedule_settings
-    rest = stage.steps - warmup_steps
+    if update < warmup_steps:
+        return peak * (update + 1) / warmup_steps
     if shape == "constant" or stage.steps == 1:
-        body = optax.constant_schedule(peak)
-    elif rest == 1:
-        body = optax.constant_schedule(final)
-    elif shape == "cosine":
-        body = optax.cosine_decay_schedule(peak, rest - 1, alpha=final / peak if peak else 0.0)
-    else:
-        decay = min(rest, max(1, round(decay_fraction * stage.steps)))
-        linear = optax.linear_schedule(peak, final, decay)
-        # The line starts at the update before the decay, whose rate is still the peak.
-        body = optax.join_schedules([optax.constant_schedule(peak), linear], [rest - decay - 1])
-    if warmup_steps == 0:
-        return body
-    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
-    return optax.join_schedules([warmup, body], [warmup_steps])
+        return peak
+    rest = stage.steps - warmup_steps
+    decay = rest - 1 if shape == "cosine" else min(rest, max(1, round(decay_fraction * stage.steps)))
+    left = stage.steps - 1 - update  # updates until the last one
+    if left <= 0:
+        return final
+    if left >= decay:
+        return peak
+    share = left / decay if shape == "wsd" else (1 + math.cos(math.pi * (1 - left / decay))) / 2
+    return final + (peak - final) * share
 
 
 def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
@@ -59,7 +57,7 @@ def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
     schedule = dataclasses.replace(stages[origin], steps=sum(s.steps for s in stages[first:last]))
     if first != origin:
         schedule = dataclasses.replace(schedule, warmup_steps=0)
-    rate = float(stage_schedule(schedule)(step - start))
+    rate = stage_rate(schedule, step - start)
     if i and stage.growth.rate_policy == "rewarm":
         rate *= min(1.0, (step - begin + 1) / max(1, round(stage.growth.rewarm_fraction * stage.steps)))
     return rate
