@@ -204,7 +204,9 @@ def numbers_text(name: str) -> str:
     ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
     for stage, spec in enumerate(specs):
         if stage:
-            state = jit_growth(specs[0], spec, tiny.growth, new_warmup=3)(state, key)
+            state = jit_growth(specs[0], spec, Growth(specs[0].config, spec.config, tiny.growth, new_warmup=3))(
+                state, key
+            )
             lines += [f"grown {p} {summary(x)}" for p, x in paths(state.params)]
             lines += [f"grown {p} {summary(x)}" for p, x in moments(state.opt_state)]
         step = jit_train_step(spec, 2, ramp=ramp if stage else None)
@@ -245,7 +247,7 @@ def program_text(name: str, program: str) -> str:
         ramp = Ramp(Growth(tiny.model, tiny.larger, tiny.growth), 5) if tiny.growth.family == "mask" else None
         lowered = jit_train_step(new, 2, ramp=ramp).lower(new.abstract, batch, np.float32(0))
     elif program == "growth":
-        lowered = jit_growth(old, new, tiny.growth).lower(old.abstract, key)
+        lowered = jit_growth(old, new, Growth(old.config, new.config, tiny.growth)).lower(old.abstract, key)
     else:
         growth = Growth(tiny.model, tiny.larger, tiny.growth)
         compare = jit_comparison(growth, dtype="float32", placement=Placement(mesh), gradients=True)

@@ -54,6 +54,16 @@ def test_data_that_were_there_before_stay(text, capsys, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
 
 
+def test_a_prompt_that_is_too_long_keeps_the_prepared_data(text, capsys, tmp_path):
+    """Hours of preparation were removed; the corrected command has the same data."""
+    settings = [f"--config.data.sources={text}", "--config.data.vocabulary=bytes", "--config.model.max_length=64"]
+    settings += [f"--workdir={tmp_path / 'run'}", f"--config.sample_prompt={'a' * 64}"]
+    assert cli.main(["train", QUICKSTART, *settings]) == 2
+    assert "sample_prompt has 64 tokens" in capsys.readouterr().err
+    assert (tmp_path / "run" / "data" / "meta.json").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "bfloat16"), ("tpu", "bfloat16"), ("gpu", "float32")])
 def test_cudnn_is_refused_where_it_cannot_compute(platform, dtype):
     check_backend("cudnn", "gpu", "bfloat16")

@@ -86,7 +86,8 @@ def scale_by_adam(config: OptimizerConfig, model: ModelConfig, axes: AxesTree) -
     def update(grads: Params, state: AdamState, params: Params | None = None) -> tuple[Params, AdamState]:
         _, moments = adam.update(grads, state.adam, params)
         ages = {name: moments.count - jnp.maximum(birth, state.reset) for name, birth in state.births.items()}
-        # The youngest place decides: corrections fall with age, so it has the largest; rates rise, so it has the least.
+        # Corrections fall with age: the youngest place has the largest. Of the rates the least counts, also where an
+        # older place warms up longer.
         first = {name: 1 / (1 - config.b1**age) for name, age in ages.items()}
         second = {name: 1 / (1 - config.b2**age) for name, age in ages.items()}
         rate = {

@@ -101,7 +101,7 @@ class Compiler:
         old, new = self.spec(stage.previous), self.spec(stage)
         key = jax.eval_shape(lambda: jax.random.key(0))
         return compile_program(
-            jit_growth(old, new, stage.config.growth),
+            jit_growth(old, new, Growth.into(stage)),
             (old.abstract, key),
             self.topology,
             name=f"growth {stage.previous.name} -> {stage.name}",

@@ -138,7 +138,7 @@ def _grow(
     key = growth_key(config, 0)
     growth = Growth(old, new, config.stages[0].growth, key, new_warmup(config.stages[0]))
     state = _restore(source / "checkpoints", origin, before, config.seed, weights_only)
-    program = jit_growth(before, after, growth.config, growth.new_warmup)
+    program = jit_growth(before, after, growth)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
     stream = TrainingStream.of_run(config, data)

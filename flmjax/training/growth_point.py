@@ -15,7 +15,6 @@ from flmjax.growth.certificate import Certificate, GrowthPoint, certify
 from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tune
 from flmjax.model.loss import divisor
-from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.axes import Params
 from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.training.state import StateSpec, TrainState
@@ -44,7 +43,7 @@ def grow_into(
         first_sample: of the run in the stream; not 0 after a growth between runs.
     """
     old, new = specs
-    grown = jit_growth(old, new, stage.config.growth, new_warmup(stage.config))(state, key)
+    grown = jit_growth(old, new, Growth.into(stage))(state, key)
     if not stage.tuning_steps:
         return grown
     assert stage.previous is not None

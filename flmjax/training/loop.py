@@ -122,12 +122,12 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
         for stage in config.schedule:
             stream.check_size(stage.config.batch_size)
         stream.validation_rows(1)
-        if config.sample_tokens:
-            prompt_ids(config.sample_prompt, data.tokenizer, config.model.max_length)  # refuses one that is too long
     except ConfigError:
         if is_new:
             shutil.rmtree(data.directory)
         raise
+    if config.sample_tokens:
+        prompt_ids(config.sample_prompt, data.tokenizer, config.model.max_length)  # refuses one that is too long
     return config, continued_stream(workdir, position, stream)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import GrowthConfig, ModelConfig
+from flmjax.config import ModelConfig
 from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
@@ -145,16 +145,10 @@ def jit_train_step(
     )
 
 
-def jit_growth(
-    old: StateSpec, new: StateSpec, config: GrowthConfig, new_warmup: int = 0
-) -> Callable[[TrainState, jax.Array], TrainState]:
-    """The jitted growth: (state, key) -> grown state. The old state is not donated: the certificate needs it.
-
-    Args:
-        new_warmup: number of updates in which new parameters reach their full learning rate.
-    """
+def jit_growth(old: StateSpec, new: StateSpec, growth: Growth) -> Callable[[TrainState, jax.Array], TrainState]:
+    """The jitted `growth`: (state, key) -> grown state. The old state is not donated: the certificate needs it."""
     return jax.jit(
-        lambda state, key: grow(state, Growth(old.config, new.config, config, key, new_warmup)),
+        lambda state, key: grow(state, dataclasses.replace(growth, key=key)),
         in_shardings=(old.shardings, replicated(old.mesh)),
         out_shardings=new.shardings,
     )
