@@ -175,6 +175,27 @@ def test_every_kind_of_teacher_is_read(tmp_path):
     assert len(read("hsk_translations")) > 8000
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", " \n", "\t\r\n"])
+@pytest.mark.parametrize("suffix", ["txt", "md", "jsonl"])
+def test_paragraphs_end_at_blank_lines_of_any_line_end(tmp_path, line_end, suffix):
+    text = ("word " * 30 + f"\nNUMBER first\n\nNUMBER second {'word ' * 30}\n").replace("\n", line_end)
+    for i in range(9):
+        content = text.replace("NUMBER", str(i))
+        content = json.dumps({"text": content}) if suffix == "jsonl" else content
+        (tmp_path / f"{i}.{suffix}").write_text(content, newline="")
+    pairs = [d.text for d in teacher_source(f"topic:{tmp_path}", DataConfig()).read() if d.judgement]
+    assert len(pairs) == 9
+    assert all(f"{i} first" in pair and f"{i} second" in pair for i, pair in enumerate(pairs))
+
+
+def test_documents_of_one_paragraph_are_no_topics(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n\n".join("word " * 30 + f"\nline {i}" for i in range(20)))
+    message = r"data\.teachers: none of the 20 documents of '.*' has two paragraphs of 60 characters.* blank line"
+    data = DataConfig(sources=(str(tmp_path),), teachers=(f"topic:{tmp_path}",), vocabulary="bytes")
+    with pytest.raises(ConfigError, match=message):
+        prepare(data, tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -16,7 +16,7 @@ from flmjax.data.sources import BUILT_IN as BUILT_IN_TEXTS
 from flmjax.data.sources import hsk, text_source
 from flmjax.data.sources.documents import Document, Source, as_document, is_held_out, key_bytes
 from flmjax.data.sources.files import RECORD_SUFFIXES, Files, find, portable_name
-from flmjax.data.sources.text_files import json_records, key_of
+from flmjax.data.sources.text_files import BLANK_LINES, json_records, key_of
 from flmjax.data.tokenizers import Tokenizer
 
 RESERVOIR = 1000  # second texts of earlier pairs, from which false pairs are drawn
@@ -225,13 +225,25 @@ def _line_pairs(files: Files) -> Iterator[tuple[str, str, str]]:
 
 
 def _paragraph_pairs(source: Source) -> Iterator[tuple[str, str, str]]:
-    """(key, first, second): two paragraphs of every document that has two or more."""
+    """(key, first, second): two paragraphs of every document that has two or more.
+
+    Raises:
+        ConfigError: at the end, if no document has two paragraphs.
+    """
+    documents = pairs = 0
     for text, key, *_ in map(as_document, source.read()):
-        paragraphs = [p.strip()[: PARAGRAPH[1]] for p in text.split("\n\n")]
+        documents += bool(text.strip())
+        paragraphs = [p.strip()[: PARAGRAPH[1]] for p in BLANK_LINES.split(text)]
         paragraphs = [p for p in paragraphs if len(p) >= PARAGRAPH[0]]
         if len(paragraphs) >= 2:
+            pairs += 1
             first, second = random.Random(text).sample(paragraphs, 2)
             yield text if key is None else key, first, second
+    if documents and not pairs:
+        raise ConfigError(
+            f"none of the {documents:,} documents of '{source.name}' has two paragraphs of {PARAGRAPH[0]} characters "
+            "or more; a blank line ends a paragraph, two blank lines end a document"
+        )
 
 
 def _flat(example: Mapping[str, Any]) -> dict[str, str]:

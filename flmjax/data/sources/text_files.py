@@ -17,6 +17,7 @@ from flmjax.data.sources.files import RECORD_SUFFIXES, Files, format_of, uncompr
 
 MAX_DOCUMENT_BYTES = 64 << 20  # of a document, and of a line or a record of JSON; it is read at once
 BLOCK = 1 << 20  # bytes of a file of JSON that are read at once
+BLANK_LINES = re.compile(r"\n\s*\n")  # between paragraphs; a carriage return before a line's end is white space
 _SEPARATORS = re.compile(r"[\s,]*")
 _TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
 
