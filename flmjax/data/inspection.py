@@ -47,6 +47,9 @@ def summary(stream: TrainingStream) -> str:
             count = prepared.meta["sources"][source]["files"]
             labels = ", ".join(f"{number} {label}" for label, number in left_out.items())
             notes.append(f"{source}: {count:,} files; left out: {labels}")
+        if count := prepared.meta["sources"][source].get("documents_left_out"):
+            reason = "without text or usable label" if prepared.is_teacher(source) else "without text"
+            notes.append(f"{source}: {count:,} documents {reason} are left out")
     if prepared.marks is not None:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
         place = prepared.marks.differs + 1

@@ -5,14 +5,11 @@ directory with a meta.json is never incomplete. If the process is killed, the ne
 sources that were read and the parts that were tokenised.
 """
 
-import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
+from flmjax.data.encode import Encoder, encode_parts, split_parts
 from flmjax.data.named_sources import file_description, named_sources, report_changes
-from flmjax.data.prepared import CORRECTIONS, FORMAT, META_FILE, Prepared, load, read_meta, sha256
+from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta
+from flmjax.data.sealing import describe_file, gzip_bits_per_byte, seal
 from flmjax.data.sources.documents import Document, Source
 from flmjax.data.sources.files import portable_name, report_left_out
 from flmjax.data.sources.freelm import marks
@@ -40,7 +38,6 @@ from flmjax.lock import locked
 PROGRESS_FILE = "progress.json"  # in an incomplete directory: settings, and stamps of the sources
 VOCABULARY_FILE = "vocabulary.txt"  # in an incomplete directory: fingerprint of the vocabulary of its parts
 TOKENIZER_TEXT_BYTES = 32 << 20  # a vocabulary is trained on at most this much training text
-GZIP_BYTES = 16 << 20  # gzip is measured on at most this much held-out text of each source
 
 
 def prepare(
@@ -203,7 +200,7 @@ class _Preparation:
         }
         all_parts = list(itertools.chain.from_iterable(parts.values()))
         encode_parts(all_parts, encoder, self.folder, self.data.workers, self.progress)
-        files = {name: _describe(self.folder / name) for name in names}
+        files = {name: describe_file(self.folder / name) for name in names}
         counts: dict[str, dict[str, Any]] = {}
         for source in self.sources:
             spool = spools[source.name]
@@ -211,12 +208,13 @@ class _Preparation:
                 "slug": spool.slug,
                 "is_teacher": source.is_teacher,
                 "duplicates": spool.duplicates(),
+                "documents_left_out": spool.left_out,
                 "changed": 0,  # documents whose tokens do not decode to their text
                 **file_description(source),
             }
             for split in SPLITS:
                 stem = self.folder / f"{spool.slug}-{split}"
-                tokens, changed = _seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
+                tokens, changed = seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
                 counts[source.name]["changed"] += changed
                 sizes = spool.splits[split].sizes
                 counts[source.name][split] = {"documents": len(sizes), "tokens": tokens, "bytes": int(sizes.sum())}
@@ -236,7 +234,7 @@ class _Preparation:
             "sources": counts,
             "duplicates": len(all_hashes) - len(np.unique(all_hashes)),
             "held_out_in_training": len(np.intersect1d(hashes["train"], hashes["validation"])),
-            "validation_gzip_bits_per_byte": _gzip_bits_per_byte(
+            "validation_gzip_bits_per_byte": gzip_bits_per_byte(
                 spools[source.name] for source in self.sources if not source.is_teacher
             ),
             "files": files,
@@ -342,58 +340,3 @@ class _Preparation:
 def _watched(items: Iterable[Any], label: str, progress: bool) -> Iterator[Any]:
     # disable=None: silent where standard error is no terminal
     return iter(tqdm(items, label, unit=" documents", leave=False, disable=None if progress else True))
-
-
-def _seal(parts: list[Part], encoder: Encoder, stem: Path, is_teacher: bool, files: dict[str, Any]) -> tuple[int, int]:
-    """Join the parts of a split to its token files and describe these in `files`.
-
-    Returns:
-        The number of tokens, and that of the documents that do not decode to their text.
-    """
-    kinds = {"u32": "<u4", "offsets.u64": "<u8", CORRECTIONS: "<i8", **({"weights.u8": "u1"} if is_teacher else {})}
-    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in kinds}
-    hashes = {kind: hashlib.sha256() for kind in kinds}
-    total = changed = 0
-    with contextlib.ExitStack() as stack:
-        opened = {kind: stack.enter_context(path.open("wb")) for kind, path in paths.items()}
-
-        def write(kind: str, array: np.ndarray) -> None:
-            raw = array.astype(kinds[kind]).tobytes()
-            opened[kind].write(raw)
-            hashes[kind].update(raw)
-
-        for part in parts:
-            columns = encoder.read(part)
-            ends = total + np.cumsum(columns["lengths"])
-            write("u32", columns["tokens"])
-            write(CORRECTIONS, columns["corrections"] + np.array([total, 0]))
-            changed += int(columns["changed"])
-            write("offsets.u64", np.concatenate([[total], ends[:-1]]))
-            if is_teacher:
-                write("weights.u8", columns["weights"])
-            total = int(ends[-1])
-        write("offsets.u64", np.array([total]))
-    if not paths[CORRECTIONS].stat().st_size:
-        paths.pop(CORRECTIONS).unlink()
-    for kind, path in paths.items():
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": hashes[kind].hexdigest()}
-    return total, changed
-
-
-def _gzip_bits_per_byte(spools: Iterable[Spool]) -> float | None:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: with gzip's header and trailer
-    compressed = total = 0
-    for spool in spools:
-        size = 0
-        for text in spool.splits["validation"].read():
-            raw = text.encode()
-            size += len(raw)
-            compressed += len(compressor.compress(raw))
-            if size >= GZIP_BYTES:
-                break
-        total += size
-    return 8 * (compressed + len(compressor.flush())) / total if total else None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
