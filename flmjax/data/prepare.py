@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.encode import Encoder, encode_parts, split_parts
+from flmjax.data.held_out import Mixtures, check_held_out
 from flmjax.data.named_sources import file_description, named_sources, report_changes
 from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta
 from flmjax.data.sealing import describe_file, gzip_bits_per_byte, seal
@@ -45,6 +46,7 @@ def prepare(
     directory: Path,
     *,
     sources: Mapping[str, Iterable[Document | str]] | None = None,
+    mixtures: Mixtures | None = None,
     progress: bool = False,
     full_check: bool = False,
 ) -> Prepared:
@@ -62,6 +64,8 @@ def prepare(
 
     Args:
         sources: documents of each entry of data.sources and data.teachers, in place of built-in corpora and files.
+        mixtures: of the run (held_out.mixtures_of): a source without any share needs no held-out document. None: that
+            of `data` alone.
         progress: show progress bars on standard error.
         full_check: read every file of an existing directory, as `full` of `load`.
 
@@ -77,12 +81,14 @@ def prepare(
     if sources is not None and set(sources) != set(names):
         raise ConfigError(f"sources are {sorted(sources)}, but data.sources and data.teachers are {sorted(names)}")
     if (directory / META_FILE).exists():
-        return _load_same(directory, data, settings, full_check, sources is None)
+        return _load_same(directory, data, mixtures, settings, full_check, sources is None)
     partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
-    preparation = _Preparation(data, settings, partial, sources, progress)  # a wrong name leaves nothing behind
+    preparation = _Preparation(
+        data, mixtures, settings, partial, sources, progress
+    )  # a wrong name leaves nothing behind
     with locked(directory.with_name(f".{directory.name}.lock"), str(directory), wait=True):
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
-            return _load_same(directory, data, settings, full_check, False)
+            return _load_same(directory, data, mixtures, settings, full_check, False)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
@@ -113,7 +119,12 @@ def _settings(data: DataConfig) -> dict[str, Any]:
 
 
 def _load_same(
-    directory: Path, data: DataConfig, settings: dict[str, Any], full: bool, check_sources: bool
+    directory: Path,
+    data: DataConfig,
+    mixtures: Mixtures | None,
+    settings: dict[str, Any],
+    full: bool,
+    check_sources: bool,
 ) -> Prepared:
     default = _settings(DataConfig())
     stored = {**default, **read_meta(directory)["settings"]}
@@ -132,6 +143,12 @@ def _load_same(
             "delete this one to prepare it anew"
         )
     prepared = load(directory, full)
+    counts = {
+        name: {split: of_source[split]["documents"] for split in SPLITS}
+        for name, of_source in prepared.meta["sources"].items()
+    }
+    texts = {name: None if prepared.is_teacher(name) else of_source for name, of_source in counts.items()}
+    check_held_out(data, texts, mixtures)
     if check_sources:
         report_changes(data, prepared)
     return prepared
@@ -151,12 +168,13 @@ class _Preparation:
     def __init__(
         self,
         data: DataConfig,
+        mixtures: Mixtures | None,
         settings: dict[str, Any],
         folder: Path,
         documents: Mapping[str, Iterable[Document | str]] | None,
         progress: bool,
     ):
-        self.data, self.settings, self.folder, self.progress = data, settings, folder, progress
+        self.data, self.mixtures, self.settings, self.folder, self.progress = data, mixtures, settings, folder, progress
         self.rates: tuple[float, ...] | None = None
         mixture_vocabulary: Tokenizer | None = None
         self.provenance: dict[str, Any] = {}
@@ -283,28 +301,16 @@ class _Preparation:
         return spools
 
     def check(self, spools: Mapping[str, Spool]) -> None:
-        """Refuse a source without training documents, and a source of text without held-out documents.
-
-        A source whose mixture weight is 0 needs no held-out document.
-        """
-        fraction = self.data.validation_fraction
+        """Refuse a source without training documents, and a source of text that needs held-out documents."""
         for source in self.sources:
             sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
             if not any(sizes.values()):
                 raise ConfigError(f"{self.field(source)}: '{source.name}' has no documents (no text at all)")
             if not sizes["train"]:
                 raise ConfigError(f"{self.field(source)}: every document of '{source.name}' is held out; add documents")
-        weights = self.data.mixture_weights or self.rates or (1.0,) * len(self.sources)
-        for source, weight in zip(self.sources, weights, strict=True):
-            sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
-            if weight and not source.is_teacher and not sizes["validation"]:
-                by_text = ", hold out by document with data.split_by='text'" * (self.data.split_by == "path")
-                raise ConfigError(
-                    f"{self.field(source)}: none of the {sizes['train']} documents of '{source.name}' is held out at "
-                    f"data.validation_fraction={fraction}: add documents, divide the text into more documents (by two "
-                    f"blank lines in .txt files; into more files with data.split_by='path'){by_text}, raise the "
-                    f"fraction, or set its data.mixture_weights to 0"
-                )
+        counts = {name: {split: len(spool.splits[split].sizes) for split in SPLITS} for name, spool in spools.items()}
+        texts = {source.name: None if source.is_teacher else counts[source.name] for source in self.sources}
+        check_held_out(self.data, texts, self.mixtures)
 
     def field(self, source: Source) -> str:
         """The setting that names a source, for messages."""

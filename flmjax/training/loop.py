@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
 from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.batch import Batch, global_batch
+from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import META_FILE, data_warnings, with_vocabulary
@@ -115,7 +116,7 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
     command, which has other sources.
     """
     is_new = not is_prepared(config, workdir) and config.data.directory is None
-    data = prepare(config.data, data_directory(config, workdir), progress=True)
+    data = prepare(config.data, data_directory(config, workdir), mixtures=mixtures_of(config), progress=True)
     config = with_vocabulary(config, data)
     try:
         stream = TrainingStream.of_run(config, data)

@@ -98,6 +98,18 @@ def test_the_command_line_prints_the_table_and_samples(config, tmp_path, capsys)
     assert "? ⟧😈" in out or "? ⟧😡" in out
 
 
+@pytest.mark.parametrize("first", ["1,0,0", None])
+def test_a_stage_with_text_that_has_none_held_out_is_refused(config, tmp_path, capsys, first):
+    """The stage's weights went past the check, and the run printed a validation loss that was not a number."""
+    (tmp_path / "one.txt").write_text("a single document")
+    sources = f"--config.data.sources={tmp_path}/a.jsonl,{tmp_path}/one.txt"
+    command = ["prepare", config, f"--workdir={tmp_path}/w", sources, "--config.data.mixture_weights=1,0,0"]
+    if first is not None:
+        assert cli.main([*command, f"--config.stages[0].mixture_weights={first}"]) == 0
+    assert cli.main([*command, "--config.stages[0].mixture_weights=1,1,0"]) == 2
+    assert "set its entry of stages[0].mixture_weights to 0" in capsys.readouterr().err
+
+
 def test_inspect_shows_no_sample_by_default(config, tmp_path, capsys):
     """A negative number of samples is refused."""
     assert cli.main(["prepare", config, f"--workdir={tmp_path}/w"]) == 0
