@@ -1,8 +1,9 @@
 """Documents to token files, once: split by hash, train the tokenizer, tokenise, and seal the files with checksums.
 
-The directory (its files: prepared.py) is written under a temporary name and renamed when it is complete, so that a
-directory with a meta.json is never incomplete. If the process is killed, the next one resumes its work: it keeps the
-sources that were read and the parts that were tokenised.
+The directory (its files: prepared.py) is written under a temporary name and renamed when it is complete. An empty
+folder that exists, which may be a mount, is not replaced: its files are written to a folder in it and moved one by one,
+meta.json last. So a directory with a meta.json is never incomplete. If the process is killed, the next one resumes its
+work: it keeps the sources that were read and the parts that were tokenised.
 """
 
 import functools
@@ -82,22 +83,65 @@ def prepare(
         raise ConfigError(f"sources are {sorted(sources)}, but data.sources and data.teachers are {sorted(names)}")
     if (directory / META_FILE).exists():
         return _load_same(directory, data, mixtures, settings, full_check, sources is None)
-    partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
+    target, partial, lock = _places(directory)  # only the process with the lock writes to them
     preparation = _Preparation(
         data, mixtures, settings, partial, sources, progress
     )  # a wrong name leaves nothing behind
-    with locked(directory.with_name(f".{directory.name}.lock"), str(directory), wait=True):
+    with locked(lock, str(directory), wait=True):
+        if partial.parent == target and (partial / META_FILE).exists():  # a process ended while it moved the files
+            _publish(partial, target)
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
             return _load_same(directory, data, mixtures, settings, full_check, False)
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if target.exists() and not (target.is_dir() and _is_empty(target, partial, lock)):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
             preparation.run()
-            os.replace(partial, directory)
+            _publish(partial, target)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return load(directory)
+
+
+def discard(directory: Path) -> None:
+    """Remove a prepared directory; a link and a mount stay, without the files."""
+    if not directory.is_symlink() and not directory.is_mount():
+        shutil.rmtree(directory)
+        return
+    for path in directory.iterdir():
+        if path.is_file():
+            path.unlink()
+
+
+def _places(directory: Path) -> tuple[Path, Path, Path]:
+    """The folder that a link leads to or `directory` itself, the incomplete directory, and the lock file.
+
+    The incomplete directory is in the folder if that exists, else beside it; the lock is beside it where it can be.
+
+    Raises:
+        ConfigError: for a link that leads to itself.
+    """
+    target = Path(os.path.realpath(directory)) if directory.is_symlink() else directory
+    if target.is_symlink():
+        raise ConfigError(f"{directory} is a link that leads to itself; remove it, or take another folder")
+    partial = target / ".partial" if target.exists() else target.parent / f".{target.name}.partial"
+    is_inside = target.is_dir() and not os.access(target.parent, os.W_OK)
+    return target, partial, target / ".lock" if is_inside else target.parent / f".{target.name}.lock"
+
+
+def _is_empty(folder: Path, *ours: Path) -> bool:
+    """Whether a folder holds nothing but our paths and the folder that a file system's root has from the start."""
+    return {path.name for path in folder.iterdir()} <= {"lost+found", *(path.name for path in ours)}
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Rename a complete directory, or move its files to the folder that it is in, meta.json last."""
+    if partial.parent != target:
+        os.replace(partial, target)
+        return
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name == META_FILE, path.name)):
+        os.replace(path, target / path.name)
+    partial.rmdir()
 
 
 def _settings(data: DataConfig) -> dict[str, Any]:

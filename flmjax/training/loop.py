@@ -1,7 +1,6 @@
 """A run: stages of training with growth between them, started or resumed by the same call."""
 
 import functools
-import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.batch import Batch, global_batch
 from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
-from flmjax.data.prepare import prepare
+from flmjax.data.prepare import discard, prepare
 from flmjax.data.prepared import META_FILE, data_warnings, with_vocabulary
 from flmjax.evaluation.generate import generate, prompt_ids
 from flmjax.evaluation.validation_loss import SourceSums, describe, jit_source_sums, validation_loss
@@ -127,7 +126,7 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
             prompt_ids(config.sample_prompt, data.tokenizer, config.model.max_length)  # refuses one that is too long
     except ConfigError:
         if is_new:
-            shutil.rmtree(data.directory)
+            discard(data.directory)
         raise
     return config, continued_stream(workdir, position, stream)
 
