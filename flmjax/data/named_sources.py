@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from flmjax.config import ConfigError, DataConfig
@@ -10,6 +11,7 @@ from flmjax.data.sources import text_source
 from flmjax.data.sources.documents import Source
 from flmjax.data.sources.files import say
 from flmjax.data.sources.freelm import teacher_source
+from flmjax.data.tokenizers import named_tokenizer
 
 
 def named_sources(data: DataConfig) -> list[Source]:
@@ -30,11 +32,15 @@ def file_description(source: Source) -> dict[str, Any]:
 
 
 def report_changes(data: DataConfig, prepared: Prepared) -> None:
-    """Say on standard error which sources have changed since `prepared` was written.
+    """Say on standard error which sources and which vocabulary file have changed since `prepared` was written.
 
-    Nothing is said of a source whose files are gone, because the prepared data are enough; nor of a seqio mixture and
-    of a directory of an older version, which have no stamps.
+    Nothing is said of a source or a vocabulary whose files are gone, because the prepared data are enough; nor of a
+    seqio mixture and of a directory of an older version, which have no stamps.
     """
+    is_new = f"has changed since {prepared.directory} was prepared"
+    cure = "To prepare it anew, delete that folder, or set data.directory to another one"
+    if _has_other_vocabulary(data, prepared):
+        say(f"data.vocabulary: '{data.vocabulary}' {is_new}; its old pieces are used. {cure}")
     for field, open_source in _entries(data):
         try:
             source = open_source()
@@ -44,10 +50,19 @@ def report_changes(data: DataConfig, prepared: Prepared) -> None:
         if stored.get("stamp", source.stamp) != source.stamp:
             now = 0 if source.files is None else len(source.files.paths)
             say(
-                f"{field}: '{source.name}' has changed since {prepared.directory} was prepared "
-                f"({stored.get('files')} files then, {now} now); its old text is used. To prepare it anew, delete that "
-                "folder, or set data.directory to another one"
+                f"{field}: '{source.name}' {is_new} ({stored.get('files')} files then, {now} now); its old text is "
+                f"used. {cure}"
             )
+
+
+def _has_other_vocabulary(data: DataConfig, prepared: Prepared) -> bool:
+    if data.vocabulary is None or not Path(data.vocabulary).is_file():
+        return False
+    try:
+        tokenizer = named_tokenizer(data.vocabulary, data.end_id)
+    except ConfigError:  # the file is no vocabulary now
+        return True
+    return tokenizer is not None and tokenizer.fingerprint != prepared.tokenizer.fingerprint
 
 
 def _entries(data: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:

@@ -15,6 +15,7 @@ from flmjax.data.inspection import summary
 from flmjax.data.loader import TrainingStream
 from flmjax.data.mixture import MixturePhase
 from flmjax.data.prepare import prepare
+from flmjax.data.vocabulary_training import train_model
 
 
 def write(folder: Path, count: int, first: int = 0) -> Path:
@@ -99,6 +100,28 @@ def test_sources_that_changed_since_are_said(tmp_path, capsys, act, files, kind)
     field = "data.teachers" if kind == "topic" else "data.sources"
     assert line.startswith(f"flmjax: {field}: '{name}' has changed since {tmp_path}/data was prepared (30 files then, ")
     assert f"{files} now); its old text is used. To prepare it anew, delete that folder, or set data.directory" in line
+
+
+@pytest.mark.parametrize("act", ["replace", "damage", "touch", "remove"])
+def test_a_vocabulary_file_that_changed_since_is_said(tmp_path, capsys, act):
+    model = tmp_path / "v.model"
+    pieces = [train_model([f"{word} of some text"] * 50, 280) for word in ("words", "parts")]
+    model.write_bytes(pieces[0])
+    data = of(write(tmp_path / "text", 30), vocabulary=str(model))
+    before = prepare(data, tmp_path / "data").meta
+    assert capsys.readouterr().err == ""
+    {
+        "replace": lambda: model.write_bytes(pieces[1]),
+        "damage": lambda: model.write_bytes(b"x"),
+        "touch": lambda: os.utime(model),
+        "remove": model.unlink,
+    }[act]()
+    assert prepare(data, tmp_path / "data").meta == before
+    line = (
+        f"flmjax: data.vocabulary: '{model}' has changed since {tmp_path}/data was prepared; its old pieces are used. "
+    )
+    cure = "To prepare it anew, delete that folder, or set data.directory to another one\n"
+    assert capsys.readouterr().err == (line + cure) * (act in ("replace", "damage"))
 
 
 def test_sources_that_are_gone_or_unstamped_are_no_change(tmp_path, capsys):
