@@ -1,5 +1,6 @@
 """Sources that the settings name: which of their files are left out, and whether they have changed since."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,10 +8,10 @@ from typing import Any
 
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.prepared import Prepared
-from flmjax.data.sources import text_source
+from flmjax.data.sources import text_name, text_source
 from flmjax.data.sources.documents import Source
-from flmjax.data.sources.files import say
-from flmjax.data.sources.freelm import teacher_source
+from flmjax.data.sources.files import portable_name, say
+from flmjax.data.sources.freelm import teacher_name, teacher_source, template_and_path
 from flmjax.data.tokenizers import named_tokenizer
 
 
@@ -18,9 +19,43 @@ def named_sources(data: DataConfig) -> list[Source]:
     """The sources that data.sources and data.teachers name.
 
     Raises:
-        ConfigError: for a name that is neither built in nor a path, and for files that cannot be read.
+        ConfigError: for a name that is neither built in nor a path, for files that cannot be read, and for two names of
+            the same files.
     """
-    return [open_source() for _, open_source in _entries(data)]
+    sources = [open_source() for _, open_source in _entries(data)]
+    _check_shared_files(sources)
+    return sources
+
+
+def with_portable_names(data: DataConfig) -> DataConfig:
+    """The settings with one spelling of every path: `./text/` is `text`."""
+    vocabulary = data.vocabulary
+    if vocabulary is not None and vocabulary.endswith(".model"):
+        vocabulary = portable_name(vocabulary)
+    return dataclasses.replace(
+        data,
+        sources=tuple(map(text_name, data.sources)),
+        teachers=tuple(map(teacher_name, data.teachers)),
+        vocabulary=vocabulary,
+    )
+
+
+def _check_shared_files(sources: list[Source]) -> None:
+    """Refuse two sources of the same files; say how many files two sources share, whose text therefore counts twice."""
+    of_template: dict[str, list[tuple[str, set[tuple[int, int]]]]] = {}
+    for source in sources:
+        if source.files is None:
+            continue
+        template = template_and_path(source.name)[0] if source.is_teacher else ""
+        others = of_template.setdefault(_field(source.is_teacher) + template, [])
+        files = source.files.identities()
+        for other, other_files in others:
+            both = f"'{other}' and '{source.name}'"
+            if files == other_files:
+                raise ConfigError(f"{_field(source.is_teacher)}: {both} are the same files; name them once")
+            if shared := len(files & other_files):
+                say(f"{_field(source.is_teacher)}: {shared:,} files are in both {both}; they are read for each")
+        others.append((source.name, files))
 
 
 def file_description(source: Source) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.encode import Encoder, encode_parts, split_parts
 from flmjax.data.held_out import Mixtures, check_held_out
-from flmjax.data.named_sources import file_description, named_sources, report_changes
+from flmjax.data.named_sources import file_description, named_sources, report_changes, with_portable_names
 from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta
 from flmjax.data.sealing import describe_file, gzip_bits_per_byte, seal
 from flmjax.data.sources.documents import Document, Source
-from flmjax.data.sources.files import portable_name, report_left_out
+from flmjax.data.sources.files import report_left_out
 from flmjax.data.sources.freelm import marks
 from flmjax.data.spool import SPLITS, Spool, slugs
 from flmjax.data.tokenizers import (
@@ -152,12 +152,9 @@ def _settings(data: DataConfig) -> dict[str, Any]:
         fields.append("vocab_size")
     if data.mixture is not None or data.teachers:
         fields += ["true_mark", "false_mark"]
+    data = with_portable_names(data)
     settings = {field: getattr(data, field) for field in fields}
-    for field in settings.keys() & {"sources", "teachers"}:
-        settings[field] = [portable_name(name) for name in settings[field]]
-    if data.vocabulary is not None:
-        settings["vocabulary"] = portable_name(data.vocabulary)
-    elif data.mixture is None:
+    if data.vocabulary is None and data.mixture is None:
         settings["vocabulary"] = "sentencepiece"
     return json.loads(json.dumps(settings))
 
@@ -172,13 +169,15 @@ def _load_same(
 ) -> Prepared:
     default = _settings(DataConfig())
     stored = {**default, **read_meta(directory)["settings"]}
+    names = with_portable_names(DataConfig(**{name: stored[name] for name in ("sources", "teachers", "vocabulary")}))
+    stored |= {"sources": [*names.sources], "teachers": [*names.teachers], "vocabulary": names.vocabulary}
     current = {**default, **settings}
-    names = sorted(stored.keys() | current.keys())
+    fields = sorted(stored.keys() | current.keys())
     if not (_trains(stored) and _trains(current)):
-        names.remove("vocab_size")
+        fields.remove("vocab_size")
     differing = [
         f"data.{name}={stored.get(name)!r} there, {current.get(name)!r} in this config"
-        for name in names
+        for name in fields
         if stored.get(name) != current.get(name)
     ]
     if differing:

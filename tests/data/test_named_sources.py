@@ -61,6 +61,58 @@ def test_a_folder_of_text_alone_says_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+# ---- one folder, many spellings ---
+
+SPELLINGS = ["text/", "./text", "text//", "./text/.", "TMP/text", "link", "text/*.txt", "text/**"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("kind", ["sources", "teachers"])
+def test_one_folder_by_two_names_is_refused(tmp_path, monkeypatch, spelling, kind):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "text", 30)
+    (tmp_path / "link").symlink_to("text")
+    prefix = "topic:" * (kind == "teachers")
+    names = (f"{prefix}text", prefix + spelling.replace("TMP", str(tmp_path)))
+    data = of(**{"sources": ("hsk",), kind: names})
+    with pytest.raises(ConfigError, match=rf"data\.{kind}: '.*text' and '.*' are the same files; name them once"):
+        prepare(data, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_files_that_two_sources_share_are_said(tmp_path, capsys):
+    """A teacher may judge the paragraphs of a text that is also a source."""
+    folder = write(tmp_path / "text", 30)
+    write(folder / "more", 20, first=30)
+    for path in folder.rglob("*.txt"):
+        path.write_text(f"{path.name} {'word ' * 20}\n\n{path.name} {'other ' * 20}")
+    prepare(of(folder, folder / "more", teachers=(f"topic:{folder}",)), tmp_path / "data")
+    both = f"'{folder}' and '{folder}/more'"
+    assert capsys.readouterr().err == f"flmjax: data.sources: 20 files are in both {both}; they are read for each\n"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS[:4])
+def test_other_spellings_of_a_path_are_the_same_settings(tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(tmp_path)
+    for path in write(tmp_path / "text", 30).iterdir():
+        path.write_text(f"{path.name} {'word ' * 20}\n\n{path.name} {'other ' * 20}")
+    meta = prepare(of("text", teachers=("topic:text",)), tmp_path / "data").meta
+    other = of(spelling, teachers=(f"topic:{spelling}",))
+    assert prepare(other, tmp_path / "data").meta == meta
+    assert prepare(other, tmp_path / "anew").meta == meta
+
+
+@pytest.mark.parametrize("name", ["./hsk", ".//hsk/", "hsk/"])
+def test_a_folder_with_the_name_of_a_built_in_source_is_that_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "hsk", 30)
+    prepared = prepare(of(name, "hsk"), tmp_path / "data")
+    assert prepared.sources == ("./hsk", "hsk")
+    assert documents_of(prepared, "./hsk") == 30
+    with pytest.raises(ConfigError, match=r"data\.sources"):
+        prepare(of("hsk"), tmp_path / "data")
+
+
 # ---- changes --------------------------------------------------------------------------------------------------------
 
 

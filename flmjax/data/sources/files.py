@@ -16,7 +16,7 @@ import sys
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from flmjax.config import ConfigError, nearest
 from flmjax.data.sources.compression import COMPRESSIONS, check_compressions
@@ -72,6 +72,10 @@ class Files:
                 digest.update(b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
+    def identities(self) -> set[tuple[int, int]]:
+        """Device and inode of every file."""
+        return {_identity(path.stat()) for path in self.paths}
+
     def counts(self) -> dict[str, int]:
         """Number of paths that are left out, by suffix or another reason, in alphabetical order."""
         return {label: len(paths) for label, paths in sorted(self.left_out.items())}
@@ -107,12 +111,18 @@ def format_of(path: Path) -> str:
     return Path(uncompressed_name(path)).suffix.lower()
 
 
-def portable_name(name: str) -> str:
-    """A path as the command line of a UTF-8 locale has it; in other locales Python decodes the same bytes otherwise."""
-    try:
-        return os.fsencode(name).decode("utf-8")
-    except UnicodeError:  # bytes that are no UTF-8; a name from a config file that the locale cannot write
-        return name
+def portable_name(name: str, names: Iterable[str] = ()) -> str:
+    """The one spelling of a path: in the characters of a UTF-8 locale, without `./`, `//` and `/` at the end.
+
+    In other locales Python decodes the same bytes otherwise.
+
+    Args:
+        names: built-in sources; a path of such a name begins with `./`.
+    """
+    with contextlib.suppress(UnicodeError):  # bytes that are no UTF-8; a name that the locale cannot write
+        name = os.fsencode(name).decode("utf-8")
+    path = str(PurePosixPath(name)) if name.strip() else name
+    return f"./{path}" if path != name and path in names else path
 
 
 def find(

@@ -210,6 +210,21 @@ def judged_pairs(pairs: Iterable[tuple[str, str, str]], text: str, fraction: flo
             others[chance.randrange(RESERVOIR)] = second
 
 
+def template_and_path(name: str) -> tuple[str, str]:
+    """The two parts of an entry of `data.teachers`; the first is empty for an entry without a template."""
+    kind, colon, path = name.partition(":")
+    return (kind, path) if colon and kind in (*TEMPLATES, *PAIRS) else ("", name)
+
+
+def teacher_name(name: str) -> str:
+    """The one spelling of an entry of `data.teachers`."""
+    kind, path = template_and_path(name)
+    if kind:
+        return f"{kind}:{portable_name(path, BUILT_IN_TEXTS)}"
+    plain = portable_name(path, BUILT_IN)
+    return f"./{plain}" if template_and_path(plain)[0] else plain
+
+
 def teacher_source(name: str, data: DataConfig) -> Source:
     """The source that an entry of `data.teachers` names.
 
@@ -231,7 +246,7 @@ def teacher_source(name: str, data: DataConfig) -> Source:
     if kind == "topic" and colon:
         text = text_source(rest, data.split_by, "data.teachers")
         pairs = lambda: judged_pairs(_paragraph_pairs(text), PAIRS["topic"], data.validation_fraction)
-        return dataclasses.replace(text, name=portable_name(name), read=pairs, is_teacher=True)
+        return dataclasses.replace(text, name=teacher_name(name), read=pairs, is_teacher=True)
     if colon and kind not in (*TEMPLATES, *PAIRS):
         raise ConfigError(f"data.teachers: there is no template '{kind}'{nearest(kind, [*TEMPLATES, *PAIRS])}")
     path, names = (rest, BUILT_IN_TEXTS) if colon else (name, BUILT_IN)
@@ -242,8 +257,8 @@ def teacher_source(name: str, data: DataConfig) -> Source:
     elif kind == "translation":
         read = lambda: judged_pairs(_line_pairs(files), PAIRS["translation"], data.validation_fraction)
     else:
-        read = lambda: judged_examples(_labelled(files), TEMPLATES[kind], f"'{portable_name(name)}'")
-    return Source(portable_name(name), read, True, files.stamp(), files)
+        read = lambda: judged_examples(_labelled(files), TEMPLATES[kind], f"'{teacher_name(name)}'")
+    return Source(teacher_name(name), read, True, files.stamp(), files)
 
 
 def _judged_lines(files: Files) -> Iterator[Document]:
