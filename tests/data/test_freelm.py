@@ -235,6 +235,8 @@ def test_documents_of_one_paragraph_are_no_topics(tmp_path):
         ("rtee:x.jsonl", r"no template 'rtee'; did you mean rte"),
         ("rte:none.jsonl", r"data\.teachers: no file or folder 'none\.jsonl'"),
         ("none.jsonl", r"data\.teachers: no file or folder"),
+        ("boolq:nofile", r"data\.teachers: no file or folder 'nofile' \(tried /.*/nofile\)$"),
+        ("translation:hsk", r"data\.teachers: no file or folder 'hsk' \(tried /.*/hsk\)$"),
         ("hsk_level", r"data\.teachers: 'hsk_level' is neither .*did you mean hsk_levels"),
         ("topic:hskk", r"data\.teachers: 'hskk' is neither .*did you mean hsk"),
     ],

@@ -7,6 +7,7 @@ import lzma
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +146,10 @@ def test_a_broken_archive_is_named(tmp_path, name):
         ("zzzz", "choices: hsk, python_docs"),
         ("no/such/file.txt", "no file or folder 'no/such/file.txt'"),
         ("no/such/*.txt", r"no file matches 'no/such/\*\.txt'"),
+        ("no/such.txt", rf"'no/such.txt' \(tried {Path.cwd()}/no/such.txt\)$"),
+        ("no/such/*.txt", rf"\(tried {Path.cwd()}/no/such/\*\.txt\)$"),
+        ("texts", rf"'texts' is neither a built-in source nor a path; .* \(tried {Path.cwd()}/texts\)$"),
+        ("/no/such.txt", "no file or folder '/no/such.txt'$"),
     ],
 )
 def test_an_unknown_source_is_named_at_once(source, message):

@@ -15,7 +15,7 @@ import stat
 import sys
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from flmjax.config import ConfigError, nearest
@@ -127,7 +127,7 @@ def portable_name(name: str, names: Iterable[str] = ()) -> str:
 
 def find(
     source: str,
-    names: Iterable[str],
+    names: Collection[str],
     field: str = "data.sources",
     suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, *RECORD_SUFFIXES),
 ) -> Files:
@@ -171,11 +171,12 @@ def find(
         paths = walker.regular(matches, lambda p: format_of(p) not in OTHER_FORMATS)
         files = Files(paths, root, walker.left_out)
         if not paths:
-            raise ConfigError(f"{field}: no file matches '{source}'{_but(files)}")
-    elif "/" in source or "." in source:
-        raise ConfigError(f"{field}: no file or folder '{source}'")
+            raise ConfigError(f"{field}: no file matches '{source}'{_tried(path)}{_but(files)}")
+    elif "/" in source or "." in source or not names:
+        raise ConfigError(f"{field}: no file or folder '{source}'{_tried(path)}")
     else:
-        raise ConfigError(f"{field}: '{source}' is neither a built-in source nor a path{nearest(source, names)}")
+        words = "is neither a built-in source nor a path"
+        raise ConfigError(f"{field}: '{source}' {words}{nearest(source, names)}{_tried(path)}")
     check_compressions(files.paths, field)
     for path in files.paths:
         if not os.access(path, os.R_OK):
@@ -193,6 +194,11 @@ def _local_path(source: str, field: str) -> Path:
         return Path(source).expanduser()
     except RuntimeError as error:  # ~name, where no user has that name
         raise ConfigError(f"{field}: '{source}': {error}") from None
+
+
+def _tried(path: Path) -> str:
+    """The absolute path for a message that names a relative one, which another current folder may explain."""
+    return "" if path.is_absolute() else f" (tried {path.absolute()})"
 
 
 def _label(path: Path) -> str:

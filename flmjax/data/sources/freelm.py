@@ -249,7 +249,7 @@ def teacher_source(name: str, data: DataConfig) -> Source:
         return dataclasses.replace(text, name=teacher_name(name), read=pairs, is_teacher=True)
     if colon and kind not in (*TEMPLATES, *PAIRS):
         raise ConfigError(f"data.teachers: there is no template '{kind}'{nearest(kind, [*TEMPLATES, *PAIRS])}")
-    path, names = (rest, BUILT_IN_TEXTS) if colon else (name, BUILT_IN)
+    path, names = (rest, ()) if colon else (name, tuple(BUILT_IN))
     files = find(path, names, "data.teachers", RECORD_SUFFIXES)
     read: Callable[[], Iterator[Document]]
     if not colon:
