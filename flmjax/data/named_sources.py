@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ def named_sources(data: DataConfig) -> list[Source]:
             the same files.
     """
     sources = [open_source() for _, open_source in _entries(data)]
-    _check_shared_files(sources)
+    if data.mixture is None:
+        _check_shared_files(dict(zip((*data.sources, *data.teachers), sources, strict=True)))
     return sources
 
 
@@ -40,22 +41,22 @@ def with_portable_names(data: DataConfig) -> DataConfig:
     )
 
 
-def _check_shared_files(sources: list[Source]) -> None:
+def _check_shared_files(sources: Mapping[str, Source]) -> None:
     """Refuse two sources of the same files; say how many files two sources share, whose text therefore counts twice."""
     of_template: dict[str, list[tuple[str, set[tuple[int, int]]]]] = {}
-    for source in sources:
+    for name, source in sources.items():
         if source.files is None:
             continue
         template = template_and_path(source.name)[0] if source.is_teacher else ""
         others = of_template.setdefault(_field(source.is_teacher) + template, [])
         files = source.files.identities()
         for other, other_files in others:
-            both = f"'{other}' and '{source.name}'"
+            both = f"'{other}' and '{name}'"
             if files == other_files:
                 raise ConfigError(f"{_field(source.is_teacher)}: {both} are the same files; name them once")
             if shared := len(files & other_files):
                 say(f"{_field(source.is_teacher)}: {shared:,} files are in both {both}; they are read for each")
-        others.append((source.name, files))
+        others.append((name, files))
 
 
 def file_description(source: Source) -> dict[str, Any]:
