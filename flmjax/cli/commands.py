@@ -19,12 +19,14 @@ def train(config: RunConfig, workdir: Path) -> None:
 
 def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
     """Turn texts into token files, or verify the token files of the workdir."""
+    from flmjax.data.held_out import mixtures_of
     from flmjax.data.inspection import show_samples, summary
     from flmjax.data.loader import TrainingStream
     from flmjax.data.prepare import prepare as run
     from flmjax.workdir.paths import data_directory
 
-    data = run(config.data, data_directory(config, workdir), progress=True, full_check=True)
+    directory, mixtures = data_directory(config, workdir), mixtures_of(config)
+    data = run(config.data, directory, mixtures=mixtures, progress=True, full_check=True)
     stream = TrainingStream.of_run(config, data)
     print(summary(stream), flush=True)
     for text in show_samples(stream, inspect, sys.stdout.isatty()):

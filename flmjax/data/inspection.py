@@ -1,11 +1,14 @@
 """Prepared data for a reader: counts of every source, and decoded rows that show which tokens are in the loss."""
 
+import bisect
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 from flmjax.data.batch import Batch
 from flmjax.data.loader import TrainingStream
+from flmjax.data.mixture import ENDLESS
 from flmjax.data.prepared import data_warnings
 from flmjax.data.spool import SPLITS
 from flmjax.data.tokenizers import Tokenizer
@@ -47,6 +50,9 @@ def summary(stream: TrainingStream) -> str:
             count = prepared.meta["sources"][source]["files"]
             labels = ", ".join(f"{number} {label}" for label, number in left_out.items())
             notes.append(f"{source}: {count:,} files; left out: {labels}")
+        if count := prepared.meta["sources"][source].get("documents_left_out"):
+            reason = "without text or usable label" if prepared.is_teacher(source) else "without text"
+            notes.append(f"{source}: {count:,} documents {reason} are left out")
     if prepared.marks is not None:
         spelled = [f"{tokenizer.decode(ids)} {list(ids)}" for ids in (prepared.marks.true, prepared.marks.false)]
         place = prepared.marks.differs + 1
@@ -88,9 +94,20 @@ def _pieces(ids: list[int], counts: list[bool], tokenizer: Tokenizer, no_loss: t
             start = i
 
 
+def inspected_samples(stream: TrainingStream, count: int) -> list[int]:
+    """Numbers of `count` samples: the first sample of every source that has one, then the first others."""
+    firsts = set()
+    for i in range(len(stream.prepared.sources)):
+        samples_of_source = lambda end, i=i: stream.source_samples(0, end)[i]
+        if samples_of_source(ENDLESS):
+            firsts.add(bisect.bisect_left(range(ENDLESS), 1, key=samples_of_source) - 1)
+    others = (n for n in itertools.count() if n not in firsts)
+    return sorted([*sorted(firsts), *itertools.islice(others, max(count - len(firsts), 0))][:count])
+
+
 def show_samples(stream: TrainingStream, count: int, terminal: bool = False) -> Iterator[str]:
-    """The text of the first `count` samples of the training stream."""
-    for n in range(count):
+    """The text of `count` samples of the training stream: the first of each source, then the first others."""
+    for n in inspected_samples(stream, count):
         row = stream.samples[n]
         kind = "teacher" if "marks" in row and row["marks"].any() else "text"
         yield f"--- sample {n}, {kind}: {show_row(row, stream.prepared.tokenizer, terminal)}"

@@ -1,18 +1,16 @@
 """Documents to token files, once: split by hash, train the tokenizer, tokenise, and seal the files with checksums.
 
-The directory (its files: prepared.py) is written under a temporary name and renamed when it is complete, so that a
-directory with a meta.json is never incomplete. If the process is killed, the next one resumes its work: it keeps the
-sources that were read and the parts that were tokenised.
+The directory (its files: prepared.py) is written under a temporary name and renamed when it is complete. An empty
+folder that exists, which may be a mount, is not replaced: its files are written to a folder in it and moved one by one,
+meta.json last. So a directory with a meta.json is never incomplete. If the process is killed, the next one resumes its
+work: it keeps the sources that were read and the parts that were tokenised.
 """
 
-import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,13 @@ import numpy as np
 from tqdm import tqdm
 
 from flmjax.config import ConfigError, DataConfig
-from flmjax.data.encode import Encoder, Part, encode_parts, split_parts
-from flmjax.data.named_sources import file_description, named_sources, report_changes
-from flmjax.data.prepared import CORRECTIONS, FORMAT, META_FILE, Prepared, load, read_meta, sha256
+from flmjax.data.encode import Encoder, encode_parts, split_parts
+from flmjax.data.held_out import Mixtures, check_held_out
+from flmjax.data.named_sources import file_description, named_sources, report_changes, with_portable_names
+from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta
+from flmjax.data.sealing import describe_file, gzip_bits_per_byte, seal
 from flmjax.data.sources.documents import Document, Source
-from flmjax.data.sources.files import portable_name, report_left_out
+from flmjax.data.sources.files import report_left_out
 from flmjax.data.sources.freelm import marks
 from flmjax.data.spool import SPLITS, Spool, slugs
 from flmjax.data.tokenizers import (
@@ -40,7 +40,6 @@ from flmjax.lock import locked
 PROGRESS_FILE = "progress.json"  # in an incomplete directory: settings, and stamps of the sources
 VOCABULARY_FILE = "vocabulary.txt"  # in an incomplete directory: fingerprint of the vocabulary of its parts
 TOKENIZER_TEXT_BYTES = 32 << 20  # a vocabulary is trained on at most this much training text
-GZIP_BYTES = 16 << 20  # gzip is measured on at most this much held-out text of each source
 
 
 def prepare(
@@ -48,6 +47,7 @@ def prepare(
     directory: Path,
     *,
     sources: Mapping[str, Iterable[Document | str]] | None = None,
+    mixtures: Mixtures | None = None,
     progress: bool = False,
     full_check: bool = False,
 ) -> Prepared:
@@ -65,6 +65,8 @@ def prepare(
 
     Args:
         sources: documents of each entry of data.sources and data.teachers, in place of built-in corpora and files.
+        mixtures: of the run (held_out.mixtures_of): a source without any share needs no held-out document. None: that
+            of `data` alone.
         progress: show progress bars on standard error.
         full_check: read every file of an existing directory, as `full` of `load`.
 
@@ -80,21 +82,66 @@ def prepare(
     if sources is not None and set(sources) != set(names):
         raise ConfigError(f"sources are {sorted(sources)}, but data.sources and data.teachers are {sorted(names)}")
     if (directory / META_FILE).exists():
-        return _load_same(directory, data, settings, full_check, sources is None)
-    partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
-    preparation = _Preparation(data, settings, partial, sources, progress)  # a wrong name leaves nothing behind
-    with locked(directory.with_name(f".{directory.name}.lock"), str(directory), wait=True):
+        return _load_same(directory, data, mixtures, settings, full_check, sources is None)
+    target, partial, lock = _places(directory)  # only the process with the lock writes to them
+    preparation = _Preparation(
+        data, mixtures, settings, partial, sources, progress
+    )  # a wrong name leaves nothing behind
+    with locked(lock, str(directory), wait=True):
+        if partial.parent == target and (partial / META_FILE).exists():  # a process ended while it moved the files
+            _publish(partial, target)
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
-            return _load_same(directory, data, settings, full_check, False)
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            return _load_same(directory, data, mixtures, settings, full_check, False)
+        if target.exists() and not (target.is_dir() and _is_empty(target, partial, lock)):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
             preparation.run()
-            os.replace(partial, directory)
+            _publish(partial, target)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return load(directory)
+
+
+def discard(directory: Path) -> None:
+    """Remove a prepared directory; a link and a mount stay, without the files."""
+    if not directory.is_symlink() and not directory.is_mount():
+        shutil.rmtree(directory)
+        return
+    for path in directory.iterdir():
+        if path.is_file():
+            path.unlink()
+
+
+def _places(directory: Path) -> tuple[Path, Path, Path]:
+    """The folder that a link leads to or `directory` itself, the incomplete directory, and the lock file.
+
+    The incomplete directory is in the folder if that exists, else beside it; the lock is beside it where it can be.
+
+    Raises:
+        ConfigError: for a link that leads to itself.
+    """
+    target = Path(os.path.realpath(directory)) if directory.is_symlink() else directory
+    if target.is_symlink():
+        raise ConfigError(f"{directory} is a link that leads to itself; remove it, or take another folder")
+    partial = target / ".partial" if target.exists() else target.parent / f".{target.name}.partial"
+    is_inside = target.is_dir() and not os.access(target.parent, os.W_OK)
+    return target, partial, target / ".lock" if is_inside else target.parent / f".{target.name}.lock"
+
+
+def _is_empty(folder: Path, *ours: Path) -> bool:
+    """Whether a folder holds nothing but our paths and the folder that a file system's root has from the start."""
+    return {path.name for path in folder.iterdir()} <= {"lost+found", *(path.name for path in ours)}
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Rename a complete directory, or move its files to the folder that it is in, meta.json last."""
+    if partial.parent != target:
+        os.replace(partial, target)
+        return
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name == META_FILE, path.name)):
+        os.replace(path, target / path.name)
+    partial.rmdir()
 
 
 def _settings(data: DataConfig) -> dict[str, Any]:
@@ -105,28 +152,32 @@ def _settings(data: DataConfig) -> dict[str, Any]:
         fields.append("vocab_size")
     if data.mixture is not None or data.teachers:
         fields += ["true_mark", "false_mark"]
+    data = with_portable_names(data)
     settings = {field: getattr(data, field) for field in fields}
-    for field in settings.keys() & {"sources", "teachers"}:
-        settings[field] = [portable_name(name) for name in settings[field]]
-    if data.vocabulary is not None:
-        settings["vocabulary"] = portable_name(data.vocabulary)
-    elif data.mixture is None:
+    if data.vocabulary is None and data.mixture is None:
         settings["vocabulary"] = "sentencepiece"
     return json.loads(json.dumps(settings))
 
 
 def _load_same(
-    directory: Path, data: DataConfig, settings: dict[str, Any], full: bool, check_sources: bool
+    directory: Path,
+    data: DataConfig,
+    mixtures: Mixtures | None,
+    settings: dict[str, Any],
+    full: bool,
+    check_sources: bool,
 ) -> Prepared:
     default = _settings(DataConfig())
     stored = {**default, **read_meta(directory)["settings"]}
+    names = with_portable_names(DataConfig(**{name: stored[name] for name in ("sources", "teachers", "vocabulary")}))
+    stored |= {"sources": [*names.sources], "teachers": [*names.teachers], "vocabulary": names.vocabulary}
     current = {**default, **settings}
-    names = sorted(stored.keys() | current.keys())
+    fields = sorted(stored.keys() | current.keys())
     if not (_trains(stored) and _trains(current)):
-        names.remove("vocab_size")
+        fields.remove("vocab_size")
     differing = [
         f"data.{name}={stored.get(name)!r} there, {current.get(name)!r} in this config"
-        for name in names
+        for name in fields
         if stored.get(name) != current.get(name)
     ]
     if differing:
@@ -135,6 +186,12 @@ def _load_same(
             "delete this one to prepare it anew"
         )
     prepared = load(directory, full)
+    counts = {
+        name: {split: of_source[split]["documents"] for split in SPLITS}
+        for name, of_source in prepared.meta["sources"].items()
+    }
+    texts = {name: None if prepared.is_teacher(name) else of_source for name, of_source in counts.items()}
+    check_held_out(data, texts, mixtures)
     if check_sources:
         report_changes(data, prepared)
     return prepared
@@ -154,12 +211,13 @@ class _Preparation:
     def __init__(
         self,
         data: DataConfig,
+        mixtures: Mixtures | None,
         settings: dict[str, Any],
         folder: Path,
         documents: Mapping[str, Iterable[Document | str]] | None,
         progress: bool,
     ):
-        self.data, self.settings, self.folder, self.progress = data, settings, folder, progress
+        self.data, self.mixtures, self.settings, self.folder, self.progress = data, mixtures, settings, folder, progress
         self.rates: tuple[float, ...] | None = None
         mixture_vocabulary: Tokenizer | None = None
         self.provenance: dict[str, Any] = {}
@@ -203,7 +261,7 @@ class _Preparation:
         }
         all_parts = list(itertools.chain.from_iterable(parts.values()))
         encode_parts(all_parts, encoder, self.folder, self.data.workers, self.progress)
-        files = {name: _describe(self.folder / name) for name in names}
+        files = {name: describe_file(self.folder / name) for name in names}
         counts: dict[str, dict[str, Any]] = {}
         for source in self.sources:
             spool = spools[source.name]
@@ -211,12 +269,13 @@ class _Preparation:
                 "slug": spool.slug,
                 "is_teacher": source.is_teacher,
                 "duplicates": spool.duplicates(),
+                "documents_left_out": spool.left_out,
                 "changed": 0,  # documents whose tokens do not decode to their text
                 **file_description(source),
             }
             for split in SPLITS:
                 stem = self.folder / f"{spool.slug}-{split}"
-                tokens, changed = _seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
+                tokens, changed = seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
                 counts[source.name]["changed"] += changed
                 sizes = spool.splits[split].sizes
                 counts[source.name][split] = {"documents": len(sizes), "tokens": tokens, "bytes": int(sizes.sum())}
@@ -236,7 +295,7 @@ class _Preparation:
             "sources": counts,
             "duplicates": len(all_hashes) - len(np.unique(all_hashes)),
             "held_out_in_training": len(np.intersect1d(hashes["train"], hashes["validation"])),
-            "validation_gzip_bits_per_byte": _gzip_bits_per_byte(
+            "validation_gzip_bits_per_byte": gzip_bits_per_byte(
                 spools[source.name] for source in self.sources if not source.is_teacher
             ),
             "files": files,
@@ -285,28 +344,16 @@ class _Preparation:
         return spools
 
     def check(self, spools: Mapping[str, Spool]) -> None:
-        """Refuse a source without training documents, and a source of text without held-out documents.
-
-        A source whose mixture weight is 0 needs no held-out document.
-        """
-        fraction = self.data.validation_fraction
+        """Refuse a source without training documents, and a source of text that needs held-out documents."""
         for source in self.sources:
             sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
             if not any(sizes.values()):
                 raise ConfigError(f"{self.field(source)}: '{source.name}' has no documents (no text at all)")
             if not sizes["train"]:
                 raise ConfigError(f"{self.field(source)}: every document of '{source.name}' is held out; add documents")
-        weights = self.data.mixture_weights or self.rates or (1.0,) * len(self.sources)
-        for source, weight in zip(self.sources, weights, strict=True):
-            sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
-            if weight and not source.is_teacher and not sizes["validation"]:
-                by_text = ", hold out by document with data.split_by='text'" * (self.data.split_by == "path")
-                raise ConfigError(
-                    f"{self.field(source)}: none of the {sizes['train']} documents of '{source.name}' is held out at "
-                    f"data.validation_fraction={fraction}: add documents, divide the text into more documents (by two "
-                    f"blank lines in .txt files; into more files with data.split_by='path'){by_text}, raise the "
-                    f"fraction, or set its data.mixture_weights to 0"
-                )
+        counts = {name: {split: len(spool.splits[split].sizes) for split in SPLITS} for name, spool in spools.items()}
+        texts = {source.name: None if source.is_teacher else counts[source.name] for source in self.sources}
+        check_held_out(self.data, texts, self.mixtures)
 
     def field(self, source: Source) -> str:
         """The setting that names a source, for messages."""
@@ -342,58 +389,3 @@ class _Preparation:
 def _watched(items: Iterable[Any], label: str, progress: bool) -> Iterator[Any]:
     # disable=None: silent where standard error is no terminal
     return iter(tqdm(items, label, unit=" documents", leave=False, disable=None if progress else True))
-
-
-def _seal(parts: list[Part], encoder: Encoder, stem: Path, is_teacher: bool, files: dict[str, Any]) -> tuple[int, int]:
-    """Join the parts of a split to its token files and describe these in `files`.
-
-    Returns:
-        The number of tokens, and that of the documents that do not decode to their text.
-    """
-    kinds = {"u32": "<u4", "offsets.u64": "<u8", CORRECTIONS: "<i8", **({"weights.u8": "u1"} if is_teacher else {})}
-    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in kinds}
-    hashes = {kind: hashlib.sha256() for kind in kinds}
-    total = changed = 0
-    with contextlib.ExitStack() as stack:
-        opened = {kind: stack.enter_context(path.open("wb")) for kind, path in paths.items()}
-
-        def write(kind: str, array: np.ndarray) -> None:
-            raw = array.astype(kinds[kind]).tobytes()
-            opened[kind].write(raw)
-            hashes[kind].update(raw)
-
-        for part in parts:
-            columns = encoder.read(part)
-            ends = total + np.cumsum(columns["lengths"])
-            write("u32", columns["tokens"])
-            write(CORRECTIONS, columns["corrections"] + np.array([total, 0]))
-            changed += int(columns["changed"])
-            write("offsets.u64", np.concatenate([[total], ends[:-1]]))
-            if is_teacher:
-                write("weights.u8", columns["weights"])
-            total = int(ends[-1])
-        write("offsets.u64", np.array([total]))
-    if not paths[CORRECTIONS].stat().st_size:
-        paths.pop(CORRECTIONS).unlink()
-    for kind, path in paths.items():
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": hashes[kind].hexdigest()}
-    return total, changed
-
-
-def _gzip_bits_per_byte(spools: Iterable[Spool]) -> float | None:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: with gzip's header and trailer
-    compressed = total = 0
-    for spool in spools:
-        size = 0
-        for text in spool.splits["validation"].read():
-            raw = text.encode()
-            size += len(raw)
-            compressed += len(compressor.compress(raw))
-            if size >= GZIP_BYTES:
-                break
-        total += size
-    return 8 * (compressed + len(compressor.flush())) / total if total else None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -47,11 +47,13 @@ class Spool:
     Attributes:
         slug: the source's name in file names.
         splits: the documents of each split; empty until `fill` or `reload`.
+        left_out: number of documents that are only white space; 0 until then.
     """
 
     def __init__(self, folder: Path, slug: str):
         self.slug = slug
         self.splits: dict[str, Spooled] = {}
+        self.left_out = 0
         self._columns_path = folder / f"{slug}.columns.npz"
         self._paths = {split: folder / f"{slug}-{split}.text" for split in SPLITS}
 
@@ -68,6 +70,7 @@ class Spool:
                 texts, and for a text in a teacher; names source and document.
         """
         self.forget()
+        left_out = 0
         columns = {split: (array.array("q"), array.array("B"), array.array("Q")) for split in SPLITS}
         with self._paths["train"].open("wb") as train, self._paths["validation"].open("wb") as validation:
             files = {"train": train, "validation": validation}
@@ -77,6 +80,7 @@ class Spool:
                     kind = "a text" if is_teacher else "a proposition with a judgement"
                     raise ConfigError(f"document {i} of '{source}' is {kind}; texts and teachers are sources apart")
                 if not raw.strip():
+                    left_out += 1
                     continue
                 text_hash = hashlib.sha256(raw).digest()
                 key = raw if document.key is None else key_bytes(document.key)
@@ -92,7 +96,7 @@ class Spool:
             for name, column in zip(("sizes", "judgements", "hashes"), columns[split], strict=True)
         }
         partial = self._columns_path.with_suffix(".tmp.npz")
-        np.savez(partial, allow_pickle=False, **named)
+        np.savez(partial, allow_pickle=False, left_out=left_out, **named)
         os.replace(partial, self._columns_path)  # `reload` finds the spool from this moment on
         self.reload()
 
@@ -100,6 +104,7 @@ class Spool:
         """Load the documents that an earlier process stored; False if that process did not finish."""
         try:
             with np.load(self._columns_path) as columns:
+                self.left_out = int(columns["left_out"])
                 self.splits = {
                     split: Spooled(path, *(columns[f"{split}-{c}"] for c in ("sizes", "judgements", "hashes")))
                     for split, path in self._paths.items()

@@ -351,9 +351,9 @@ def _read_model(path: Path, end_id: int | None = None) -> SentencePieceTokenizer
     try:
         return SentencePieceTokenizer(path.read_bytes(), end_id)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path.absolute()} cannot be read: {error.strerror}") from error
     except RuntimeError as error:
-        raise ConfigError(f"{path} is no SentencePiece model: {error}") from error
+        raise ConfigError(f"{path.absolute()} is no SentencePiece model: {error}") from error
 
 
 def _write_settings(directory: Path, **settings: Any) -> Path:

@@ -2,11 +2,14 @@
 
 import io
 import re
+import typing
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-from flmjax.config import ConfigError
+from flmjax.config import ConfigError, DataConfig
+from flmjax.config.validate import constraints
+from flmjax.config.values import Range
 
 UNKNOWN_ID, END_ID = 0, 1
 RESERVED = "\u2585"  # how SentencePiece's trainer marks a rare character
@@ -55,12 +58,19 @@ def training_lines(documents: Iterable[str], keep: float = 1.0) -> Iterator[str]
                 yield line
 
 
+def _is_vocab_size(pieces: int) -> bool:
+    """Whether data.vocab_size may have this value."""
+    hint = typing.get_type_hints(DataConfig, include_extras=True)["vocab_size"]
+    return not any(isinstance(limits, Range) and limits.violation(pieces) for limits in constraints(hint))
+
+
 def _explain(error: str, vocab_size: int) -> str:
     """An error of SentencePiece's trainer in terms of the settings."""
     if match := re.search(r"value <= (\d+)", error):
+        lower = "lower it, " * _is_vocab_size(int(match[1]))
         return (
             f"data.vocab_size={vocab_size} is too large for this little text: at most {match[1]} pieces can be formed; "
-            f"lower it, add text, or set data.vocabulary='bytes'"
+            f"{lower}add text{',' * bool(lower)} or set data.vocabulary='bytes'"
         )
     if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return f"data.vocab_size={vocab_size} is too small: the characters of this text alone need {match[1]}; raise it"

@@ -98,8 +98,8 @@ def validation_means(sums: dict[str, np.ndarray], labels: tuple[str, ...], is_te
         "loss" in nats a token and "bits_per_byte". With teachers, both are means over the sequences of text, so that
         they compare with a run without teachers; "teacher_loss" is the mean over the sequences of teachers, and
         "judgement_accuracy" the share of the "judged" targets that are correct. If there are several sources of text,
-        also "loss/LABEL" and "bits_per_byte/LABEL" of each; of several teachers, "judgement_accuracy/LABEL". A mean
-        without any sequence is NaN.
+        also "loss/LABEL" and "bits_per_byte/LABEL" of each; of several teachers, "judgement_accuracy/LABEL". A
+        source without sequences has no means of its own. A mean over all sources without any sequence is NaN.
     """
     text, teachers = np.flatnonzero(~is_teacher), np.flatnonzero(is_teacher)
     means = _language_means({name: x[text].sum() for name, x in sums.items()})
@@ -110,10 +110,10 @@ def validation_means(sums: dict[str, np.ndarray], labels: tuple[str, ...], is_te
             "judgement_accuracy": _ratio(sums["correct"].sum(), judged),
             "judged": int(judged),
         }
-    for source in text if len(text) > 1 else ():
+    for source in text[sums["weight"][text] > 0] if len(text) > 1 else ():
         of_source = _language_means({name: x[source] for name, x in sums.items()})
         means |= {f"{name}/{labels[source]}": value for name, value in of_source.items()}
-    for source in teachers if len(teachers) > 1 else ():
+    for source in teachers[sums["judged"][teachers] > 0] if len(teachers) > 1 else ():
         accuracy = _ratio(sums["correct"][source], sums["judged"][source])
         means[f"judgement_accuracy/{labels[source]}"] = accuracy
     return means

@@ -12,6 +12,7 @@ import numpy as np
 from flmjax.config import ConfigError, RunConfig, StageConfig, differences
 from flmjax.config.fields import ScheduleSettings
 from flmjax.data.loader import TrainingStream
+from flmjax.data.named_sources import with_portable_names
 from flmjax.optimizer.schedule import learning_rate, new_warmup
 from flmjax.workdir.position import Position
 
@@ -32,7 +33,9 @@ def check_continuation(workdir: Path, position: Position | None, config: RunConf
     """
     if position is None:
         return
-    past = position.config
+    past, config = (
+        dataclasses.replace(settings, data=with_portable_names(settings.data)) for settings in (position.config, config)
+    )
     if config.model.vocab_size is None:
         past = dataclasses.replace(past, model=dataclasses.replace(past.model, vocab_size=None))
     changed = differences(dataclasses.replace(past, stages=()), dataclasses.replace(config, stages=()))

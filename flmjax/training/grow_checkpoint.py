@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, resize, to_json
 from flmjax.config.validate import check_mesh, validate, validate_mesh
+from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import META_FILE, with_vocabulary
@@ -129,7 +130,7 @@ def _grow(
 ) -> None:
     """Prepare the data, grow, prove and write what grow_checkpoint promises."""
     with entry.time.during("data preparation"):
-        data = prepare(config.data, data_directory(config, workdir), progress=True)
+        data = prepare(config.data, data_directory(config, workdir), mixtures=mixtures_of(config), progress=True)
     user_config, config = config, with_vocabulary(config, data)
     check_vocabulary(config, source, origin, workdir)
     new = _target(config, origin)

@@ -8,6 +8,7 @@ from typing import Any
 from flmjax.config import DERIVED, STAGE_SIZES, ConfigError, DataConfig, GrowthConfig, RunConfig, StageConfig, resize
 from flmjax.config.fields import ScheduleSettings
 from flmjax.config.validate import validate
+from flmjax.data.named_sources import with_portable_names
 from flmjax.data.prepared import META_FILE, read_meta
 from flmjax.data.tokenizers import MODEL_FILE, SETTINGS_FILE, ByteTokenizer
 from flmjax.workdir.paths import data_directory, latest_whole_step, read_config
@@ -93,6 +94,7 @@ def vocabulary_settings(directory: Path) -> dict[str, Any] | None:
 
 def has_same_preparation(a: DataConfig, b: DataConfig) -> bool:
     """Whether two settings of data have the same token files and vocabulary, if the texts are the same."""
+    a, b = with_portable_names(a), with_portable_names(b)
     return all(getattr(a, name) == getattr(b, name) for name in PREPARED_FIELDS)
 
 

@@ -1,7 +1,6 @@
 """A run: stages of training with growth between them, started or resumed by the same call."""
 
 import functools
-import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +14,9 @@ from jax.sharding import Mesh
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
 from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.batch import Batch, global_batch
+from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
-from flmjax.data.prepare import prepare
+from flmjax.data.prepare import discard, prepare
 from flmjax.data.prepared import META_FILE, data_warnings, with_vocabulary
 from flmjax.evaluation.generate import generate, prompt_ids
 from flmjax.evaluation.validation_loss import SourceSums, describe, jit_source_sums, validation_loss
@@ -115,7 +115,7 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
     command, which has other sources.
     """
     is_new = not is_prepared(config, workdir) and config.data.directory is None
-    data = prepare(config.data, data_directory(config, workdir), progress=True)
+    data = prepare(config.data, data_directory(config, workdir), mixtures=mixtures_of(config), progress=True)
     config = with_vocabulary(config, data)
     try:
         stream = TrainingStream.of_run(config, data)
@@ -124,7 +124,7 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
         stream.validation_rows(1)
     except ConfigError:
         if is_new:
-            shutil.rmtree(data.directory)
+            discard(data.directory)
         raise
     if config.sample_tokens:
         prompt_ids(config.sample_prompt, data.tokenizer, config.model.max_length)  # refuses one that is too long

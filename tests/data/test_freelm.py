@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flmjax.config import ConfigError, DataConfig
+from flmjax.data.inspection import summary
 from flmjax.data.loader import TrainingStream
 from flmjax.data.mixture import MixturePhase
 from flmjax.data.packing import first_propositions, make_proposition_row
@@ -125,6 +126,38 @@ def test_hidden_labels_make_nothing_and_missing_fields_are_named():
         list(propositions({"premise": "A"}, TEMPLATES["rte"]))
 
 
+@pytest.mark.parametrize("label", [1, 1.0, "1", "1.0", True, "true", " True\n", "yes", "YES "])
+def test_unambiguous_spellings_of_a_label_are_one_label(label):
+    expected = list(propositions(EXAMPLES["boolq"], TEMPLATES["boolq"]))
+    assert list(propositions({**EXAMPLES["boolq"], "label": label}, TEMPLATES["boolq"])) == expected
+
+
+def write_boolq(path, *labels):
+    """Files of 40 examples, with the labels by turns."""
+    examples = ({**EXAMPLES["boolq"], "passage": f"P {i}.", "label": labels[i % len(labels)]} for i in range(40))
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return DataConfig(**{**vars(DATA), "sources": ("hsk",), "teachers": (f"boolq:{path}",)})
+
+
+def test_examples_without_a_usable_label_are_counted(tmp_path, capsys):
+    data = write_boolq(tmp_path / "b.jsonl", 1, 0, "maybe", None, -1, 10, 1.5, "no")
+    prepared = prepare(data, tmp_path / "data")
+    first = f"{tmp_path}/b.jsonl: line 3: label='maybe'"
+    line = (
+        f"flmjax: 'boolq:{tmp_path}/b.jsonl': 25 of 40 examples have no usable label and are left out (first: {first}; "
+    )
+    assert capsys.readouterr().err.startswith(line + "labels: 0, 1, false, true)")
+    counts = prepared.meta["sources"][data.teachers[0]]
+    assert sum(counts[split]["documents"] for split in ("train", "validation")) == 2 * 15
+    stream = TrainingStream(prepared, data, 0, 32, (MixturePhase((0.5, 0.5), None),))
+    assert f"{data.teachers[0]}: 25 documents without text or usable label are left out" in summary(stream)
+
+
+def test_examples_without_any_usable_label_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.teachers: 40 of 40 examples have no usable label.*b\.jsonl: line 1"):
+        prepare(write_boolq(tmp_path / "b.jsonl", 2, "maybe"), tmp_path / "data")
+
+
 def test_false_pairs_have_a_second_text_of_the_same_split():
     """There are as many false pairs as true ones."""
     pairs = [(f"k{i}", f"first {i}", f"second {i}") for i in range(400)]
@@ -175,12 +208,35 @@ def test_every_kind_of_teacher_is_read(tmp_path):
     assert len(read("hsk_translations")) > 8000
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", " \n", "\t\r\n"])
+@pytest.mark.parametrize("suffix", ["txt", "md", "jsonl"])
+def test_paragraphs_end_at_blank_lines_of_any_line_end(tmp_path, line_end, suffix):
+    text = ("word " * 30 + f"\nNUMBER first\n\nNUMBER second {'word ' * 30}\n").replace("\n", line_end)
+    for i in range(9):
+        content = text.replace("NUMBER", str(i))
+        content = json.dumps({"text": content}) if suffix == "jsonl" else content
+        (tmp_path / f"{i}.{suffix}").write_text(content, newline="")
+    pairs = [d.text for d in teacher_source(f"topic:{tmp_path}", DataConfig()).read() if d.judgement]
+    assert len(pairs) == 9
+    assert all(f"{i} first" in pair and f"{i} second" in pair for i, pair in enumerate(pairs))
+
+
+def test_documents_of_one_paragraph_are_no_topics(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n\n".join("word " * 30 + f"\nline {i}" for i in range(20)))
+    message = r"data\.teachers: none of the 20 documents of '.*' has two paragraphs of 60 characters.* blank line"
+    data = DataConfig(sources=(str(tmp_path),), teachers=(f"topic:{tmp_path}",), vocabulary="bytes")
+    with pytest.raises(ConfigError, match=message):
+        prepare(data, tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("rtee:x.jsonl", r"no template 'rtee'; did you mean rte"),
         ("rte:none.jsonl", r"data\.teachers: no file or folder 'none\.jsonl'"),
         ("none.jsonl", r"data\.teachers: no file or folder"),
+        ("boolq:nofile", r"data\.teachers: no file or folder 'nofile' \(tried /.*/nofile\)$"),
+        ("translation:hsk", r"data\.teachers: no file or folder 'hsk' \(tried /.*/hsk\)$"),
         ("hsk_level", r"data\.teachers: 'hsk_level' is neither .*did you mean hsk_levels"),
         ("topic:hskk", r"data\.teachers: 'hskk' is neither .*did you mean hsk"),
     ],

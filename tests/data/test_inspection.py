@@ -9,7 +9,7 @@ import pytest
 from flmjax import cli
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data import prepared as prepared_module
-from flmjax.data.inspection import show_row, summary
+from flmjax.data.inspection import inspected_samples, show_row, show_samples, summary
 from flmjax.data.loader import TrainingStream
 from flmjax.data.mixture import MixturePhase
 from flmjax.data.prepare import prepare
@@ -96,6 +96,36 @@ def test_the_command_line_prints_the_table_and_samples(config, tmp_path, capsys)
     assert out.count("--- sample") == 12
     assert "sample 0, text: 48 tokens" in out
     assert "? ⟧😈" in out or "? ⟧😡" in out
+
+
+@pytest.mark.parametrize("first", ["1,0,0", None])
+def test_a_stage_with_text_that_has_none_held_out_is_refused(config, tmp_path, capsys, first):
+    """The stage's weights went past the check, and the run printed a validation loss that was not a number."""
+    (tmp_path / "one.txt").write_text("a single document")
+    sources = f"--config.data.sources={tmp_path}/a.jsonl,{tmp_path}/one.txt"
+    command = ["prepare", config, f"--workdir={tmp_path}/w", sources, "--config.data.mixture_weights=1,0,0"]
+    if first is not None:
+        assert cli.main([*command, f"--config.stages[0].mixture_weights={first}"]) == 0
+    assert cli.main([*command, "--config.stages[0].mixture_weights=1,1,0"]) == 2
+    assert "set its entry of stages[0].mixture_weights to 0" in capsys.readouterr().err
+
+
+def test_inspected_samples_are_of_every_source_first(prepared):
+    """Four samples of a mixture with 1.9 % of a teacher were four texts."""
+    rare, late = ((0.981, 0.019), None), ((0.9, 0.1), None)
+    stream = TrainingStream(prepared, DataConfig(), 0, 8, (MixturePhase(*rare),))
+    first = next(n for n in range(99) if stream.source_samples(0, n + 1)[1])
+    assert first > 4
+    assert inspected_samples(stream, 4) == [0, 1, 2, first]
+    assert inspected_samples(stream, 1) == [0]
+    assert inspected_samples(stream, 0) == []
+    assert list(show_samples(stream, 2))[1].startswith(f"--- sample {first}, teacher")
+    phases = (MixturePhase((1.0, 0.0), 10**9), MixturePhase(*late))
+    joins = inspected_samples(TrainingStream(prepared, DataConfig(), 0, 8, phases), 2)
+    assert joins[0] == 0
+    assert 10**9 <= joins[1] < 10**9 + 10
+    alone = (MixturePhase((1.0, 0.0), None),)
+    assert inspected_samples(TrainingStream(prepared, DataConfig(), 0, 8, alone), 3) == [0, 1, 2]
 
 
 def test_inspect_shows_no_sample_by_default(config, tmp_path, capsys):

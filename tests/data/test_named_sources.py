@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -15,6 +16,7 @@ from flmjax.data.inspection import summary
 from flmjax.data.loader import TrainingStream
 from flmjax.data.mixture import MixturePhase
 from flmjax.data.prepare import prepare
+from flmjax.data.vocabulary_training import train_model
 
 
 def write(folder: Path, count: int, first: int = 0) -> Path:
@@ -60,6 +62,59 @@ def test_a_folder_of_text_alone_says_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+# ---- one folder, many spellings ---
+
+SPELLINGS = ["text/", "./text", "text//", "./text/.", "TMP/text", "link", "text/*.txt", "text/**"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("kind", ["sources", "teachers"])
+def test_one_folder_by_two_names_is_refused(tmp_path, monkeypatch, spelling, kind):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "text", 30)
+    (tmp_path / "link").symlink_to("text")
+    prefix = "topic:" * (kind == "teachers")
+    names = (f"{prefix}text", prefix + spelling.replace("TMP", str(tmp_path)))
+    data = of(**{"sources": ("hsk",), kind: names})
+    both = " and ".join(re.escape(f"'{name}'") for name in names)
+    with pytest.raises(ConfigError, match=rf"data\.{kind}: {both} are the same files; name them once"):
+        prepare(data, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_files_that_two_sources_share_are_said(tmp_path, capsys):
+    """A teacher may judge the paragraphs of a text that is also a source."""
+    folder = write(tmp_path / "text", 30)
+    write(folder / "more", 20, first=30)
+    for path in folder.rglob("*.txt"):
+        path.write_text(f"{path.name} {'word ' * 20}\n\n{path.name} {'other ' * 20}")
+    prepare(of(folder, folder / "more", teachers=(f"topic:{folder}",)), tmp_path / "data")
+    both = f"'{folder}' and '{folder}/more'"
+    assert capsys.readouterr().err == f"flmjax: data.sources: 20 files are in both {both}; they are read for each\n"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS[:4])
+def test_other_spellings_of_a_path_are_the_same_settings(tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(tmp_path)
+    for path in write(tmp_path / "text", 30).iterdir():
+        path.write_text(f"{path.name} {'word ' * 20}\n\n{path.name} {'other ' * 20}")
+    meta = prepare(of("text", teachers=("topic:text",)), tmp_path / "data").meta
+    other = of(spelling, teachers=(f"topic:{spelling}",))
+    assert prepare(other, tmp_path / "data").meta == meta
+    assert prepare(other, tmp_path / "anew").meta == meta
+
+
+@pytest.mark.parametrize("name", ["./hsk", ".//hsk/", "hsk/"])
+def test_a_folder_with_the_name_of_a_built_in_source_is_that_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "hsk", 30)
+    prepared = prepare(of(name, "hsk"), tmp_path / "data")
+    assert prepared.sources == ("./hsk", "hsk")
+    assert documents_of(prepared, "./hsk") == 30
+    with pytest.raises(ConfigError, match=r"data\.sources"):
+        prepare(of("hsk"), tmp_path / "data")
+
+
 # ---- changes --------------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +154,28 @@ def test_sources_that_changed_since_are_said(tmp_path, capsys, act, files, kind)
     field = "data.teachers" if kind == "topic" else "data.sources"
     assert line.startswith(f"flmjax: {field}: '{name}' has changed since {tmp_path}/data was prepared (30 files then, ")
     assert f"{files} now); its old text is used. To prepare it anew, delete that folder, or set data.directory" in line
+
+
+@pytest.mark.parametrize("act", ["replace", "damage", "touch", "remove"])
+def test_a_vocabulary_file_that_changed_since_is_said(tmp_path, capsys, act):
+    model = tmp_path / "v.model"
+    pieces = [train_model([f"{word} of some text"] * 50, 280) for word in ("words", "parts")]
+    model.write_bytes(pieces[0])
+    data = of(write(tmp_path / "text", 30), vocabulary=str(model))
+    before = prepare(data, tmp_path / "data").meta
+    assert capsys.readouterr().err == ""
+    {
+        "replace": lambda: model.write_bytes(pieces[1]),
+        "damage": lambda: model.write_bytes(b"x"),
+        "touch": lambda: os.utime(model),
+        "remove": model.unlink,
+    }[act]()
+    assert prepare(data, tmp_path / "data").meta == before
+    line = (
+        f"flmjax: data.vocabulary: '{model}' has changed since {tmp_path}/data was prepared; its old pieces are used. "
+    )
+    cure = "To prepare it anew, delete that folder, or set data.directory to another one\n"
+    assert capsys.readouterr().err == (line + cure) * (act in ("replace", "damage"))
 
 
 def test_sources_that_are_gone_or_unstamped_are_no_change(tmp_path, capsys):

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from flmjax.config import ConfigError, DataConfig
+from flmjax.config import ConfigError, DataConfig, RunConfig, StageConfig
 from flmjax.data import prepare as module
+from flmjax.data.held_out import mixtures_of
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import data_warnings, load
 from flmjax.data.sources.documents import Document
@@ -249,7 +251,7 @@ def test_a_source_without_text_is_named(tmp_path, empty):
 def test_no_held_out_document_says_how_to_get_one(tmp_path):
     """One file for each language, with data.split_by='path', has 0 and 0 held-out documents."""
     one = {"a": DOCUMENTS["a"], "b": [Document(text, "all.txt") for text in DOCUMENTS["a"]]}
-    cures = r"two blank lines.*split_by='path'\), raise the fraction, or set its data.mixture_weights to 0$"
+    cures = r"two blank lines.*split_by='path'\), raise the fraction, or set its entry of data.mixture_weights to 0$"
     failing(rf"data\.sources: none of the 60 documents of 'b' is held out .*{cures}", one, tmp_path)
     by_path = DataConfig(**{**vars(BYTES), "split_by": "path"})
     failing(r"hold out by document with data\.split_by='text'", one, tmp_path, by_path)
@@ -261,6 +263,35 @@ def test_a_source_of_weight_0_needs_no_held_out_document(tmp_path):
     assert done.meta["sources"]["b"]["validation"]["documents"] == 0
     line = data_warnings(done.meta["sources"], 64)[-1]
     assert "'b': its validation loss is not reliable: the held-out text has 0 documents, fewer than 10" in line
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_the_weights_of_every_stage_need_held_out_text(tmp_path, is_prepared):
+    one = {"a": DOCUMENTS["a"], "b": [DOCUMENTS["a"][0]]}
+    data = DataConfig(**{**vars(BYTES), "mixture_weights": (1.0, 0.0)})
+    if is_prepared:
+        prepare(data, tmp_path / "data", sources=one)
+    stages = [StageConfig(name=str(w), mixture_weights=w) for w in (None, (1.0, 1.0), (3.0, 0.0))]
+    mixtures = mixtures_of(RunConfig(data=data, stages=tuple(stages)))
+    message = r"none of the 1 documents of 'b' is held out .* or set its entry of stages\[1\]\.mixture_weights to 0"
+    with pytest.raises(ConfigError, match=message):
+        prepare(data, tmp_path / "data", sources=one, mixtures=mixtures)
+    assert (tmp_path / "data").exists() is is_prepared
+
+
+def test_stages_without_a_source_need_none_of_its_text_held_out(tmp_path):
+    one = {"a": DOCUMENTS["a"], "b": [DOCUMENTS["a"][0]]}
+    mixtures = mixtures_of(RunConfig(data=BYTES, stages=(StageConfig(mixture_weights=(1.0, 0.0)), StageConfig())))
+    assert prepare(BYTES, tmp_path / "data", sources=one, mixtures=mixtures).sources == ("a", "b")
+
+
+def test_the_only_source_has_no_weight_to_lower(tmp_path):
+    failing(
+        r"split_by='path'\), or raise the fraction$",
+        {"a": [DOCUMENTS["a"][0]]},
+        tmp_path,
+        replace(BYTES, sources=("a",)),
+    )
 
 
 def test_little_held_out_text_is_said_by_source():
@@ -314,11 +345,6 @@ def test_paths_that_look_alike_get_different_files(tmp_path):
     assert len({counts["slug"] for counts in done.meta["sources"].values()}) == 4
     for name in names:
         assert documents_of(done, name, "train")[0].startswith(name)
-
-
-def test_an_empty_directory_may_be_filled(tmp_path):
-    (tmp_path / "data").mkdir()
-    assert prepare(BYTES, tmp_path / "data", sources=DOCUMENTS).directory == tmp_path / "data"
 
 
 def test_documents_of_one_key_are_on_one_side_in_all_sources(tmp_path):

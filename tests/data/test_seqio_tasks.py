@@ -336,7 +336,13 @@ def test_unknown_templates_and_missing_fields_are_refused():
     with pytest.raises(ConfigError, match="task 'x': there is no template 'boolk'; did you mean boolq"):
         seqio_tasks.add_teacher_task("x", data_source(train=TEXTS), "boolk")
     seqio_tasks.add_teacher_task("lacking", data_source(train={"passage": TEXTS, "label": [0, 1, 0, 1]}), "boolq")
-    assert refusal("lacking").startswith("data.mixture: task 'lacking': an example has no field 'question'")
+    assert refusal("lacking").startswith("data.mixture: task 'lacking': example 0: an example has no field 'question'")
+
+
+def test_a_task_of_examples_without_a_usable_label_is_refused():
+    columns = {"passage": TEXTS, "question": TEXTS, "label": [-1] * len(TEXTS)}
+    seqio_tasks.add_teacher_task("hidden", data_source(train=columns), "boolq")
+    assert f"task 'hidden': {len(TEXTS)} of {len(TEXTS)} examples have no usable label" in refusal("hidden")
 
 
 # ---- registered Tasks -----------------------------------------------------------------------------------------------

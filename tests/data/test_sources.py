@@ -7,6 +7,7 @@ import lzma
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,28 @@ def test_bytes_that_are_not_utf8_are_named_with_file_and_offset(tmp_path):
         list(read_source(str(tmp_path)))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.json", "array.json"])
+def test_text_in_utf_16_is_refused_with_its_file(tmp_path, encoding, name):
+    """Without a byte order mark, English in UTF-16 is UTF-8 with NUL characters."""
+    text = "some words\n" if name in ("a.txt", "a.md") else '{"text": "some words"}\n'
+    (tmp_path / name).write_bytes((f"[{text}]" if name == "array.json" else text).encode(encoding))
+    with pytest.raises(ConfigError, match=rf"{name}: .*convert the file"):
+        list(read_source(str(tmp_path)))
+
+
+def test_a_nul_character_is_named_with_its_place(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"some\nwords\0\n")
+    with pytest.raises(ConfigError, match=r"a\.txt: line 2 holds a NUL character, .*convert the file to UTF-8"):
+        list(read_source(f"{tmp_path}/a.txt"))
+    (tmp_path / "a.json").write_bytes('[\n{"text": "文'.encode() + b'\0"}]')
+    with pytest.raises(ConfigError, match=r"a\.json: byte 15 holds a NUL character"):
+        list(read_source(f"{tmp_path}/a.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "the escape \\\\u0000"}\n{"text": "a NUL \\u0000"}')
+    with pytest.raises(ConfigError, match=r"a\.jsonl: line 2 holds a NUL character \(\\u0000\).*remove it"):
+        list(read_source(f"{tmp_path}/a.jsonl"))
+
+
 @pytest.mark.parametrize("name", ["cut.txt.xz", "cut.txt.gz", "noise.txt.xz", "noise.txt.gz"])
 def test_a_broken_archive_is_named(tmp_path, name):
     compress = lzma.compress if name.endswith("xz") else gzip.compress
@@ -123,6 +146,10 @@ def test_a_broken_archive_is_named(tmp_path, name):
         ("zzzz", "choices: hsk, python_docs"),
         ("no/such/file.txt", "no file or folder 'no/such/file.txt'"),
         ("no/such/*.txt", r"no file matches 'no/such/\*\.txt'"),
+        ("no/such.txt", rf"'no/such.txt' \(tried {Path.cwd()}/no/such.txt\)$"),
+        ("no/such/*.txt", rf"\(tried {Path.cwd()}/no/such/\*\.txt\)$"),
+        ("texts", rf"'texts' is neither a built-in source nor a path; .* \(tried {Path.cwd()}/texts\)$"),
+        ("/no/such.txt", "no file or folder '/no/such.txt'$"),
     ],
 )
 def test_an_unknown_source_is_named_at_once(source, message):

@@ -1,9 +1,11 @@
 """Held-out sequences: how many of each source, and what the sources are called in metrics."""
 
+import numpy as np
 import pytest
 
 from flmjax.data.loader import spread_rows
 from flmjax.data.prepared import short_names
+from flmjax.evaluation.validation_loss import describe, validation_means
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,14 @@ def test_every_source_has_a_validation_row(counts, rows, per_source):
 def test_short_names_of_sources_differ(names, short):
     """They are names of metrics: TensorBoard tags and JSON keys."""
     assert short_names(names) == short
+
+
+def test_a_source_without_held_out_text_has_no_mean():
+    """It may have no share of any mixture; its mean was shown as `one nan`."""
+    sums = {"loss": [2.0, 0.0, 0.0], "weight": [1.0, 0.0, 0.0], "bytes": [4.0, 0.0, 0.0]}
+    sums |= {"correct": [0.0, 0.0, 3.0], "judged": [0.0, 0.0, 4.0]}
+    arrays = {name: np.array(values) for name, values in sums.items()}
+    means = validation_means(arrays, ("many", "one", "judge"), np.array([False, False, True]))
+    assert means["loss/many"] == means["loss"] == 2.0
+    assert "loss/one" not in means
+    assert "one" not in describe(means)

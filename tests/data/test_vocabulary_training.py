@@ -86,3 +86,15 @@ def test_words_beside_a_reserved_character_are_learned():
     assert SentencePieceTokenizer.train(marked, 400).vocab_size == 400
     plain = SentencePieceTokenizer.train([text.replace("\n", " \n") for text in CORPUS], 400)
     assert SentencePieceTokenizer.train(marked, 400).fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(("words", "lower"), [(1, ""), (300, "lower it, ")])
+def test_a_size_that_is_too_large_has_a_cure_that_works(words, lower):
+    """With less than 300 possible pieces, "lower it" led to another refusal."""
+    text = [" ".join(f"{chr(97 + i % 26)}{i}x{i * i}" for i in range(words))]
+    with pytest.raises(ConfigError) as refusal:
+        SentencePieceTokenizer.train(text, 4000)
+    pieces = int(re.search(r"at most (\d+) pieces", str(refusal.value))[1])
+    assert (pieces >= 300) is bool(lower)
+    cures = f"can be formed; {lower}add text{',' * bool(lower)} or set data.vocabulary='bytes'"
+    assert str(refusal.value).endswith(cures)

@@ -122,6 +122,16 @@ def test_a_change_of_the_past_is_refused_in_one_short_line(past, step, index, co
     assert len(str(refusal.value)) < 600 + len(str(tmp_path))
 
 
+def test_another_spelling_of_a_path_is_the_same_config(tmp_path):
+    """A run of `text` was refused with `text/`."""
+    names = [("text", "topic:text", "v.model"), ("./text/", "topic:text//", "./v.model")]
+    past, config = (
+        run(stage(), data=DataConfig(sources=(text,), teachers=(teacher,), vocabulary=vocabulary))
+        for text, teacher, vocabulary in names
+    )
+    check_continuation(tmp_path, position(past, 50), config)
+
+
 def test_a_run_without_a_checkpoint_takes_every_config(tmp_path):
     check_continuation(tmp_path, None, run(stage(learning_rate=2e-3)))
 

@@ -24,6 +24,11 @@ BUILT_IN: dict[str, Callable[[], Iterator[Document | str]]] = {
 }
 
 
+def text_name(name: str) -> str:
+    """The one spelling of an entry of `data.sources`."""
+    return portable_name(name, BUILT_IN)
+
+
 def text_source(name: str, split_by: str = "text", field: str = "data.sources") -> Source:
     """The source that an entry of `data.sources` names.
 
@@ -43,4 +48,4 @@ def text_source(name: str, split_by: str = "text", field: str = "data.sources") 
         return Source(name, BUILT_IN[name], stamp=name)  # the corpora are part of the installation
     files = find(name, BUILT_IN, field)
     read = lambda: text_files.documents(files, split_by == "path")
-    return Source(portable_name(name), read, stamp=files.stamp(), files=files)
+    return Source(text_name(name), read, stamp=files.stamp(), files=files)

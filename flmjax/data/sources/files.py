@@ -15,8 +15,8 @@ import stat
 import sys
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 from flmjax.config import ConfigError, nearest
 from flmjax.data.sources.compression import COMPRESSIONS, check_compressions
@@ -72,6 +72,10 @@ class Files:
                 digest.update(b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
+    def identities(self) -> set[tuple[int, int]]:
+        """Device and inode of every file."""
+        return {_identity(path.stat()) for path in self.paths}
+
     def counts(self) -> dict[str, int]:
         """Number of paths that are left out, by suffix or another reason, in alphabetical order."""
         return {label: len(paths) for label, paths in sorted(self.left_out.items())}
@@ -107,17 +111,23 @@ def format_of(path: Path) -> str:
     return Path(uncompressed_name(path)).suffix.lower()
 
 
-def portable_name(name: str) -> str:
-    """A path as the command line of a UTF-8 locale has it; in other locales Python decodes the same bytes otherwise."""
-    try:
-        return os.fsencode(name).decode("utf-8")
-    except UnicodeError:  # bytes that are no UTF-8; a name from a config file that the locale cannot write
-        return name
+def portable_name(name: str, names: Iterable[str] = ()) -> str:
+    """The one spelling of a path: in the characters of a UTF-8 locale, without `./`, `//` and `/` at the end.
+
+    In other locales Python decodes the same bytes otherwise.
+
+    Args:
+        names: built-in sources; a path of such a name begins with `./`.
+    """
+    with contextlib.suppress(UnicodeError):  # bytes that are no UTF-8; a name that the locale cannot write
+        name = os.fsencode(name).decode("utf-8")
+    path = str(PurePosixPath(name)) if name.strip() else name
+    return f"./{path}" if path != name and path in names else path
 
 
 def find(
     source: str,
-    names: Iterable[str],
+    names: Collection[str],
     field: str = "data.sources",
     suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, *RECORD_SUFFIXES),
 ) -> Files:
@@ -161,11 +171,12 @@ def find(
         paths = walker.regular(matches, lambda p: format_of(p) not in OTHER_FORMATS)
         files = Files(paths, root, walker.left_out)
         if not paths:
-            raise ConfigError(f"{field}: no file matches '{source}'{_but(files)}")
-    elif "/" in source or "." in source:
-        raise ConfigError(f"{field}: no file or folder '{source}'")
+            raise ConfigError(f"{field}: no file matches '{source}'{_tried(path)}{_but(files)}")
+    elif "/" in source or "." in source or not names:
+        raise ConfigError(f"{field}: no file or folder '{source}'{_tried(path)}")
     else:
-        raise ConfigError(f"{field}: '{source}' is neither a built-in source nor a path{nearest(source, names)}")
+        words = "is neither a built-in source nor a path"
+        raise ConfigError(f"{field}: '{source}' {words}{nearest(source, names)}{_tried(path)}")
     check_compressions(files.paths, field)
     for path in files.paths:
         if not os.access(path, os.R_OK):
@@ -183,6 +194,11 @@ def _local_path(source: str, field: str) -> Path:
         return Path(source).expanduser()
     except RuntimeError as error:  # ~name, where no user has that name
         raise ConfigError(f"{field}: '{source}': {error}") from None
+
+
+def _tried(path: Path) -> str:
+    """The absolute path for a message that names a relative one, which another current folder may explain."""
+    return "" if path.is_absolute() else f" (tried {path.absolute()})"
 
 
 def _label(path: Path) -> str:

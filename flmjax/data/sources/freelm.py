@@ -7,16 +7,17 @@ holds a mark, one of two emoji that stand for "true" and "false"; the loss is on
 import dataclasses
 import json
 import random
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flmjax.config import ConfigError, DataConfig, nearest
+from flmjax.config import ConfigError, DataConfig, nearest, shorten
 from flmjax.data.sources import BUILT_IN as BUILT_IN_TEXTS
 from flmjax.data.sources import hsk, text_source
 from flmjax.data.sources.documents import Document, Source, as_document, is_held_out, key_bytes
-from flmjax.data.sources.files import RECORD_SUFFIXES, Files, find, portable_name
-from flmjax.data.sources.text_files import json_records, key_of
+from flmjax.data.sources.files import RECORD_SUFFIXES, Files, find, portable_name, say
+from flmjax.data.sources.text_files import BLANK_LINES, json_records, key_of
 from flmjax.data.tokenizers import Tokenizer
 
 RESERVOIR = 1000  # second texts of earlier pairs, from which false pairs are drawn
@@ -31,7 +32,7 @@ class Template:
     Attributes:
         text: the proposition, with the example's fields in braces and {label} for the words of the label.
         labels: words of each label; they may have fields in braces too (COPA's two labels are fields). An example
-            whose label is not in `labels`, as the hidden labels of test sets, makes no proposition.
+            with another label, as the hidden labels of test sets, makes no proposition.
         label_field: the field that holds the label.
     """
 
@@ -39,11 +40,19 @@ class Template:
     labels: Mapping[str, str]
     label_field: str = "label"
 
+    def words(self, label: str) -> str | None:
+        """Words of an example's label; None for a label that the template lacks.
+
+        The words are a label too, capital letters and white space around a label do not count, and 1.0 is 1.
+        """
+        labels = {**{words: words for words in self.labels.values()}, **self.labels}
+        return labels.get(re.sub(r"(?<=\d)\.0+$", "", label.strip().lower()))
+
 
 _NO_YES = types.MappingProxyType({"0": "no", "1": "yes", "false": "no", "true": "yes"})
 _NLI = types.MappingProxyType({"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"})
 _ZH_NLI = types.MappingProxyType({"entailment": "蕴含", "neutral": "中立", "contradiction": "矛盾"})
-_ZH_SAME = types.MappingProxyType({"0": "不同", "1": "相同"})
+_ZH_SAME = types.MappingProxyType({"0": "不同", "1": "相同", "false": "不同", "true": "相同"})
 
 # SuperGLUE: fields and numbers of labels as in TFDS and in the official files. CLUE: as in the official files.
 TEMPLATES: dict[str, Template] = {
@@ -118,20 +127,21 @@ def marks(tokenizer: Tokenizer, data: DataConfig) -> Marks:
 
 
 def propositions(example: Mapping[str, Any], template: Template) -> Iterator[Document]:
-    """A true and a false proposition of a labelled example; none for a label that the template lacks.
+    """A true and a false proposition of a labelled example; none for null and for a label that the template lacks.
 
     Both have the same key: the example's field "key", or the text without the label.
 
     Raises:
         ConfigError: if the example lacks a field of the template; names that field and the example's fields.
     """
+    if example.get(template.label_field, "") is None:
+        return
     example = _flat(example)
     if template.label_field not in example:
         raise ConfigError(f"an example has no field '{template.label_field}'{nearest(template.label_field, example)}")
-    label = example[template.label_field].lower()
-    if label not in template.labels:
+    right = template.words(example[template.label_field])
+    if right is None:
         return
-    right = template.labels[label]
     wrong = sorted({word for word in template.labels.values() if word != right})
     try:
         key = example.get("key", template.text.format(**{**example, "label": ""}))
@@ -140,6 +150,42 @@ def propositions(example: Mapping[str, Any], template: Template) -> Iterator[Doc
         yield Document(template.text.format(**{**example, "label": word.format(**example)}), key, False)
     except KeyError as error:
         raise ConfigError(f"an example has no field {error}; it has: {', '.join(sorted(example))}") from None
+
+
+def judged_examples(
+    examples: Iterable[tuple[str, Mapping[str, Any]]], template: Template, source: str
+) -> Iterator[Document]:
+    """The propositions of labelled examples; in place of an example without a usable label, one without text.
+
+    Standard error says at the end how many examples have no usable label.
+
+    Args:
+        examples: pairs of a place, for messages, and the fields of an example.
+        source: its name, for messages.
+
+    Raises:
+        ConfigError: naming the place of an example that lacks a field; if no example has a usable label.
+    """
+    count = unusable = 0
+    first = ""
+    for place, example in examples:
+        count += 1
+        try:
+            documents = list(propositions(example, template))
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        if not documents:
+            unusable += 1
+            first = first or f"{place}: {template.label_field}={shorten(example.get(template.label_field))}"
+        yield from documents or [Document("", judgement=True)]
+    if unusable:
+        line = (
+            f"{unusable:,} of {count:,} examples have no usable label and are left out (first: {first}; "
+            f"labels: {', '.join(template.labels)})"
+        )
+        if unusable == count:
+            raise ConfigError(line)
+        say(f"{source}: {line}")
 
 
 def judged_pairs(pairs: Iterable[tuple[str, str, str]], text: str, fraction: float) -> Iterator[Document]:
@@ -164,6 +210,21 @@ def judged_pairs(pairs: Iterable[tuple[str, str, str]], text: str, fraction: flo
             others[chance.randrange(RESERVOIR)] = second
 
 
+def template_and_path(name: str) -> tuple[str, str]:
+    """The two parts of an entry of `data.teachers`; the first is empty for an entry without a template."""
+    kind, colon, path = name.partition(":")
+    return (kind, path) if colon and kind in (*TEMPLATES, *PAIRS) else ("", name)
+
+
+def teacher_name(name: str) -> str:
+    """The one spelling of an entry of `data.teachers`."""
+    kind, path = template_and_path(name)
+    if kind:
+        return f"{kind}:{portable_name(path, BUILT_IN_TEXTS)}"
+    plain = portable_name(path, BUILT_IN)
+    return f"./{plain}" if template_and_path(plain)[0] else plain
+
+
 def teacher_source(name: str, data: DataConfig) -> Source:
     """The source that an entry of `data.teachers` names.
 
@@ -185,10 +246,10 @@ def teacher_source(name: str, data: DataConfig) -> Source:
     if kind == "topic" and colon:
         text = text_source(rest, data.split_by, "data.teachers")
         pairs = lambda: judged_pairs(_paragraph_pairs(text), PAIRS["topic"], data.validation_fraction)
-        return dataclasses.replace(text, name=portable_name(name), read=pairs, is_teacher=True)
+        return dataclasses.replace(text, name=teacher_name(name), read=pairs, is_teacher=True)
     if colon and kind not in (*TEMPLATES, *PAIRS):
         raise ConfigError(f"data.teachers: there is no template '{kind}'{nearest(kind, [*TEMPLATES, *PAIRS])}")
-    path, names = (rest, BUILT_IN_TEXTS) if colon else (name, BUILT_IN)
+    path, names = (rest, ()) if colon else (name, tuple(BUILT_IN))
     files = find(path, names, "data.teachers", RECORD_SUFFIXES)
     read: Callable[[], Iterator[Document]]
     if not colon:
@@ -196,8 +257,8 @@ def teacher_source(name: str, data: DataConfig) -> Source:
     elif kind == "translation":
         read = lambda: judged_pairs(_line_pairs(files), PAIRS["translation"], data.validation_fraction)
     else:
-        read = lambda: _labelled(files, TEMPLATES[kind])
-    return Source(portable_name(name), read, True, files.stamp(), files)
+        read = lambda: judged_examples(_labelled(files), TEMPLATES[kind], f"'{teacher_name(name)}'")
+    return Source(teacher_name(name), read, True, files.stamp(), files)
 
 
 def _judged_lines(files: Files) -> Iterator[Document]:
@@ -208,12 +269,9 @@ def _judged_lines(files: Files) -> Iterator[Document]:
         yield Document(proposition, key_of(record, place, None), judgement)
 
 
-def _labelled(files: Files, template: Template) -> Iterator[Document]:
+def _labelled(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, record in json_records(files):
-        try:
-            yield from propositions({**record, "key": key_of(record, place, None)}, template)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from None
+        yield place, {**record, "key": key_of(record, place, None)}
 
 
 def _line_pairs(files: Files) -> Iterator[tuple[str, str, str]]:
@@ -225,13 +283,25 @@ def _line_pairs(files: Files) -> Iterator[tuple[str, str, str]]:
 
 
 def _paragraph_pairs(source: Source) -> Iterator[tuple[str, str, str]]:
-    """(key, first, second): two paragraphs of every document that has two or more."""
+    """(key, first, second): two paragraphs of every document that has two or more.
+
+    Raises:
+        ConfigError: at the end, if no document has two paragraphs.
+    """
+    documents = pairs = 0
     for text, key, *_ in map(as_document, source.read()):
-        paragraphs = [p.strip()[: PARAGRAPH[1]] for p in text.split("\n\n")]
+        documents += bool(text.strip())
+        paragraphs = [p.strip()[: PARAGRAPH[1]] for p in BLANK_LINES.split(text)]
         paragraphs = [p for p in paragraphs if len(p) >= PARAGRAPH[0]]
         if len(paragraphs) >= 2:
+            pairs += 1
             first, second = random.Random(text).sample(paragraphs, 2)
             yield text if key is None else key, first, second
+    if documents and not pairs:
+        raise ConfigError(
+            f"none of the {documents:,} documents of '{source.name}' has two paragraphs of {PARAGRAPH[0]} characters "
+            "or more; a blank line ends a paragraph, two blank lines end a document"
+        )
 
 
 def _flat(example: Mapping[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from flmjax.config import ConfigError, nearest
 from flmjax.data.sources import text_source
 from flmjax.data.sources.documents import as_document, key_bytes
 from flmjax.data.sources.files import report_left_out
-from flmjax.data.sources.freelm import TEMPLATES, Template, propositions
+from flmjax.data.sources.freelm import TEMPLATES, Template, judged_examples
 from flmjax.data.tokenizers import Cl100kTokenizer
 from flmjax.stderr import captured_stderr
 
@@ -116,11 +116,8 @@ def add_teacher_task(name: str, source: seqio.DataSource, template: str | Templa
 
     def to_propositions(dataset: tf.data.Dataset) -> tf.data.Dataset:
         def elements() -> Iterator[dict[str, Any]]:
-            for example in dataset.as_numpy_iterator():
-                fields = tf.nest.map_structure(_to_python, example)
-                if fields.get("key") == "":  # a feature cannot be missing
-                    del fields["key"]
-                for document in propositions(fields, template):
+            for document in judged_examples(_examples(dataset), template, f"task '{name}'"):
+                if document.text:
                     yield {"targets": document.text, "judgement": document.judgement, "key": document.key}
 
         dtypes = {"targets": tf.string, "judgement": tf.bool, "key": tf.string}
@@ -129,6 +126,14 @@ def add_teacher_task(name: str, source: seqio.DataSource, template: str | Templa
 
     HAS_JUDGEMENTS[to_propositions] = True
     return seqio.TaskRegistry.add(name, source, preprocessors=[to_propositions], output_features={"targets": TEXT})
+
+
+def _examples(dataset: tf.data.Dataset) -> Iterator[tuple[str, dict[str, Any]]]:
+    for i, example in enumerate(dataset.as_numpy_iterator()):
+        fields = tf.nest.map_structure(_to_python, example)
+        if fields.get("key") == "":  # a feature cannot be missing
+            del fields["key"]
+        yield f"example {i}", fields
 
 
 def _to_python(value: Any) -> Any:

@@ -17,7 +17,9 @@ from flmjax.data.sources.files import RECORD_SUFFIXES, Files, format_of, uncompr
 
 MAX_DOCUMENT_BYTES = 64 << 20  # of a document, and of a line or a record of JSON; it is read at once
 BLOCK = 1 << 20  # bytes of a file of JSON that are read at once
+BLANK_LINES = re.compile(r"\n\s*\n")  # between paragraphs; a carriage return before a line's end is white space
 _SEPARATORS = re.compile(r"[\s,]*")
+_NUL = "holds a NUL character, as UTF-16 and binary files do; convert the file to UTF-8, or leave it out"
 _TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
 
 
@@ -39,8 +41,8 @@ def documents(files: Files, path_is_key: bool = False) -> Iterator[Document]:
 
     Raises:
         ConfigError: naming the file, and the byte where it is not UTF-8 (counted after decompression); the line or the
-            record that is no such object; the line of a document of more than MAX_DOCUMENT_BYTES; or a file of JSON
-            records whose suffix is that of plain text.
+            record that holds a NUL character, as UTF-16 does, or that is no such object; the line of a document of more
+            than MAX_DOCUMENT_BYTES; or a file of JSON records whose suffix is that of plain text.
     """
     for path in files.paths:
         key = files.key(path) if path_is_key else None
@@ -98,9 +100,11 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, value in _json_values(path) if _spans_lines(path) else _json_lines(path):
         place = f"{path}: {number}"
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            raw = json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{place} holds half of a surrogate pair, no text: {error}") from None
+        if b"\\u0000" in raw.replace(b"\\\\", b""):
+            raise ConfigError(f"{place} holds a NUL character (\\u0000), which is no text; remove it")
         if not isinstance(value, dict):
             raise ConfigError(f"{place} is no JSON object but {json.dumps(value, ensure_ascii=False)[:40]}")
         yield number, value
@@ -205,6 +209,8 @@ def _lines(path: Path) -> Iterator[str]:
                 number += 1
                 if len(line) > MAX_DOCUMENT_BYTES:
                     raise ConfigError(f"{path}: line {number} is {_TOO_LONG}; divide it, or remove it")
+                if "\0" in line:
+                    raise ConfigError(f"{path}: line {number} {_NUL}")
                 yield line
         except UnicodeDecodeError:
             for _ in _blocks(path):  # names the byte
@@ -228,6 +234,8 @@ def _decoded(pieces: Iterable[bytes], path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             place, byte = start + error.start, error.object[error.start]
             raise ConfigError(f"{path}: not UTF-8 at byte {place} (0x{byte:02X}); convert the file") from None
+        if (nul := text.find("\0")) >= 0:
+            raise ConfigError(f"{path}: byte {start + len(text[:nul].encode())} {_NUL}")
         if text:
             yield text if offset else text.removeprefix("\ufeff")
         offset += len(piece)
