@@ -9,7 +9,7 @@ from absl import flags, logging
 from flmjax.cli.commands import COMMANDS
 from flmjax.cli.help import help_text, version_text, wants_help
 from flmjax.cli.parsing import CommandLine, one_line, parse
-from flmjax.config import ConfigError
+from flmjax.config import ConfigError, shorten
 
 __all__ = ["COMMANDS", "CommandLine", "main", "parse", "run"]
 
@@ -35,9 +35,19 @@ def main(argv: list[str]) -> int:
     except (ConfigError, flags.Error) as error:
         print(f"flmjax: {one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:  # of standard output: run
+            raise
+        print(f"flmjax: {shorten(str(error.filename), str)}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # while a config file is loaded
         print("flmjax: interrupted", file=sys.stderr)
         return 130
+    return _execute(line)
+
+
+def _execute(line: CommandLine) -> int:
+    """Run a command; returns the exit status."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     try:

@@ -14,6 +14,7 @@ from ml_collections import config_dict
 
 import flmjax.config
 from flmjax.config import ConfigError, RunConfig, from_config_dict, nearest, shorten, to_json
+from flmjax.config.values import local_path
 
 
 def load_config(argument: str) -> RunConfig:
@@ -25,9 +26,9 @@ def load_config(argument: str) -> RunConfig:
         ConfigError: for a file that does not exist, and, with file and line, for everything that fails in it.
     """
     file, colon, words = argument.partition(":")
-    path = Path(file).expanduser()
+    path = local_path(file, "--config")
     if not path.is_file():
-        hint = f"; did you mean {file}.py" if path.with_name(f"{path.name}.py").is_file() else ""
+        hint = f"; did you mean {file}.py" if path.name and path.with_name(f"{path.name}.py").is_file() else ""
         raise ConfigError(f"there is no config file '{file}'{hint}")
     module = types.ModuleType("config_file")
     module.__file__ = str(path)

@@ -10,8 +10,9 @@ from absl import flags
 
 from flmjax.cli.commands import COMMANDS
 from flmjax.cli.config_file import load_config
-from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value
+from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value, shorten
 from flmjax.config.validate import validate
+from flmjax.config.values import local_path
 from flmjax.workdir.paths import read_config as read_workdir_config
 
 
@@ -183,7 +184,11 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
         ConfigError or absl.flags.Error: for a flag, a field or a value that is not understood.
     """
     values = flags.FlagValues()
-    arguments = values.read_flags_from_files(arguments, force_gnu=False)
+    try:
+        arguments = values.read_flags_from_files(arguments, force_gnu=False)
+    except UnicodeError as error:
+        files = ", ".join(shorten(argument, str) for argument in arguments if "flagfile" in argument)
+        raise ConfigError(f"{files}: the file is not UTF-8: {error}") from None
     fields: dict[str, Any] = {}
     if takes_config(command):
         CONFIG.define(values)
@@ -264,12 +269,22 @@ def _override_value(value: Any, hint: Any, path: str) -> Any:
 
 
 def _folder(option: Option, value: str) -> Path | None:
-    """The folder that a flag names, with ~ expanded; None for "". A file, or a folder below a file, is refused."""
+    """The folder that a flag names, with ~ expanded; None for "".
+
+    Raises:
+        ConfigError: for a file or a link to nothing, and for a folder below one of them.
+        OSError: for a path that the file system refuses.
+    """
     if not value:
         return None
-    folder = Path(value).expanduser()
+    folder = local_path(value, f"--{option.name}")
     for path in (folder, *folder.parents):
-        if os.path.isfile(path):
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(
+                f"--{option.name}={value}: {path} is a link to {os.readlink(path)}, which does not exist; create that "
+                "folder or name another"
+            )
+        if path.exists() and not path.is_dir():
             raise ConfigError(f"--{option.name}={value}: {path} is a file; name a folder")
     return folder
 

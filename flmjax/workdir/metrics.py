@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flmjax.config import ConfigError
+from flmjax.config.values import local_path
 
 Record = dict[str, Any]
 
@@ -84,7 +85,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Record]:
     Raises:
         ConfigError: naming an earlier line that is not a JSON object with "kind" and "step".
     """
-    path = Path(workdir).expanduser() / METRICS_FILE
+    path = local_path(os.fspath(workdir), "workdir") / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
