@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from chex import ArrayTree
 
-from flmjax.config import HEADER, check_format
+from flmjax.config import HEADER, check_format, stored_entry
 from flmjax.sharding.axes import path_name
 from flmjax.workdir.paths import is_complete, latest_whole_step
 
@@ -84,14 +84,15 @@ class Checkpoints:
         Raises:
             CheckpointError: for an unreadable or damaged checkpoint, or for another model (with the leaf and both
                 shapes).
-            ConfigError: for a checkpoint of another format.
+            ConfigError: for a checkpoint of another format, or without checksums.
         """
-        expected = self.meta(step)["checksums"]
+        name = f"checkpoint {self.directory / str(step)}: its metadata"
+        expected = stored_entry(self.meta(step), "checksums", dict, name)
         for name, tree in abstract.items():
             self._check_shapes(step, name, tree)
         items = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
         restored = {name: items[name] for name in abstract}
-        damaged = [path for path, value in _checksums(restored).items() if expected[path] != value]
+        damaged = [path for path, value in _checksums(restored).items() if expected.get(path) != value]
         if damaged:
             raise self._read_error(step, f"damaged on disk: {', '.join(damaged[:3])}")
         return restored

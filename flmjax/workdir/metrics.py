@@ -94,7 +94,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Record]:
         try:
             record = json.loads(line)
             record["kind"], record["step"] = str(record["kind"]), int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if number < len(lines):  # a newline follows, so this line was written to its end
                 raise ConfigError(f"{path}: line {number} is not a line of metrics: {line[:60]!r}") from error
         else:

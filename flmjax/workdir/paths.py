@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flmjax.config import ConfigError, RunConfig, from_stored, to_stored
+from flmjax.config.validate import validate
 from flmjax.lock import locked
 
 CONFIG_FILE = "config.json"
@@ -131,7 +132,7 @@ def read_config(workdir: Path) -> RunConfig:
     """The config of the run in `workdir`.
 
     Raises:
-        ConfigError: naming config.json if it is absent, no JSON, or of another format.
+        ConfigError: naming config.json if it is absent, no JSON, of another format, or with a setting that cannot be.
     """
     path = workdir / CONFIG_FILE
     try:
@@ -140,7 +141,24 @@ def read_config(workdir: Path) -> RunConfig:
         raise ConfigError(f"{path} does not exist; is {workdir} the workdir of a run?") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    return from_stored(stored, str(path))
+    return valid_config(stored, str(path))
+
+
+def valid_config(stored: object, name: str) -> RunConfig:
+    """Config from the content of config.json or the metadata of a checkpoint, checked against the rules of a run.
+
+    Args:
+        stored: the JSON object.
+        name: the file's name in messages.
+
+    Raises:
+        ConfigError: naming the file, as from_stored, and for a setting that breaks a rule.
+    """
+    config = from_stored(stored, name)
+    try:
+        return validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{name} cannot be read as a config: {error}") from error
 
 
 def write_config(config: RunConfig, workdir: Path) -> None:

@@ -127,10 +127,18 @@ def read_starts(workdir: Path) -> list[Record]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("seconds", {}), dict):
+        if not _is_start(entry):
             raise ConfigError(f"{path}: line {number} is not an entry of a start: {line[:60]!r}; delete that line")
         entries.append(entry)
     return entries
+
+
+def _is_start(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    seconds, versions = entry.get("seconds"), entry.get("versions")
+    is_table = isinstance(seconds, dict | None) and isinstance(versions, dict | None)
+    return is_table and all(isinstance(value, int | float | None) for value in (seconds or {}).values())
 
 
 def _origin() -> Record:
