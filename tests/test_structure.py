@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "flmjax"
 FLOORS = {
     "config": 1,
     "hardware": 1,
+    "interrupt": 1,
     "lock": 1,
     "stderr": 1,
     "text_table": 1,
@@ -35,6 +36,7 @@ FLOORS = {
 NARROWER = {
     "config": set(),
     "hardware": {"config"},
+    "interrupt": set(),
     "lock": {"config"},
     "stderr": set(),
     "text_table": set(),

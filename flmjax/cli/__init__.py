@@ -10,6 +10,7 @@ from flmjax.cli.commands import COMMANDS
 from flmjax.cli.help import help_text, version_text, wants_help
 from flmjax.cli.parsing import CommandLine, one_line, parse
 from flmjax.config import ConfigError, shorten
+from flmjax.interrupt import end_at_interrupts, end_silently_at_interrupts
 
 __all__ = ["COMMANDS", "CommandLine", "main", "parse", "run"]
 
@@ -72,11 +73,13 @@ def _execute(line: CommandLine) -> int:
 
 
 def run() -> None:
-    """Console script."""
+    """Run the command line of this process, and end it."""
+    end_at_interrupts()
     _open_closed_streams()
     status = 0
     try:
         status = main(sys.argv[1:])
+        end_silently_at_interrupts()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` for example, has closed the pipe
         _discard_output()
