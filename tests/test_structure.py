@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "flmjax"
 # The floor of every room: a room imports rooms of lower floors.
 FLOORS = {
     "config": 1,
+    "disk": 1,
     "hardware": 1,
     "interrupt": 1,
     "lock": 1,
@@ -35,13 +36,14 @@ FLOORS = {
 # These know less than their floor allows.
 NARROWER = {
     "config": set(),
+    "disk": set(),
     "hardware": {"config"},
     "interrupt": set(),
-    "lock": {"config"},
+    "lock": {"config", "disk"},
     "stderr": set(),
     "text_table": set(),
-    "data": {"config", "lock", "stderr", "text_table"},
-    "workdir": {"config", "lock", "sharding"},
+    "data": {"config", "disk", "lock", "stderr", "text_table"},
+    "workdir": {"config", "disk", "lock", "sharding"},
 }
 
 

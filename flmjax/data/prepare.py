@@ -35,6 +35,7 @@ from flmjax.data.tokenizers import (
     Tokenizer,
     named_tokenizer,
 )
+from flmjax.disk import writing
 from flmjax.lock import locked
 
 PROGRESS_FILE = "progress.json"  # in an incomplete directory: settings, and stamps of the sources
@@ -89,8 +90,9 @@ def prepare(
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
-            preparation.run()
-            os.replace(partial, directory)
+            with writing(directory):
+                preparation.run()
+                os.replace(partial, directory)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import SIZES, Dtype, ModelConfig
+from flmjax.disk import writing
 from flmjax.growth.grow import grow_params
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import masked
@@ -88,7 +89,8 @@ class Certificate:
         """Write step_NNNNNNNN.json in `directory` and return its path."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"step_{self.step:08d}.json"
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        with writing(path):
+            path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         return path
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from flmjax.config import ConfigError, RunConfig, from_stored, to_stored
 from flmjax.config.validate import validate
+from flmjax.disk import writing
 from flmjax.lock import locked
 
 CONFIG_FILE = "config.json"
@@ -51,7 +52,7 @@ def stored_config(workdir: Path) -> RunConfig | None:
 def begin_growth(workdir: Path, source: Path) -> None:
     """Mark `workdir` as the target of a growth from `source` until its config is written."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / GROWTH_FILE).write_text(json.dumps({"source": str(source)}) + "\n", encoding="utf-8")
+    _write_json({"source": str(source)}, workdir / GROWTH_FILE)
 
 
 def unfinished_growth(workdir: Path) -> str | None:
@@ -90,7 +91,7 @@ class Parent(NamedTuple):
 
 def write_parent(parent: Parent, workdir: Path) -> None:
     """Write parent.json in `workdir`."""
-    (workdir / PARENT_FILE).write_text(json.dumps(parent._asdict()) + "\n", encoding="utf-8")
+    _write_json(parent._asdict(), workdir / PARENT_FILE)
 
 
 def read_parent(workdir: Path) -> Parent | None:
@@ -165,5 +166,10 @@ def write_config(config: RunConfig, workdir: Path) -> None:
     """Write config.json in `workdir`, which becomes the workdir of `config`; a killed write leaves no partial file."""
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / "config.tmp"
-    partial.write_text(json.dumps(to_stored(config), indent=1) + "\n", encoding="utf-8")
+    _write_json(to_stored(config), partial, indent=1)
     partial.replace(workdir / CONFIG_FILE)
+
+
+def _write_json(value: object, path: Path, indent: int | None = None) -> None:
+    with writing(path):
+        path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 import flmjax
 from flmjax.config import ConfigError
+from flmjax.disk import writing
 from flmjax.workdir.metrics import Record
 
 STARTS_FILE = "starts.jsonl"
@@ -110,7 +111,8 @@ class StartEntry:
         seconds = {work: round(value, 3) for work, value in self.time.seconds().items()}
         line = json.dumps({**self._values, "seconds": seconds}, ensure_ascii=False)
         partial = self._path.with_suffix(".tmp")
-        partial.write_bytes(self._before + line.encode(errors="backslashreplace") + b"\n")
+        with writing(partial):
+            partial.write_bytes(self._before + line.encode(errors="backslashreplace") + b"\n")
         partial.replace(self._path)
 
 
