@@ -4,6 +4,7 @@ A checkpoint has items by name: `params` and `train_state` are trees of arrays, 
 separate item, so that evaluation and export read them without the moments.
 """
 
+import logging as standard_logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int | None) -> None:
         self.directory = directory
+        logging.get_absl_logger().addFilter(_is_told_once)
         if keep is None:
             # Not read_only, of which Orbax warns on standard error at each opening: without a save nothing is deleted.
             options = ocp.CheckpointManagerOptions(create=False)
@@ -162,6 +164,11 @@ class Checkpoints:
         older = [s for s in self._manager.all_steps() if s < step]
         cure = f"; delete that folder to resume from step {max(older)}" if older else ""
         return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}{cure}")
+
+
+def _is_told_once(record: standard_logging.LogRecord) -> bool:
+    """Whether a record of the log is no error of Orbax, which logs a traceback of every error that it also raises."""
+    return record.levelno < standard_logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 def remove_incomplete(directory: Path) -> list[Path]:
