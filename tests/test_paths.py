@@ -8,6 +8,7 @@ import flmjax
 from flmjax import cli
 from flmjax.config import ConfigError
 from flmjax.workdir.metrics import read_metrics
+from flmjax.workdir.paths import begin_growth, stored_config
 
 QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
 LONG = "x" * 300  # a file's name has 255 bytes at most
@@ -101,6 +102,12 @@ def test_a_link_to_nothing_is_no_folder(argv, capsys):
     for path, target in (("link", "gone"), ("link/below", "gone"), ("loop", "loop")):
         error = complain(capsys, *(argument.replace("PATH", path) for argument in argv))
         assert f"{path.partition('/')[0]} is a link to {target}, which does not exist; create that folder" in error
+
+
+def test_advice_after_a_growth_that_was_cut_off_can_be_pasted():
+    begin_growth(Path("my runs/b"), Path("my runs/a"))
+    with pytest.raises(ConfigError, match=r"again: flmjax grow --source='my runs/a' --workdir='my runs/b'$"):
+        stored_config(Path("my runs/b"))
 
 
 @pytest.mark.parametrize("path", ["/", ".", ":small"])

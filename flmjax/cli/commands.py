@@ -37,12 +37,12 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
         print(text, flush=True)
 
 
-def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_only: bool) -> None:
+def grow(config: RunConfig, workdir: Path | None = None, *, source: str, dry_run: bool, weights_only: bool) -> None:
     """Grow the newest checkpoint of another run into the model of this config's first stage."""
     from flmjax.training.grow_checkpoint import grow_checkpoint, plan_checkpoint
 
     raise_interrupts()
-    if dry_run:
+    if dry_run or workdir is None:
         print(plan_checkpoint(config, Path(source), workdir), flush=True)
         return
     grow_checkpoint(config, Path(source), workdir, weights_only)

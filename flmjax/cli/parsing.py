@@ -111,7 +111,7 @@ class CommandLine(NamedTuple):
 
     Attributes:
         command: a name of COMMANDS.
-        config, workdir: None where the command takes none.
+        config, workdir: None where the command takes none; a dry run needs no workdir.
         options: the values of the command's OPTIONS, by name.
     """
 
@@ -156,8 +156,6 @@ def parse(argv: list[str]) -> CommandLine:
     if config is None:
         absent = f"; {workdir} holds no run whose config could be read" if continues(command) else ""
         raise ConfigError(f"--config is missing{absent}; {usage(command)}")
-    if workdir is None and takes_workdir(command):  # a dry run, which writes nothing
-        workdir = Path()
     return CommandLine(command, validate(config), workdir, options)
 
 
@@ -200,6 +198,8 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
         rest = values(["flmjax", *arguments])
     except flags.UnrecognizedFlagError as error:
         raise ConfigError(_unknown_flag(command, error.flagname)) from None
+    except flags.Error as error:
+        raise ConfigError(_faulty_value(command, one_line(error))) from None
     if len(rest) > 1:
         raise ConfigError(f"'{rest[1]}' is not a flag; {usage(command)}")
     options = {name: holder.value for name, holder in holders.items()}
@@ -297,6 +297,17 @@ def _unknown_flag(command: str, name: str) -> str:
     if head in others and head not in known:
         return f"'flmjax {command}' takes no --{head}; {usage(command)}"
     return f"unknown flag '--{name}'{nearest(head, known)}"
+
+
+def _faulty_value(command: str, message: str) -> str:
+    """The message of absl about the value of a flag, in the words of the other refusals."""
+    if match := re.match(r"Missing value for flag (\S+)", message):
+        return f"{match[1]} has no value; {usage(command)}"
+    if match := re.match(r"flag --([^=]+)=(.*?): ", message):
+        types = {option.name: option.type for option in OPTIONS[command] if option.value is not None}
+        words = {int: "an integer that is not negative", float: "a positive number"}
+        return f"--{match[1]}={match[2]} must be {words.get(types.get(match[1], bool), 'True or False')}"
+    return message
 
 
 def one_line(error: BaseException) -> str:

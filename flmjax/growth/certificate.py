@@ -94,7 +94,7 @@ class Certificate:
         return path
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())
+        sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items()) or "equal sizes"
         numbers = ", ".join(
             f"{self.run_dtype if name == 'run' else name} {value:.2g}{' (the run)' if name == 'run' else ''}"
             for name, value in self.max_difference.items()

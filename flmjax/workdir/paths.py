@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ def stored_config(workdir: Path) -> RunConfig | None:
         return read_config(workdir)
     if (source := unfinished_growth(workdir)) is not None:
         raise ConfigError(
-            f"{workdir} holds a growth that was cut off; run the same 'flmjax grow --source={source} "
-            f"--workdir={workdir}' again, or take another --workdir to train from scratch"
+            f"{workdir} holds a growth that was cut off; to train from scratch, take another --workdir; to go on, run "
+            f"the same command again: flmjax grow --source={shlex.quote(source)} --workdir={shlex.quote(str(workdir))}"
         )
     if (step := latest_whole_step(workdir / "checkpoints")) is not None:
         raise ConfigError(

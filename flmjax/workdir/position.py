@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flmjax.config import ConfigError, RunConfig, Stage, stored_entry
-from flmjax.workdir.checkpoint import Checkpoints
-from flmjax.workdir.paths import latest_whole_step, valid_config
+from flmjax.workdir.checkpoint import CheckpointError, Checkpoints
+from flmjax.workdir.paths import is_complete, latest_whole_step, valid_config
 
 
 class Position(NamedTuple):
@@ -40,7 +40,14 @@ def newest_position(workdir: Path) -> Position | None:
         ConfigError, CheckpointError: as position_at.
     """
     step = latest_whole_step(workdir / "checkpoints")
-    return None if step is None else position_at(workdir, step)
+    if step is None:
+        return None
+    try:
+        return position_at(workdir, step)
+    except CheckpointError:
+        if is_complete(workdir / "checkpoints" / str(step)):
+            raise
+        return newest_position(workdir)  # the run is in training and has deleted this checkpoint since
 
 
 def position_at(workdir: Path, step: int) -> Position:
