@@ -1,7 +1,8 @@
 """FLM-101B's mixture of data, from your files: English to Chinese 53.5 : 46.5, instructions mixed in.
 
 What it reproduces: the shares and the vocabulary (cl100k) of FLM-101B, section 2; the authors' texts are not
-published. The argument is a folder with four sources, searched for .txt, .md and .jsonl, plain, .gz or .xz:
+published. The argument is a folder with four sources, searched for the files that the README lists, .txt, .md, .jsonl
+and others, plain or compressed:
     en/, zh/: text. Files of the same name in both are translations: both train or both are held out.
     en_instructions/, zh_instructions/: JSON lines with "text" (as OIG's) or "instruction", "input", "output" (COIG's).
 The model is the paper's proxy (width 256, 2 heads, depth as 16B): try the mixture on it first.

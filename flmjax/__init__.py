@@ -5,7 +5,6 @@ flmjax.evaluation.generate. `import flmjax` does not import JAX.
 """
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> "LoadedMod
             that have one), or missing files of the tokenizer.
         CheckpointError: for an unreadable or damaged checkpoint.
     """
+    from flmjax.config.values import local_path
     from flmjax.evaluation import load as loading
 
-    return loading.load(Path(workdir).expanduser(), step)
+    return loading.load(local_path(os.fspath(workdir), "workdir"), step)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flmjax.config import ConfigError
+from flmjax.disk import writing
 
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 POLL_SECONDS = 0.2
@@ -120,7 +121,7 @@ def _acquire(path: Path, owner: Owner, subject: str, created: list[Path], log: L
             break
         created.append(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
+    with writing(path), contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("a+", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,7 +150,7 @@ def _create(path: Path, owner: Owner, subject: str, log: Log) -> "Owner | contex
         if other is not None and other.is_dead:
             log(f"{subject}: the lock of {other}, which has ended, is taken over")
             path.unlink(missing_ok=True)
-        with path.open("x", encoding="utf-8") as file:
+        with writing(path), path.open("x", encoding="utf-8") as file:
             file.write(json.dumps(owner._asdict()))
     except FileExistsError:
         holder, age = _read(path), 0.0

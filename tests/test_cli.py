@@ -98,6 +98,10 @@ def complain(capsys, *argv: str) -> str:
         (["train", QUICKSTART, "--dry-run", "--workdir=WORKDIR"], "'flmjax train' takes no --dry-run"),
         (["plan", QUICKSTART + ":BILINGUAL"], "'BILINGUAL'; did you mean bilingual"),
         (["plan", QUICKSTART, "--outptu=x"], "unknown flag '--outptu'; did you mean output"),
+        (["prepare", QUICKSTART, "--inspect"], "--inspect has no value; usage: flmjax prepare --config=FILE"),
+        (["prepare", QUICKSTART, "--inspect=x"], "flmjax: --inspect=x must be an integer that is not negative"),
+        (["plan", QUICKSTART, "--price=-1"], "flmjax: --price=-1 must be a positive number"),
+        (["grow", "--dry-run=x"], "flmjax: --dry-run=x must be True or False"),
         (["train", QUICKSTART, "--noconfig.seed", "--workdir=WORKDIR"], "noconfig.seed"),
     ],
 )

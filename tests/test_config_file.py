@@ -142,15 +142,22 @@ def test_words_are_handed_to_get_config_alone(write):
 
 
 def test_a_neighbour_of_a_file_can_be_imported(write, tmp_path, monkeypatch):
-    """A syntax error in it is told at its own place; any other error where the config file imports it."""
+    """An error in it is told at its own place."""
     neighbour = tmp_path / "sizes_of_mine.py"
     neighbour.write_text("SEED = 9\n")
     file = write("import sizes_of_mine\n    return RunConfig(seed=sizes_of_mine.SEED)")
     monkeypatch.chdir(tmp_path.parent)
     assert load(file).seed == 9
-    for name, text, place in (("a", "x = 1\nx = (", "a_of_mine.py:2"), ("b", "1 / 0", "mine.py:3")):
+    for name, text, place in (("a", "x = 1\nx = (", "a_of_mine.py:2"), ("b", "\n1 / 0", "b_of_mine.py:2")):
         (tmp_path / f"{name}_of_mine.py").write_text(text)
         assert f"{tmp_path / place}: " in refusal(write(f"import {name}_of_mine"))
+
+
+def test_an_error_in_a_function_of_a_neighbour_is_told_there(write, tmp_path):
+    """Not one in the library, which the neighbour calls."""
+    (tmp_path / "calls_of_mine.py").write_text(f"{HEAD}def seed():\n    return RunConfig(sede=1)\n")
+    file = write("import calls_of_mine\n    return RunConfig(seed=calls_of_mine.seed())")
+    assert refusal(file) == f"{tmp_path / 'calls_of_mine.py'}:3: RunConfig has no field 'sede'; did you mean seed?"
 
 
 def test_a_file_that_changed_within_a_second_is_read_again(write):

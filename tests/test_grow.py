@@ -5,12 +5,16 @@ import re
 import shlex
 import shutil
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from run_cases import batches, make_lab, start
 
+from flmjax import cli
+from flmjax.config import DataConfig
 from flmjax.data.loader import TrainingStream
+from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.report.run_record import read_run
@@ -37,6 +41,35 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(lab):
     assert "'zero' from" in shown
     assert "parameters 35,136 -> 104,400; dry run" in shown
     assert not workdir.exists()
+
+
+def test_a_dry_run_without_a_workdir_looks_at_no_data_folder(lab, tmp_path, monkeypatch, capsys):
+    """Another run's data/ in the current folder was refused for its vocabulary."""
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(sources=(str(lab / "text"),), vocabulary="bytes", end_id=3, directory="data")
+    prepare(data, Path("data"))
+    argv = ["grow", f"--config={lab / 'big.py'}", f"--source={lab / 'straight'}", "--dry-run"]
+    assert cli.main(argv) == 0
+    assert "dry run" in capsys.readouterr().out
+    assert cli.main([*argv, f"--workdir={tmp_path}"]) == 2
+    refusal = capsys.readouterr().err
+    assert f"; another --workdir (or no {tmp_path / 'data'}) takes the source's" in refusal
+
+
+def test_growth_takes_the_newest_checkpoint_when_its_own_is_deleted(lab, tmp_path, monkeypatch, capsys):
+    """The source is in training while the data of the new run are prepared."""
+    source = tmp_path / "source"
+    shutil.copytree(lab / "straight", source)
+
+    def prepare_slowly(*args, **kwargs):
+        shutil.rmtree(source / "checkpoints" / "30", ignore_errors=True)
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr("flmjax.training.grow_checkpoint.prepare", prepare_slowly)
+    argv = ["grow", f"--config={lab / 'big.py'}", f"--source={source}", f"--workdir={tmp_path / 'grown'}"]
+    assert cli.main(argv) == 0
+    assert f"{source}: the checkpoint at step 30 is gone; that at step 25 is grown" in capsys.readouterr().out
+    assert read_parent(tmp_path / "grown").step == 25
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -182,7 +215,7 @@ def test_killed_growth_leaves_no_workdir_and_starts_anew(lab, moment):
     assert not (workdir / "config.json").exists()
     result = start(lab, "never", workdir, config="big.py", expect=2)  # never from scratch
     assert "growth that was cut off" in result.stderr
-    assert f"run the same 'flmjax grow --source={lab / 'straight'} --workdir={workdir}' again" in result.stderr
+    assert f"again: flmjax grow --source={lab / 'straight'} --workdir={workdir}\n" in result.stderr
     start(lab, "never", workdir, *flags, command="grow", config="big.py")
     assert (workdir / "config.json").exists()
     result = start(lab, "never", workdir, *flags, command="grow", config="big.py", expect=2)

@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "flmjax"
 # The floor of every room: a room imports rooms of lower floors.
 FLOORS = {
     "config": 1,
+    "disk": 1,
     "hardware": 1,
+    "interrupt": 1,
     "lock": 1,
     "stderr": 1,
     "text_table": 1,
@@ -34,12 +36,14 @@ FLOORS = {
 # These know less than their floor allows.
 NARROWER = {
     "config": set(),
+    "disk": set(),
     "hardware": {"config"},
-    "lock": {"config"},
+    "interrupt": set(),
+    "lock": {"config", "disk"},
     "stderr": set(),
     "text_table": set(),
-    "data": {"config", "lock", "stderr", "text_table"},
-    "workdir": {"config", "lock", "sharding"},
+    "data": {"config", "disk", "lock", "stderr", "text_table"},
+    "workdir": {"config", "disk", "lock", "sharding"},
 }
 
 

@@ -9,8 +9,9 @@ from absl import flags, logging
 from flmjax.cli.commands import COMMANDS
 from flmjax.cli.help import help_text, version_text, wants_help
 from flmjax.cli.parsing import CommandLine, one_line, parse
-from flmjax.config import ConfigError
+from flmjax.config import ConfigError, shorten
 from flmjax.hardware import hide_plugins
+from flmjax.interrupt import end_at_interrupts, end_silently_at_interrupts
 
 __all__ = ["COMMANDS", "CommandLine", "main", "parse", "run"]
 
@@ -36,9 +37,19 @@ def main(argv: list[str]) -> int:
     except (ConfigError, flags.Error) as error:
         print(f"flmjax: {one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:  # of standard output: run
+            raise
+        print(f"flmjax: {shorten(str(error.filename), str)}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # while a config file is loaded
         print("flmjax: interrupted", file=sys.stderr)
         return 130
+    return _execute(line)
+
+
+def _execute(line: CommandLine) -> int:
+    """Run a command; returns the exit status."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     try:
@@ -70,11 +81,13 @@ def _show_any_characters() -> None:
 
 
 def run() -> None:
-    """Console script."""
+    """Run the command line of this process, and end it."""
+    end_at_interrupts()
     _open_closed_streams()
     status = 0
     try:
         status = main(sys.argv[1:])
+        end_silently_at_interrupts()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` for example, has closed the pipe
         _discard_output()

@@ -1,4 +1,7 @@
-"""What each command does: one call per command, with imports inside, so that a typo is answered without JAX."""
+"""What each command does: one call per command, with imports inside, so that a typo is answered without JAX.
+
+Work begins after the imports: from then on an interrupt is an exception, which closes what is open.
+"""
 
 import math
 import sys
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flmjax.config import ConfigError, RunConfig
+from flmjax.interrupt import raise_interrupts
 
 
 def train(config: RunConfig, workdir: Path) -> None:
@@ -13,6 +17,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     from flmjax.report.run_page import write_report
     from flmjax.training.loop import train as run
 
+    raise_interrupts()
     run(config, workdir)
     print(f"report: {write_report(workdir)}", flush=True)
 
@@ -25,6 +30,7 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
     from flmjax.data.prepare import prepare as run
     from flmjax.workdir.paths import data_directory
 
+    raise_interrupts()
     directory, mixtures = data_directory(config, workdir), mixtures_of(config)
     data = run(config.data, directory, mixtures=mixtures, progress=True, full_check=True)
     stream = TrainingStream.of_run(config, data)
@@ -33,11 +39,12 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
         print(text, flush=True)
 
 
-def grow(config: RunConfig, workdir: Path, source: str, dry_run: bool, weights_only: bool) -> None:
+def grow(config: RunConfig, workdir: Path | None = None, *, source: str, dry_run: bool, weights_only: bool) -> None:
     """Grow the newest checkpoint of another run into the model of this config's first stage."""
     from flmjax.training.grow_checkpoint import grow_checkpoint, plan_checkpoint
 
-    if dry_run:
+    raise_interrupts()
+    if dry_run or workdir is None:
         print(plan_checkpoint(config, Path(source), workdir), flush=True)
         return
     grow_checkpoint(config, Path(source), workdir, weights_only)
@@ -76,6 +83,7 @@ def plan(
     with captured_stderr():  # the CUDA plugin reports that this machine has no GPU
         from flmjax.planning.layout_search import layout_table, search_layouts
         from flmjax.planning.planner import make_plan
+    raise_interrupts()
     if search_layout:
         print(layout_table(search_layouts(config, log)), flush=True)
         return
@@ -95,10 +103,12 @@ def report(workdir: tuple[str, ...], output: str | None) -> None:
     if len(runs) == 1:
         from flmjax.report.run_page import write_report
 
+        raise_interrupts()
         print(f"report: {write_report(runs[0], folder)}", flush=True)
         return
     from flmjax.report.comparison import write_comparison
 
+    raise_interrupts()
     print(f"comparison: {write_comparison(runs, folder or Path('comparison'))}", flush=True)
 
 

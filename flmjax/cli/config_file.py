@@ -14,6 +14,7 @@ from ml_collections import config_dict
 
 import flmjax.config
 from flmjax.config import ConfigError, RunConfig, from_config_dict, nearest, shorten, to_json
+from flmjax.config.values import local_path
 
 
 def load_config(argument: str) -> RunConfig:
@@ -25,9 +26,9 @@ def load_config(argument: str) -> RunConfig:
         ConfigError: for a file that does not exist, and, with file and line, for everything that fails in it.
     """
     file, colon, words = argument.partition(":")
-    path = Path(file).expanduser()
+    path = local_path(file, "--config")
     if not path.is_file():
-        hint = f"; did you mean {file}.py" if path.with_name(f"{path.name}.py").is_file() else ""
+        hint = f"; did you mean {file}.py" if path.name and path.with_name(f"{path.name}.py").is_file() else ""
         raise ConfigError(f"there is no config file '{file}'{hint}")
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
@@ -79,12 +80,25 @@ def _run_config(returned: object) -> RunConfig:
 
 
 def _place(error: BaseException, path: Path, get_config_line: int | None) -> str:
-    """FILE:LINE of an error: the syntax error's, else the deepest frame in the config file, else get_config's line."""
+    """FILE:LINE of an error: the syntax error's, else the deepest frame in the config file or a neighbour that it
+    imports, else get_config's line.
+    """
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
         return f"{error.filename}:{error.lineno}" if error.lineno else error.filename
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    line = lines[-1] if lines else get_config_line
-    return f"{path}:{line}" if line else str(path)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno}" for frame in frames if _is_of_user(frame.filename, path)]
+    if places:
+        return places[-1]
+    return f"{path}:{get_config_line}" if get_config_line else str(path)
+
+
+def _is_of_user(filename: str, path: Path) -> bool:
+    """Whether code is of the config file or of a neighbour: a file of its folder, but none of an installed package."""
+    if filename == str(path):
+        return True
+    file, package = Path(filename).resolve(), Path(flmjax.config.__file__).parents[1]
+    is_installed = file.is_relative_to(package) or "site-packages" in file.parts
+    return file.is_relative_to(path.parent.resolve()) and file.is_file() and not is_installed
 
 
 def _reason(error: BaseException) -> str:

@@ -10,8 +10,9 @@ from absl import flags
 
 from flmjax.cli.commands import COMMANDS
 from flmjax.cli.config_file import load_config
-from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value
+from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value, shorten
 from flmjax.config.validate import validate
+from flmjax.config.values import local_path
 from flmjax.workdir.paths import read_config as read_workdir_config
 
 
@@ -110,7 +111,7 @@ class CommandLine(NamedTuple):
 
     Attributes:
         command: a name of COMMANDS.
-        config, workdir: None where the command takes none.
+        config, workdir: None where the command takes none; a dry run needs no workdir.
         options: the values of the command's OPTIONS, by name.
     """
 
@@ -155,8 +156,6 @@ def parse(argv: list[str]) -> CommandLine:
     if config is None:
         absent = f"; {workdir} holds no run whose config could be read" if continues(command) else ""
         raise ConfigError(f"--config is missing{absent}; {usage(command)}")
-    if workdir is None and takes_workdir(command):  # a dry run, which writes nothing
-        workdir = Path()
     return CommandLine(command, validate(config), workdir, options)
 
 
@@ -183,7 +182,11 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
         ConfigError or absl.flags.Error: for a flag, a field or a value that is not understood.
     """
     values = flags.FlagValues()
-    arguments = values.read_flags_from_files(arguments, force_gnu=False)
+    try:
+        arguments = values.read_flags_from_files(arguments, force_gnu=False)
+    except UnicodeError as error:
+        files = ", ".join(shorten(argument, str) for argument in arguments if "flagfile" in argument)
+        raise ConfigError(f"{files}: the file is not UTF-8: {error}") from None
     fields: dict[str, Any] = {}
     if takes_config(command):
         CONFIG.define(values)
@@ -195,6 +198,8 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
         rest = values(["flmjax", *arguments])
     except flags.UnrecognizedFlagError as error:
         raise ConfigError(_unknown_flag(command, error.flagname)) from None
+    except flags.Error as error:
+        raise ConfigError(_faulty_value(command, one_line(error))) from None
     if len(rest) > 1:
         raise ConfigError(f"'{rest[1]}' is not a flag; {usage(command)}")
     options = {name: holder.value for name, holder in holders.items()}
@@ -264,12 +269,22 @@ def _override_value(value: Any, hint: Any, path: str) -> Any:
 
 
 def _folder(option: Option, value: str) -> Path | None:
-    """The folder that a flag names, with ~ expanded; None for "". A file, or a folder below a file, is refused."""
+    """The folder that a flag names, with ~ expanded; None for "".
+
+    Raises:
+        ConfigError: for a file or a link to nothing, and for a folder below one of them.
+        OSError: for a path that the file system refuses.
+    """
     if not value:
         return None
-    folder = Path(value).expanduser()
+    folder = local_path(value, f"--{option.name}")
     for path in (folder, *folder.parents):
-        if os.path.isfile(path):
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(
+                f"--{option.name}={value}: {path} is a link to {os.readlink(path)}, which does not exist; create that "
+                "folder or name another"
+            )
+        if path.exists() and not path.is_dir():
             raise ConfigError(f"--{option.name}={value}: {path} is a file; name a folder")
     return folder
 
@@ -282,6 +297,17 @@ def _unknown_flag(command: str, name: str) -> str:
     if head in others and head not in known:
         return f"'flmjax {command}' takes no --{head}; {usage(command)}"
     return f"unknown flag '--{name}'{nearest(head, known)}"
+
+
+def _faulty_value(command: str, message: str) -> str:
+    """The message of absl about the value of a flag, in the words of the other refusals."""
+    if match := re.match(r"Missing value for flag (\S+)", message):
+        return f"{match[1]} has no value; {usage(command)}"
+    if match := re.match(r"flag --([^=]+)=(.*?): ", message):
+        types = {option.name: option.type for option in OPTIONS[command] if option.value is not None}
+        words = {int: "an integer that is not negative", float: "a positive number"}
+        return f"--{match[1]}={match[2]} must be {words.get(types.get(match[1], bool), 'True or False')}"
+    return message
 
 
 def one_line(error: BaseException) -> str:

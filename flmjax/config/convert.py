@@ -8,13 +8,15 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import config_dict
 
 import flmjax
 from flmjax.config.errors import ConfigError, nearest, shorten
 from flmjax.config.fields import EXECUTION, RunConfig, ScheduleSettings, StageConfig
+
+T = TypeVar("T")
 
 # Format number of config.json and of checkpoints. It rises if a field or an item is renamed or removed, never if one is
 # added.
@@ -98,6 +100,25 @@ def check_format(stored: object, name: str) -> Mapping[str, Any]:
     if number != FORMAT:
         raise ConfigError(f"{name} has format {number}; flmjax {flmjax.__version__} reads format {FORMAT}")
     return stored
+
+
+def stored_entry(stored: object, key: str, kind: type[T], name: str) -> T:
+    """Entry `key` of a JSON object that was read from a file.
+
+    Args:
+        kind: type of the entry; float takes every number, int no boolean.
+        name: the object's name in messages: the file's path, or more.
+
+    Raises:
+        ConfigError: naming the object and the entry, if it is absent or of another type.
+    """
+    if not isinstance(stored, Mapping):
+        raise ConfigError(f"{name} is no JSON object")
+    value = stored.get(key)
+    kinds = (int, float) if kind is float else (kind,)
+    if isinstance(value, kinds) and (kind is bool or not isinstance(value, bool)):
+        return typing.cast(T, value)
+    raise ConfigError(f"{name} has no '{key}'" if value is None else f"{name} has {key}={shorten(value)}")
 
 
 def differences(stored: object, current: object, path: str = "") -> list[str]:

@@ -22,7 +22,7 @@ from flmjax.config.fields import (
     StageConfig,
 )
 from flmjax.config.shapes import MeshShape, split_factor
-from flmjax.config.values import FLOAT32_TINY, INT32_MAX, Range
+from flmjax.config.values import FLOAT32_TINY, INT32_MAX, Range, local_path
 
 VOCABULARIES = ("sentencepiece", "bytes", "cl100k")
 
@@ -167,7 +167,12 @@ def _validate_data(d: DataConfig) -> None:
         f"data.task_module='{d.task_module}' is not read without data.mixture: name the Task or Mixture it registers",
     )
     _validate_weights("data.mixture_weights", d.mixture_weights, d.num_sources)
-    if d.vocabulary is not None and not d.vocabulary.endswith(".model"):
+    if d.directory is not None:
+        _require(
+            local_path(d.directory, "data.directory").absolute().name != "",
+            f"data.directory={d.directory} is the root of the file system; name a folder in it",
+        )
+    if d.vocabulary is not None and not local_path(d.vocabulary, "data.vocabulary").name.endswith(".model"):
         _choice("data.vocabulary", d.vocabulary, VOCABULARIES)
     _require(
         d.teacher_weight == 1.0 or d.teacher_mixing == "mixed",

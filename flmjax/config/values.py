@@ -2,7 +2,10 @@
 
 import math
 import os
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+
+from flmjax.config.errors import ConfigError, shorten
 
 INT32_MAX = 2**31 - 1  # steps, sizes and token ids are int32 on the devices
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
@@ -66,6 +69,25 @@ def expand_home(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(expand_home(item) for item in value)
     return ":".join(map(os.path.expanduser, value.split(":", 1))) if isinstance(value, str) else value
+
+
+def local_path(text: str, name: str) -> Path:
+    """The path `text` with the home folder in place of `~` or `~user`.
+
+    Args:
+        name: of the setting or the flag, for messages.
+
+    Raises:
+        ConfigError: for `~user` where no user has that name, or a path with the character NUL.
+    """
+    shown = f"{name}={shorten(text, str)}"
+    if "\0" in text:
+        raise ConfigError(f"{shown!r}: a path cannot have the character NUL")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = text.partition("/")[0]
+        raise ConfigError(f"{shown}: there is no user {user[1:]}; a folder of that name is ./{user}")
+    return Path(expanded)
 
 
 def _digits(bound: float) -> str:

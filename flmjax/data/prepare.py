@@ -35,6 +35,7 @@ from flmjax.data.tokenizers import (
     Tokenizer,
     named_tokenizer,
 )
+from flmjax.disk import writing
 from flmjax.lock import locked
 
 PROGRESS_FILE = "progress.json"  # in an incomplete directory: settings, and stamps of the sources
@@ -95,8 +96,9 @@ def prepare(
         if target.exists() and not (target.is_dir() and _is_empty(target, partial, lock)):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
-            preparation.run()
-            _publish(partial, target)
+            with writing(directory):
+                preparation.run()
+                _publish(partial, target)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise

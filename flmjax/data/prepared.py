@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from flmjax.config import ConfigError, RunConfig
+from flmjax.config import ConfigError, RunConfig, stored_entry
 from flmjax.data.sources.freelm import Marks
 from flmjax.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -221,7 +221,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """The content of meta.json in `directory`.
 
     Raises:
-        ConfigError: if the file is missing, cannot be read, or is of another format.
+        ConfigError: if the file is missing, cannot be read, is of another format, or lacks an entry.
     """
     path = directory / META_FILE
     try:
@@ -233,7 +233,31 @@ def read_meta(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as the description of prepared data; prepare again") from None
     if stored_format != FORMAT:
         raise ConfigError(f"{path} is of format {stored_format}, this version reads {FORMAT}; prepare again")
+    stored_entry(meta, "settings", dict, str(path))
+    stored_entry(meta, "validation_gzip_bits_per_byte", float, str(path))
+    files = stored_entry(meta, "files", dict, str(path))
+    for file in files:
+        entry, name = stored_entry(files, file, dict, str(path)), f"{path}: the file '{file}'"
+        stored_entry(entry, "bytes", int, name)
+        stored_entry(entry, "sha256", str, name)
+    sources = stored_entry(meta, "sources", dict, str(path))
+    check_sources(sources, path)
+    for source, counts in sources.items():
+        stored_entry(counts, "slug", str, f"{path}: the source '{source}'")
     return meta
+
+
+def check_sources(sources: Mapping[str, Any], path: Path) -> None:
+    """Check the entry "sources" of the meta.json in `path`.
+
+    Raises:
+        ConfigError: naming the file, the source and the count that is absent or no count.
+    """
+    for source in sources:
+        counts, name = stored_entry(sources, source, dict, str(path)), f"{path}: the source '{source}'"
+        for split in ("train", "validation"):
+            for unit in ("documents", "tokens"):
+                stored_entry(stored_entry(counts, split, dict, name), unit, int, f"{name}, {split}")
 
 
 def sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import SIZES, Dtype, ModelConfig
+from flmjax.disk import writing
 from flmjax.growth.grow import grow_params
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import masked
@@ -89,11 +90,12 @@ class Certificate:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"step_{self.step:08d}.json"
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        return partial.replace(path)
+        with writing(path):
+            partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+            return partial.replace(path)
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())
+        sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items()) or "equal sizes"
         numbers = ", ".join(
             f"{self.run_dtype if name == 'run' else name} {value:.2g}{' (the run)' if name == 'run' else ''}"
             for name, value in self.max_difference.items()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flmjax.config import ConfigError
 from flmjax.data.prepared import short_names
+from flmjax.disk import writing
 from flmjax.report.page import base64_text, duration, number, png, render, short
 from flmjax.report.run_figure import LEGEND, SMOOTHED_FROM, frame, series, smoothed, smoothing_reach, train_lines
 from flmjax.report.run_record import RunRecord, latest, read_run
@@ -48,7 +49,8 @@ def write_comparison(workdirs: Sequence[Path], output: Path) -> Path:
     )
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{'-vs-'.join(runs)[:MAX_NAME]}.html"
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.write_text(page, encoding="utf-8")
     return path
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flmjax.disk import writing
 from flmjax.hardware import GiB
 from flmjax.planning.plan import Plan
 from flmjax.report.page import base64_text, png, render, short
@@ -19,9 +20,10 @@ INK, STATE, TEMPORARY, LIMIT, AREA = "#22303c", "#1f6fb2", "#9cc4e4", "#c8412b",
 def write_plan(plan: Plan, folder: Path) -> Path:
     """Write FOLDER/plan.json and FOLDER/plan.html, a page that needs no other file; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(plan.to_json(), indent=1))
     path = folder / "plan.html"
-    path.write_text(_plan_page(plan), encoding="utf-8")
+    with writing(path):
+        (folder / "plan.json").write_text(json.dumps(plan.to_json(), indent=1))
+        path.write_text(_plan_page(plan), encoding="utf-8")
     return path
 
 

@@ -227,8 +227,8 @@ def train_lines(run: RunRecord, y: str) -> list[Record]:
     if not has_teachers(run):
         return run.train
     name = "language_loss" if y == "loss" else y
-    lines = (line for line in run.train if line["loss"] is None or line[name] is not None)
-    return [{**line, "loss": line["language_loss"]} for line in lines]
+    lines = (line for line in run.train if line.get("loss") is None or line.get(name) is not None)
+    return [{**line, "loss": line.get("language_loss")} for line in lines]
 
 
 def smoothing_reach(points: int) -> int:

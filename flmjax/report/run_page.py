@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from flmjax.disk import writing
 from flmjax.model.flops import FLOPS_CONVENTION
 from flmjax.report.page import base64_text, duration, finite, number, png, render, short
 from flmjax.report.run_figure import CHANCE, TINTS, has_teachers, run_figure
@@ -34,9 +35,10 @@ def write_report(workdir: Path, output: Path | None = None) -> Path:
     wide, narrow = png(run_figure(run, columns=2)), png(run_figure(run, columns=1))
     page, folder = run_page(run, workdir.resolve().name, wide, narrow), output or workdir
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "loss.png").write_bytes(wide)
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        (folder / "loss.png").write_bytes(wide)
+        path.write_text(page, encoding="utf-8")
     return path
 
 

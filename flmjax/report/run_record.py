@@ -3,7 +3,6 @@
 import bisect
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from flmjax.data.tokenizers import load_tokenizer
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.optimizer.schedule import learning_rate
+from flmjax.report.stored_files import checked_lines, read_certificates, read_description
 from flmjax.training.continuation import shifted
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
 from flmjax.workdir.paths import Parent, read_config, read_parent
@@ -123,7 +123,7 @@ class RunRecord:
         """Wall time of all starts by kind of work."""
         seconds: dict[str, float] = {}
         for start in self.starts:
-            for work, value in start.get("seconds", {}).items():
+            for work, value in (start.get("seconds") or {}).items():
                 seconds[work] = seconds.get(work, 0.0) + (value or 0.0)
         return seconds
 
@@ -157,16 +157,17 @@ def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
         with_parent: whether the workdir of the run's parent is read too.
 
     Raises:
-        ConfigError: naming config.json or metrics.jsonl if it is absent, empty or unreadable.
+        ConfigError: naming config.json or metrics.jsonl if it is absent or empty, and the file and its entry if one of
+            the run's files is damaged.
     """
     config = read_config(workdir)
     stored_config = to_json(config)
     folder = Path(config.data.directory) if config.data.directory else workdir / "data"
-    meta = _read_json(folder / "meta.json") or {}
+    meta = read_description(folder)
     if config.model.vocab_size is None and "tokenizer" in meta:
         model = dataclasses.replace(config.model, vocab_size=meta["tokenizer"]["vocab_size"])
         config = dataclasses.replace(config, model=model)
-    records = read_metrics(workdir)
+    records = checked_lines(read_metrics(workdir), workdir / METRICS_FILE)
     timed = [record for record in records if record["kind"] in ("train", "validation", "growth")]
     if not timed:
         raise ConfigError(f"{workdir / METRICS_FILE} is absent or empty; the run has not logged anything yet")
@@ -178,7 +179,7 @@ def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
         config=config,
         config_json=stored_config,
         **{k: [r for r in records if r["kind"] == k] for k in ("train", "validation", "growth", "sample")},
-        certificates=[_read_json(path) or {} for path in sorted((workdir / "certificates").glob("step_*.json"))],
+        certificates=read_certificates(workdir),
         gzip=meta.get("validation_gzip_bits_per_byte"),
         mixture=_read_mixture(config, folder, latest(timed)["step"], parent.first_sample if parent else 0),
         parent=parent,
@@ -233,15 +234,6 @@ def stage_at(config: RunConfig, step: int) -> Stage:
     """The stage that update number `step` of a run belongs to."""
     ends = [stage.end for stage in config.schedule[:-1]]  # metrics may be of a longer run, whose config was shortened
     return config.schedule[bisect.bisect_left(ends, step)]
-
-
-def _read_json(path: Path) -> Record | None:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
 
 
 def _stage_records(config: RunConfig, lines: list[Record]) -> list[StageRecord]:

@@ -95,7 +95,8 @@ def _check_rates(workdir: Path, past: tuple[StageConfig, ...], present: tuple[St
                 changed.append(f"stages: {len(past)} -> {len(present)}")
             raise ConfigError(
                 f"{workdir}: {'; '.join(changed[:SHOWN_FIELDS])} would change the learning rate of updates that are "
-                f"made (update {update + 1}: {before:.6g} -> {after:.6g}){'' if is_same_length else LONGER}"
+                f"made (update {update + 1}: {before:.6g} -> {after:.6g}); take another --workdir for them"
+                f"{'' if is_same_length else LONGER}"
             )
 
 

@@ -41,12 +41,13 @@ from flmjax.training.state import (
     to_items,
 )
 from flmjax.training.step import jit_growth
-from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.checkpoint import CheckpointError, Checkpoints
 from flmjax.workdir.paths import (
     Parent,
     begin_growth,
     data_directory,
     end_growth,
+    is_complete,
     latest_whole_step,
     locked_workdir,
     unfinished_growth,
@@ -59,8 +60,11 @@ from flmjax.workdir.starts import StartEntry
 LOG = functools.partial(print, flush=True)
 
 
-def plan_checkpoint(config: RunConfig, source: Path, workdir: Path) -> str:
+def plan_checkpoint(config: RunConfig, source: Path, workdir: Path | None) -> str:
     """Plan of `grow_checkpoint` as text, one line for each leaf. No parameter is read and nothing is written.
+
+    Args:
+        workdir: of the new run, whose prepared data are checked; None: not known.
 
     Raises:
         ConfigError, GrowthError: as grow_checkpoint.
@@ -138,7 +142,15 @@ def _grow(
     before, after = (state_spec(model, config.optimizer, mesh) for model in (old, new))
     key = growth_key(config, 0)
     growth = Growth(old, new, config.stages[0].growth, key, new_warmup(config.stages[0]))
-    state = _restore(source / "checkpoints", origin, before, config.seed, weights_only)
+    try:
+        state = _restore(source / "checkpoints", origin, before, config.seed, weights_only)
+    except CheckpointError:
+        if is_complete(source / "checkpoints" / str(origin.step)):
+            raise
+        newest = _newest(source)  # the source is in training and keeps its newest checkpoints alone
+        LOG(f"{source}: the checkpoint at step {origin.step} is gone; that at step {newest.step} is grown")
+        _grow(config, source, newest, workdir, mesh, entry, weights_only)
+        return
     program = jit_growth(before, after, growth)
     zero = jnp.zeros((), jnp.int32)
     grown = dataclasses.replace(program(state, key), step=zero, skipped_updates=zero)
@@ -205,16 +217,21 @@ def _restore(directory: Path, origin: Position, spec: StateSpec, seed: int, weig
     return dataclasses.replace(init_state(spec, seed), **items) if weights_only else from_items(items)
 
 
-def check_vocabulary(config: RunConfig, source: Path, origin: Position, workdir: Path) -> None:
+def check_vocabulary(config: RunConfig, source: Path, origin: Position, workdir: Path | None) -> None:
     """Check that every id of the source's vocabulary means the same in the new run's, which may have further ids.
 
     Nothing is prepared: a vocabulary that is still to be trained passes if its settings are the source's.
 
+    Args:
+        workdir: of the new run; None: not known, so its data are not prepared, but for those of data.directory.
+
     Raises:
         ConfigError: with the flags that take the source's vocabulary; or if the source has no tokenizer.
     """
-    old_directory, directory = data_directory(origin.config, source), data_directory(config, workdir)
-    old, is_prepared = load_tokenizer(old_directory), (directory / META_FILE).exists()
+    old_directory = data_directory(origin.config, source)
+    is_known = workdir is not None or config.data.directory is not None
+    directory = data_directory(config, workdir or Path())
+    old, is_prepared = load_tokenizer(old_directory), is_known and (directory / META_FILE).exists()
     if not is_prepared and has_same_preparation(config.data, origin.config.data):
         return  # the text may have changed since: checked again when the data are prepared
     new = load_tokenizer(directory) if is_prepared else _ready_vocabulary(config)
@@ -228,10 +245,11 @@ def check_vocabulary(config: RunConfig, source: Path, origin: Position, workdir:
         cure = {name: value for name, value in settings.items() if getattr(config.data, name) != value}
         if is_prepared and config.data.directory is not None:
             cure["directory"] = None
-    flags = " ".join(shlex.quote(f"--config.data.{name}={value}") for name, value in cure.items())
+    cures = [" ".join(shlex.quote(f"--config.data.{name}={value}") for name, value in cure.items())] if cure else []
     if is_prepared and "directory" not in cure:
-        flags += f" and another --workdir (or no {directory})"
-    raise ConfigError(f"the vocabulary of {workdir} is not the source's: {fault}; {flags} takes the source's")
+        cures.append(f"another --workdir (or no {directory})")
+    run = "the new run" if workdir is None else workdir
+    raise ConfigError(f"the vocabulary of {run} is not the source's: {fault}; {' and '.join(cures)} takes the source's")
 
 
 def _ready_vocabulary(config: RunConfig) -> Tokenizer | None:

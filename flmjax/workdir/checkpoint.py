@@ -4,6 +4,7 @@ A checkpoint has items by name: `params` and `train_state` are trees of arrays, 
 separate item, so that evaluation and export read them without the moments.
 """
 
+import logging as standard_logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from chex import ArrayTree
 
-from flmjax.config import HEADER, check_format
+from flmjax.config import HEADER, check_format, stored_entry
 from flmjax.sharding.axes import path_name
 from flmjax.workdir.paths import is_complete, latest_whole_step
 
@@ -35,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int | None) -> None:
         self.directory = directory
+        logging.get_absl_logger().addFilter(_is_told_once)
         if keep is None:
             # Not read_only, of which Orbax warns on standard error at each opening: without a save nothing is deleted.
             options = ocp.CheckpointManagerOptions(create=False)
@@ -84,14 +86,15 @@ class Checkpoints:
         Raises:
             CheckpointError: for an unreadable or damaged checkpoint, or for another model (with the leaf and both
                 shapes).
-            ConfigError: for a checkpoint of another format.
+            ConfigError: for a checkpoint of another format, or without checksums.
         """
-        expected = self.meta(step)["checksums"]
+        name = f"checkpoint {self.directory / str(step)}: its metadata"
+        expected = stored_entry(self.meta(step), "checksums", dict, name)
         for name, tree in abstract.items():
             self._check_shapes(step, name, tree)
         items = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
         restored = {name: items[name] for name in abstract}
-        damaged = [path for path, value in _checksums(restored).items() if expected[path] != value]
+        damaged = [path for path, value in _checksums(restored).items() if expected.get(path) != value]
         if damaged:
             raise self._read_error(step, f"damaged on disk: {', '.join(damaged[:3])}")
         return restored
@@ -161,6 +164,11 @@ class Checkpoints:
         older = [s for s in self._manager.all_steps() if s < step]
         cure = f"; delete that folder to resume from step {max(older)}" if older else ""
         return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}{cure}")
+
+
+def _is_told_once(record: standard_logging.LogRecord) -> bool:
+    """Whether a record of the log is no error of Orbax, which logs a traceback of every error that it also raises."""
+    return record.levelno < standard_logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 def remove_incomplete(directory: Path) -> list[Path]:

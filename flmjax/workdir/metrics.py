@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flmjax.config import ConfigError
+from flmjax.config.values import local_path
+from flmjax.disk import writing
 
 Record = dict[str, Any]
 
@@ -34,7 +36,8 @@ class MetricsWriter:
     def __init__(self, workdir: Path, resume_step: int) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         self._repeated = _truncate(workdir, resume_step)
-        self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8", errors=SURROGATES)
+        self._path = workdir / METRICS_FILE
+        self._file = self._path.open("a", encoding="utf-8", errors=SURROGATES)
         # Not at the top: it imports PyTorch where that is installed.
         from tensorboardX import SummaryWriter
 
@@ -57,8 +60,9 @@ class MetricsWriter:
         if (kind, step) in self._repeated:
             return
         line = {"kind": kind, "step": int(step), **{name: _plain(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 self._board.add_scalar(f"{kind}/{name}", value, global_step=line["step"])
@@ -74,7 +78,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close the file and the events."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         self._board.close()
 
 
@@ -84,7 +89,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Record]:
     Raises:
         ConfigError: naming an earlier line that is not a JSON object with "kind" and "step".
     """
-    path = Path(workdir).expanduser() / METRICS_FILE
+    path = local_path(os.fspath(workdir), "workdir") / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -93,7 +98,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Record]:
         try:
             record = json.loads(line)
             record["kind"], record["step"] = str(record["kind"]), int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if number < len(lines):  # a newline follows, so this line was written to its end
                 raise ConfigError(f"{path}: line {number} is not a line of metrics: {line[:60]!r}") from error
         else:
@@ -108,7 +113,7 @@ def _truncate(workdir: Path, resume_step: int) -> set[tuple[str, int]]:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     if path.exists() and path.read_bytes() != text.encode(errors=SURROGATES):
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8", errors=SURROGATES) as file:
+        with writing(temporary), temporary.open("w", encoding="utf-8", errors=SURROGATES) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

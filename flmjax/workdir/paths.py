@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 from flmjax.config import ConfigError, RunConfig, from_stored, to_stored
+from flmjax.config.validate import validate
+from flmjax.disk import writing
 from flmjax.lock import locked
 
 CONFIG_FILE = "config.json"
@@ -36,8 +39,8 @@ def stored_config(workdir: Path) -> RunConfig | None:
         return read_config(workdir)
     if (source := unfinished_growth(workdir)) is not None:
         raise ConfigError(
-            f"{workdir} holds a growth that was cut off; run the same 'flmjax grow --source={source} "
-            f"--workdir={workdir}' again, or take another --workdir to train from scratch"
+            f"{workdir} holds a growth that was cut off; to train from scratch, take another --workdir; to go on, run "
+            f"the same command again: flmjax grow --source={shlex.quote(source)} --workdir={shlex.quote(str(workdir))}"
         )
     if (step := latest_whole_step(workdir / "checkpoints")) is not None:
         raise ConfigError(
@@ -50,7 +53,7 @@ def stored_config(workdir: Path) -> RunConfig | None:
 def begin_growth(workdir: Path, source: Path) -> None:
     """Mark `workdir` as the target of a growth from `source` until its config is written."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / GROWTH_FILE).write_text(json.dumps({"source": str(source)}) + "\n", encoding="utf-8")
+    _write_json({"source": str(source)}, workdir / GROWTH_FILE)
 
 
 def unfinished_growth(workdir: Path) -> str | None:
@@ -89,7 +92,7 @@ class Parent(NamedTuple):
 
 def write_parent(parent: Parent, workdir: Path) -> None:
     """Write parent.json in `workdir`."""
-    (workdir / PARENT_FILE).write_text(json.dumps(parent._asdict()) + "\n", encoding="utf-8")
+    _write_json(parent._asdict(), workdir / PARENT_FILE)
 
 
 def read_parent(workdir: Path) -> Parent | None:
@@ -131,7 +134,7 @@ def read_config(workdir: Path) -> RunConfig:
     """The config of the run in `workdir`.
 
     Raises:
-        ConfigError: naming config.json if it is absent, no JSON, or of another format.
+        ConfigError: naming config.json if it is absent, no JSON, of another format, or with a setting that cannot be.
     """
     path = workdir / CONFIG_FILE
     try:
@@ -140,12 +143,34 @@ def read_config(workdir: Path) -> RunConfig:
         raise ConfigError(f"{path} does not exist; is {workdir} the workdir of a run?") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    return from_stored(stored, str(path))
+    return valid_config(stored, str(path))
+
+
+def valid_config(stored: object, name: str) -> RunConfig:
+    """Config from the content of config.json or the metadata of a checkpoint, checked against the rules of a run.
+
+    Args:
+        stored: the JSON object.
+        name: the file's name in messages.
+
+    Raises:
+        ConfigError: naming the file, as from_stored, and for a setting that breaks a rule.
+    """
+    config = from_stored(stored, name)
+    try:
+        return validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{name} cannot be read as a config: {error}") from error
 
 
 def write_config(config: RunConfig, workdir: Path) -> None:
     """Write config.json in `workdir`, which becomes the workdir of `config`; a killed write leaves no partial file."""
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / "config.tmp"
-    partial.write_text(json.dumps(to_stored(config), indent=1) + "\n", encoding="utf-8")
+    _write_json(to_stored(config), partial, indent=1)
     partial.replace(workdir / CONFIG_FILE)
+
+
+def _write_json(value: object, path: Path, indent: int | None = None) -> None:
+    with writing(path):
+        path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")

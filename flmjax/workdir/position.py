@@ -1,14 +1,11 @@
 """Where a run stands: the metadata of one of its checkpoints."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from flmjax.config import ConfigError, RunConfig, Stage, from_stored
-from flmjax.workdir.checkpoint import Checkpoints
-from flmjax.workdir.paths import latest_whole_step
-
-T = TypeVar("T")
+from flmjax.config import ConfigError, RunConfig, Stage, stored_entry
+from flmjax.workdir.checkpoint import CheckpointError, Checkpoints
+from flmjax.workdir.paths import is_complete, latest_whole_step, valid_config
 
 
 class Position(NamedTuple):
@@ -43,7 +40,14 @@ def newest_position(workdir: Path) -> Position | None:
         ConfigError, CheckpointError: as position_at.
     """
     step = latest_whole_step(workdir / "checkpoints")
-    return None if step is None else position_at(workdir, step)
+    if step is None:
+        return None
+    try:
+        return position_at(workdir, step)
+    except CheckpointError:
+        if is_complete(workdir / "checkpoints" / str(step)):
+            raise
+        return newest_position(workdir)  # the run is in training and has deleted this checkpoint since
 
 
 def position_at(workdir: Path, step: int) -> Position:
@@ -57,18 +61,14 @@ def position_at(workdir: Path, step: int) -> Position:
     with Checkpoints(directory, keep=None) as checkpoints:
         meta = checkpoints.meta(step)
     name = f"checkpoint {directory / str(step)}: its metadata"
-    config = from_stored(meta, name)
-    index = _entry(meta, "stage", int, name)
+    config = valid_config(meta, name)
+    index = stored_entry(meta, "stage", int, name)
     if not 0 <= index < len(config.stages):
         raise ConfigError(f"{name} has stage {index}, but its config has {len(config.stages)} stages, from 0")
     stage = config.schedule[index]
-    seen = _entry(meta, "samples_seen", int, name) if "samples_seen" in meta else stage.samples_before(step)
-    fingerprint = _entry(meta, "fingerprint", str, name)
-    return Position(step, stage, config, seen, fingerprint, meta.get("newest_metrics", {}))  # older ones have none
-
-
-def _entry(meta: Mapping[str, object], key: str, kind: type[T], name: str) -> T:
-    value = meta.get(key)
-    if not isinstance(value, kind):
-        raise ConfigError(f"{name} has no '{key}'" if value is None else f"{name} has {key}={value!r}")
-    return value
+    seen = stored_entry(meta, "samples_seen", int, name) if "samples_seen" in meta else stage.samples_before(step)
+    fingerprint = stored_entry(meta, "fingerprint", str, name)
+    metrics = stored_entry(meta, "newest_metrics", dict, name) if "newest_metrics" in meta else {}  # older ones lack it
+    return Position(
+        step, stage, config, seen, fingerprint, {key: stored_entry(metrics, key, float, name) for key in metrics}
+    )

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 import flmjax
 from flmjax.config import ConfigError
+from flmjax.disk import writing
 from flmjax.workdir.metrics import Record
 
 STARTS_FILE = "starts.jsonl"
@@ -110,7 +111,8 @@ class StartEntry:
         seconds = {work: round(value, 3) for work, value in self.time.seconds().items()}
         line = json.dumps({**self._values, "seconds": seconds}, ensure_ascii=False)
         partial = self._path.with_suffix(".tmp")
-        partial.write_bytes(self._before + line.encode(errors="backslashreplace") + b"\n")
+        with writing(partial):
+            partial.write_bytes(self._before + line.encode(errors="backslashreplace") + b"\n")
         partial.replace(self._path)
 
 
@@ -127,10 +129,18 @@ def read_starts(workdir: Path) -> list[Record]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("seconds", {}), dict):
+        if not _is_start(entry):
             raise ConfigError(f"{path}: line {number} is not an entry of a start: {line[:60]!r}; delete that line")
         entries.append(entry)
     return entries
+
+
+def _is_start(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    seconds, versions = entry.get("seconds"), entry.get("versions")
+    is_table = isinstance(seconds, dict | None) and isinstance(versions, dict | None)
+    return is_table and all(isinstance(value, int | float | None) for value in (seconds or {}).values())
 
 
 def _origin() -> Record:

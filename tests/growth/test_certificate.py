@@ -61,6 +61,11 @@ def test_certificate_of_an_inexact_family_says_that_it_is(family):
     assert measured.kl > 1e-3
 
 
+def test_certificate_of_equal_sizes_has_no_empty_place():
+    shown = str(certificate_of(SMALL, SMALL, random_params(SMALL), GrowthConfig()))
+    assert "(exact); equal sizes; parameters" in shown
+
+
 def test_certificate_stops_a_growth_that_is_not_exact(monkeypatch):
     new = resize(SMALL, embed_dim=37, num_layers=3)
     wrong = with_rule("zero", "layers", lambda *_: Rule("fresh"))

@@ -97,7 +97,7 @@ def test_a_run_goes_on_where_no_update_would_have_differed(past, step, index, co
             1,
             0,
             run(stage(learning_rate=2e-3)),
-            r"learning_rate: 0.001 -> 0.002 .*update 1: 0.001 -> 0.002",
+            r"learning_rate: 0.001 -> 0.002 .*update 1: 0.001 -> 0.002\); take another --workdir for them$",
         ),
         (run(stage()), 50, 0, run(stage(warmup_steps=20)), "warmup_steps: 0 -> 20 would change"),
         (run(stage()), 50, 0, run(stage(steps=49)), r"stages\[0\].steps: 100 -> 49;"),
@@ -209,6 +209,14 @@ def test_incomplete_metadata_is_named_in_one_line(change, words, tmp_path):
     with pytest.raises(ConfigError, match=words) as refusal:
         newest_position(saved(tmp_path, meta))
     assert str(tmp_path / "checkpoints" / "3") in str(refusal.value)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_the_newest(tmp_path, monkeypatch):
+    """A run in training deletes its old checkpoints."""
+    workdir = saved(tmp_path, META)
+    steps = iter([9, 3])
+    monkeypatch.setattr("flmjax.workdir.position.latest_whole_step", lambda _: next(steps))
+    assert newest_position(workdir).step == 3
 
 
 def test_a_stored_config_without_a_field_has_its_default(tmp_path):
