@@ -224,8 +224,8 @@ def test_an_error_in_a_task_is_told_in_one_line_that_names_it(tmp_path):
     with pytest.raises(ConfigError, match=r"^task 'broken': .*a\.txt.*UTF-8") as error:
         documents("broken")
     assert "\n" not in str(error.value)
-    seqio_tasks.add_text_task("absent", seqio_tasks.local_files_source({"train": "nowhere/*.txt"}))
-    assert refusal("absent") == "data.mixture: task 'absent': split 'train': no file matches 'nowhere/*.txt'"
+    seqio_tasks.add_text_task("absent", seqio_tasks.local_files_source({"train": "/nowhere/*.txt"}))
+    assert refusal("absent") == "data.mixture: task 'absent': split 'train': no file matches '/nowhere/*.txt'"
 
 
 # ---- vocabularies ---------------------------------------------------------------------------------------------------
