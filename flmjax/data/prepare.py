@@ -84,15 +84,14 @@ def prepare(
         return _load_same(directory, data, settings, full_check, sources is None)
     partial = directory.with_name(f".{directory.name}.partial")  # only the process with the lock writes it
     preparation = _Preparation(data, settings, partial, sources, progress)  # a wrong name leaves nothing behind
-    with locked(directory.with_name(f".{directory.name}.lock"), str(directory), wait=True):
+    with locked(directory.with_name(f".{directory.name}.lock"), str(directory), wait=True), writing(directory):
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
             return _load_same(directory, data, settings, full_check, False)
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
-            with writing(directory):
-                preparation.run()
-                os.replace(partial, directory)
+            preparation.run()
+            os.replace(partial, directory)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise
