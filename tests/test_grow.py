@@ -46,7 +46,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(lab):
 def test_a_dry_run_without_a_workdir_looks_at_no_data_folder(lab, tmp_path, monkeypatch, capsys):
     """Another run's data/ in the current folder was refused for its vocabulary."""
     monkeypatch.chdir(tmp_path)
-    data = DataConfig(sources=(str(lab / "text"),), vocabulary="bytes", end_id=3, directory="data")
+    data = DataConfig(sources=(str(Path(__file__).parents[1] / "tests" / "*.py"),), vocab_size=600)
     prepare(data, Path("data"))
     argv = ["grow", f"--config={lab / 'big.py'}", f"--source={lab / 'straight'}", "--dry-run"]
     assert cli.main(argv) == 0
@@ -67,7 +67,7 @@ def test_growth_takes_the_newest_checkpoint_when_its_own_is_deleted(lab, tmp_pat
 
     monkeypatch.setattr("flmjax.training.grow_checkpoint.prepare", prepare_slowly)
     argv = ["grow", f"--config={lab / 'big.py'}", f"--source={source}", f"--workdir={tmp_path / 'grown'}"]
-    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]) == 0
     assert f"{source}: the checkpoint at step 30 is gone; that at step 25 is grown" in capsys.readouterr().out
     assert read_parent(tmp_path / "grown").step == 25
 

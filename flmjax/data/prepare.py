@@ -85,10 +85,9 @@ def prepare(
     if (directory / META_FILE).exists():
         return _load_same(directory, data, mixtures, settings, full_check, sources is None)
     target, partial, lock = _places(directory)  # only the process with the lock writes to them
-    preparation = _Preparation(
-        data, mixtures, settings, partial, sources, progress
-    )  # a wrong name leaves nothing behind
-    with locked(lock, str(directory), wait=True):
+    # A wrong name is refused here, before anything is written.
+    preparation = _Preparation(data, mixtures, settings, partial, sources, progress)
+    with locked(lock, str(directory), wait=True), writing(directory):
         if partial.parent == target and (partial / META_FILE).exists():  # a process ended while it moved the files
             _publish(partial, target)
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
@@ -96,9 +95,8 @@ def prepare(
         if target.exists() and not (target.is_dir() and _is_empty(target, partial, lock)):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
-            with writing(directory):
-                preparation.run()
-                _publish(partial, target)
+            preparation.run()
+            _publish(partial, target)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise
