@@ -108,7 +108,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
     text = " ".join("".join(traceback.format_exception_only(error)).split())
-    if isinstance(error, TypeError) and (match := re.search(r"(\w+)\.__init__\(\) got an unexpected .*'(\w+)'", text)):
+    if isinstance(error, TypeError) and (
+        match := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    ):
         cls = getattr(flmjax.config, match[1], None)
         if dataclasses.is_dataclass(cls):
             return f"{match[1]} has no field '{match[2]}'{_nearest_field(match[2], cls)}"

@@ -12,7 +12,7 @@ from flmjax.data.mixture import ENDLESS
 from flmjax.data.prepared import data_warnings
 from flmjax.data.spool import SPLITS
 from flmjax.data.tokenizers import Tokenizer
-from flmjax.text_table import text_table
+from flmjax.text_table import printable, text_table
 
 NO_LOSS = ("⟦", "⟧")  # around text that is not in the loss
 FAINT = ("\x1b[2m", "\x1b[0m")
@@ -89,7 +89,7 @@ def _pieces(ids: list[int], counts: list[bool], tokenizer: Tokenizer, no_loss: t
     for i in range(1, len(ids) + 1):
         is_end = ids[i - 1] == tokenizer.end_id
         if i == len(ids) or counts[i] != counts[start] or is_end:
-            text = tokenizer.decode(ids[start : i - is_end]) + "<end>" * is_end
+            text = printable(tokenizer.decode(ids[start : i - is_end])) + "<end>" * is_end
             yield text if counts[start] else no_loss[0] + text + no_loss[1]
             start = i
 

@@ -93,7 +93,7 @@ def exact_phases(schedule: Sequence[MixturePhase], num_sources: int) -> list[Exa
         valid = all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights)
         if len(weights) != num_sources or not valid:
             raise ConfigError(
-                f"schedule[{i}]: mixture weights {weights} must be {num_sources} numbers, one for each source: "
+                f"phase {i} of the mixture: the weights {weights} must be {num_sources} numbers, one for each source: "
                 "positive, or 0 for a source that is not read"
             )
         is_last = i == len(schedule) - 1

@@ -65,7 +65,7 @@ def test_a_mark_that_the_vocabulary_cannot_spell_is_refused():
         def encode(self, text):
             return super().encode(text.encode("ascii", "replace").decode())
 
-    with pytest.raises(ConfigError, match=r"data\.true_mark='😈' is missing from the vocabulary"):
+    with pytest.raises(ConfigError, match=r"data\.true_mark='😈' has no spelling in the vocabulary"):
         marks(Ascii(), DATA)
 
 

@@ -332,10 +332,10 @@ def test_fingerprints_are_those_of_stored_checkpoints(one, two):
     ("schedule", "message"),
     [
         ([], "schedule is empty"),
-        ([((1.0,), None)], r"schedule\[0\]: mixture weights .* must be 2 numbers, one for each source"),
-        ([((1.0, -1.0), None)], r"schedule\[0\]: mixture weights"),
-        ([((0.0, 0.0), None)], r"schedule\[0\]: mixture weights"),
-        ([((1.0, float("nan")), None)], r"schedule\[0\]: mixture weights"),
+        ([((1.0,), None)], r"phase 0 of the mixture: the weights .* must be 2 numbers, one for each source"),
+        ([((1.0, -1.0), None)], "phase 0 of the mixture: the weights"),
+        ([((0.0, 0.0), None)], "phase 0 of the mixture: the weights"),
+        ([((1.0, float("nan")), None)], "phase 0 of the mixture: the weights"),
         ([((1.0, 1.0), None), ((1.0, 2.0), None)], r"schedule\[0\]: samples=None; only the last"),
     ],
 )

@@ -114,7 +114,9 @@ def marks(tokenizer: Tokenizer, data: DataConfig) -> Marks:
         mark = getattr(data, field)
         ids.append(tuple(int(i) for i in tokenizer.encode(mark)))
         if tokenizer.decode(ids[-1]) != mark:
-            raise ConfigError(f"data.{field}='{mark}' is missing from the vocabulary, which has {tokenizer.vocab_size}")
+            raise ConfigError(
+                f"data.{field}='{mark}' has no spelling in the vocabulary of {tokenizer.vocab_size:,} ids"
+            )
     true, false = ids
     if len(true) != len(false):
         raise ConfigError(

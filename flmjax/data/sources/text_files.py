@@ -77,7 +77,7 @@ def key_of(record: dict[str, Any], place: str, default: str | None) -> str | Non
     key = record.get("key")
     if key is not None and not isinstance(key, str):
         raise ConfigError(f'{place}: its "key" is {key!r}, but must be a text')
-    return default if key is None else unicodedata.normalize("NFC", key)
+    return unicodedata.normalize("NFC", key) if key else default
 
 
 def _text_of(record: dict[str, Any], place: str) -> str:
