@@ -99,6 +99,11 @@ def complain(capsys, *argv: str) -> str:
         (["plan", QUICKSTART + ":BILINGUAL"], "'BILINGUAL'; did you mean bilingual"),
         (["plan", QUICKSTART, "--outptu=x"], "unknown flag '--outptu'; did you mean output"),
         (["prepare", QUICKSTART, "--inspect"], "--inspect has no value; usage: flmjax prepare --config=FILE"),
+        (["train", QUICKSTART, "--workdir", "--config.seed=1"], "--workdir has no value; usage: flmjax train"),
+        (
+            ["train", QUICKSTART, "--workdir=w", "--noconfig.model.bias=true"],
+            "bias=true does not take an argument",
+        ),
         (["prepare", QUICKSTART, "--inspect=x"], "flmjax: --inspect=x must be an integer that is not negative"),
         (["plan", QUICKSTART, "--price=-1"], "flmjax: --price=-1 must be a positive number"),
         (["grow", "--dry-run=x"], "flmjax: --dry-run=x must be True or False"),

@@ -144,11 +144,15 @@ def parse(argv: list[str]) -> CommandLine:
         ConfigError or absl.flags.Error: for anything that is not understood, with the nearest names.
     """
     command = check_command(argv[0])
-    _, workdir, _, options = values = read_flags(command, argv[1:])
+    values = read_flags(command, argv[1:])
+    workdir, options = values.workdir, values.options
     if command == "grow" and not options["source"]:
         raise ConfigError(f"--source is missing: the workdir of the run to grow; {usage(command)}")
-    has_workdir = workdir is not None or options.get("dry_run") if takes_workdir(command) else options.get("workdir", 1)
-    if not has_workdir:
+    if command == "report":
+        is_missing = not options["workdir"]
+    else:
+        is_missing = takes_workdir(command) and workdir is None and not options.get("dry_run")
+    if is_missing:
         raise ConfigError(f"--workdir is missing; {usage(command)}")
     if not takes_config(command):
         return CommandLine(command, None, workdir, options)
@@ -194,14 +198,7 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
     if takes_workdir(command):
         WORKDIR.define(values)
     holders = {option.name.replace("-", "_"): option.define(values) for option in OPTIONS[command]}
-    try:
-        rest = values(["flmjax", *arguments])
-    except flags.UnrecognizedFlagError as error:
-        raise ConfigError(_unknown_flag(command, error.flagname)) from None
-    except flags.Error as error:
-        raise ConfigError(_faulty_value(command, one_line(error))) from None
-    if len(rest) > 1:
-        raise ConfigError(f"'{rest[1]}' is not a flag; {usage(command)}")
+    _read_values(command, values, arguments)
     options = {name: holder.value for name, holder in holders.items()}
     for option in OPTIONS[command]:
         if option.is_repeated:
@@ -212,6 +209,23 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
     config = values["config"].value if takes_config(command) else None
     workdir = _folder(WORKDIR, values["workdir"].value or "") if takes_workdir(command) else None
     return Flags(config, workdir, overrides, options)
+
+
+def _read_values(command: str, values: flags.FlagValues, arguments: list[str]) -> None:
+    """Let absl read the values of the defined flags; raises ConfigError for what it does not understand."""
+    try:
+        rest = values(["flmjax", *arguments])
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(_unknown_flag(command, error.flagname)) from None
+    except flags.Error as error:
+        raise ConfigError(_faulty_value(command, one_line(error))) from None
+    except ValueError as error:  # --noFLAG=VALUE
+        raise ConfigError(f"{one_line(error)}; {usage(command)}") from None
+    for name in values:
+        if str(values[name].value).startswith("--"):  # absl takes the next flag for the value
+            raise ConfigError(f"--{name} has no value; {usage(command)}")
+    if len(rest) > 1:
+        raise ConfigError(f"'{rest[1]}' is not a flag; {usage(command)}")
 
 
 def read_config(command: str, values: Flags) -> RunConfig | None:
