@@ -1,6 +1,8 @@
 """Learning rate of every update of a run."""
 
+import bisect
 import dataclasses
+import itertools
 import math
 
 from flmjax.config import StageConfig
@@ -15,13 +17,12 @@ def stage_rate(stage: StageConfig, update: int) -> float:
 
     Computed on the host, in float64: a rate from the device would wait for the update that runs there.
     """
-    peak, final, warmup_steps, shape, decay_fraction = stage.schedule_settings
+    peak, final, warmup_steps, shape, _ = stage.schedule_settings
     if update < warmup_steps:
         return peak * (update + 1) / warmup_steps
     if shape == "constant" or stage.steps == 1:
         return peak
-    rest = stage.steps - warmup_steps
-    decay = rest - 1 if shape == "cosine" else min(rest, max(1, round(decay_fraction * stage.steps)))
+    decay = _decay_updates(stage)
     left = stage.steps - 1 - update  # updates until the last one
     if left <= 0:
         return final
@@ -42,25 +43,57 @@ def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
     Raises:
         ValueError: if `step` is after the end of the schedule.
     """
-    first, start = 0, 0  # the stage at which the schedule began or was rewound, and its first step
-    begin = 0
-    for i, stage in enumerate(stages):
-        if i and stage.growth.rate_policy in ("stage", "rewind"):
-            first, start = i, begin
-        if step < begin + stage.steps:
-            break
+    ends = list(itertools.accumulate(stage.steps for stage in stages))
+    index = bisect.bisect_right(ends, step)
+    if index == len(stages):
+        raise ValueError(f"the schedule ends {step - ends[-1]} steps before this one")
+    stage, begin = stages[index], ends[index] - stages[index].steps
+    schedule, start = _schedule_in(stages, index)
+    rate = stage_rate(schedule, step - start)
+    if index and stage.growth.rate_policy == "rewarm":
+        rate *= min(1.0, (step - begin + 1) / _rewarm_updates(stage))
+    return rate
+
+
+def borders(stages: tuple[StageConfig, ...]) -> set[int]:
+    """Updates of a run next to which the course of the learning rate may turn, the run's end included.
+
+    Between two of them the rate is constant, a line or a part of a cosine.
+    """
+    turns, begin = set(), 0
+    for index, stage in enumerate(stages):
+        schedule, start = _schedule_in(stages, index)
+        end = start + schedule.steps
+        turns |= {begin, start + schedule.schedule_settings.warmup_steps, end - 1 - _decay_updates(schedule), end}
+        if index and stage.growth.rate_policy == "rewarm":
+            turns.add(begin + _rewarm_updates(stage))
         begin += stage.steps
-    else:
-        raise ValueError(f"the schedule ends {step - begin} steps before this one")
-    origin = max(j for j in range(first + 1) if j == 0 or stages[j].growth.rate_policy == "stage")
-    last = next((j for j in range(i + 1, len(stages)) if stages[j].growth.rate_policy == "stage"), len(stages))
-    schedule = dataclasses.replace(stages[origin], steps=sum(s.steps for s in stages[first:last]))
+    return turns | {begin}
+
+
+def _schedule_in(stages: tuple[StageConfig, ...], index: int) -> tuple[StageConfig, int]:
+    """The schedule that holds in stage number `index`, as a stage with all its updates, and its first update."""
+    policies = ["stage", *(stage.growth.rate_policy for stage in stages[1:])]
+    first = max(i for i in range(index + 1) if policies[i] in ("stage", "rewind"))
+    origin = max(i for i in range(first + 1) if policies[i] == "stage")
+    last = next((i for i in range(index + 1, len(stages)) if policies[i] == "stage"), len(stages))
+    schedule = dataclasses.replace(stages[origin], steps=sum(stage.steps for stage in stages[first:last]))
     if first != origin:
         schedule = dataclasses.replace(schedule, warmup_steps=0)
-    rate = stage_rate(schedule, step - start)
-    if i and stage.growth.rate_policy == "rewarm":
-        rate *= min(1.0, (step - begin + 1) / max(1, round(stage.growth.rewarm_fraction * stage.steps)))
-    return rate
+    return schedule, sum(stage.steps for stage in stages[:first])
+
+
+def _decay_updates(schedule: StageConfig) -> int:
+    """Number of updates after the last one with the peak, of "cosine" and "wsd"."""
+    settings = schedule.schedule_settings
+    rest = schedule.steps - settings.warmup_steps
+    if settings.schedule == "cosine":
+        return rest - 1
+    return min(rest, max(1, round(settings.decay_fraction * schedule.steps)))
+
+
+def _rewarm_updates(stage: StageConfig) -> int:
+    return max(1, round(stage.growth.rewarm_fraction * stage.steps))
 
 
 def new_warmup(stage: StageConfig) -> int:

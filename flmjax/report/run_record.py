@@ -15,7 +15,7 @@ from flmjax.data.prepared import Prepared, data_warnings, read_meta
 from flmjax.data.tokenizers import load_tokenizer
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
-from flmjax.optimizer.schedule import learning_rate
+from flmjax.optimizer.schedule import borders, learning_rate
 from flmjax.report.stored_files import checked_lines, read_certificates, read_description
 from flmjax.training.continuation import shifted
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
@@ -141,12 +141,9 @@ class RunRecord:
         """
         stages, last = self.config.stages, self.config.total_steps - 1
         updates = {int(update) for update in np.linspace(0, last, min(last + 1, CURVE_POINTS))}
-        for stage in self.config.schedule:
-            settings = stage.config
-            warmups = (settings.warmup_steps or 0, round(settings.growth.rewarm_fraction * settings.steps))
-            for border in (stage.start, stage.end, *(stage.start + warmup for warmup in warmups)):
-                updates |= {border - 1, border} & set(range(last + 1))
-        steps = sorted(updates)
+        for border in borders(stages):
+            updates |= {border - 1, border, border + 1}
+        steps = sorted(updates & set(range(last + 1)))
         return [self.tokens_after(step + 1) for step in steps], [learning_rate(stages, step) for step in steps]
 
 

@@ -13,7 +13,7 @@ from flmjax.config import ConfigError, RunConfig, StageConfig, differences
 from flmjax.config.fields import ScheduleSettings
 from flmjax.data.loader import TrainingStream
 from flmjax.data.named_sources import with_portable_names
-from flmjax.optimizer.schedule import learning_rate, new_warmup
+from flmjax.optimizer.schedule import borders, learning_rate, new_warmup
 from flmjax.workdir.position import Position
 
 SHOWN_FIELDS = 6  # of a refusal
@@ -79,12 +79,8 @@ def _check_rates(workdir: Path, past: tuple[StageConfig, ...], present: tuple[St
     if past == present or not updates:
         return
     compared = {int(update) for update in np.linspace(0, updates - 1, 32)}
-    for stages in (past, present):
-        begin = 0
-        for stage in stages:
-            for border in (begin, begin + (stage.warmup_steps or 0), begin + stage.steps):
-                compared |= {border - 1, border}
-            begin += stage.steps
+    for border in borders(past) | borders(present):
+        compared |= {border - 1, border, border + 1}
     for update in sorted(compared & set(range(updates))):
         before, after = (np.float32(learning_rate(stages, update)) for stages in (past, present))  # as the step gets it
         if before != after:

@@ -100,6 +100,13 @@ def test_a_run_goes_on_where_no_update_would_have_differed(past, step, index, co
             r"learning_rate: 0.001 -> 0.002 .*update 1: 0.001 -> 0.002\); take another --workdir for them$",
         ),
         (run(stage()), 50, 0, run(stage(warmup_steps=20)), "warmup_steps: 0 -> 20 would change"),
+        (
+            run(stage(schedule="wsd", decay_fraction=0.01, steps=1000), grown(steps=2000, policy="stage")),
+            2000,
+            1,
+            run(stage(schedule="wsd", decay_fraction=0.005, steps=1000), grown(steps=2000, policy="stage")),
+            r"decay_fraction: 0.01 -> 0.005 would change .*update 99\d",
+        ),
         (run(stage()), 50, 0, run(stage(steps=49)), r"stages\[0\].steps: 100 -> 49;"),
         (run(stage()), 50, 0, run(stage(batch_size=16)), r"stages\[0\].batch_size: 8 -> 16;"),
         (run(stage()), 50, 0, run(stage(embed_dim=256)), r"stages\[0\].embed_dim: None -> 256;"),
