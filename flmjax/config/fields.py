@@ -321,6 +321,10 @@ class RunConfig:
         """The model of every stage."""
         return tuple(stage.model for stage in self.schedule)
 
+    def stage_at(self, step: int) -> "Stage":
+        """The stage that update number `step` of the run belongs to; the last one after the end of the schedule."""
+        return next((stage for stage in self.schedule if step <= stage.end), self.schedule[-1])
+
     @property
     def total_steps(self) -> int:
         """Number of steps of all stages."""
@@ -380,6 +384,10 @@ class Stage:
         """Samples (sequences) that the first `step` updates of the run read, and the growths that learn."""
         before = self.previous.samples_before(self.start) if self.previous else 0
         return before + self.updates_before(step) * self.config.batch_size
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of samples_before; all stages of a run have one length."""
+        return self.samples_before(step) * self.model.max_length
 
     def _reads(self, setting: str) -> bool:
         return self.previous is not None and setting in self.config.growth.traits.settings

@@ -187,7 +187,7 @@ class TrainingStream:
     def _phases(self) -> list[ExactPhase]:
         return exact_phases(self.schedule, len(self.prepared.sources))
 
-    @property
+    @functools.cached_property
     def _order(self) -> SampleOrder:
         return SampleOrder(self._phases, self._is_teacher)
 

@@ -47,11 +47,11 @@ def load(workdir: Path, step: int | None = None) -> LoadedModel:
             that have one), or missing files of the tokenizer.
         CheckpointError: for an unreadable or damaged checkpoint.
     """
-    directory, step = workdir / "checkpoints", None if step is None else operator.index(step)
+    directory = workdir / "checkpoints"
     steps = whole_steps(directory)
     if not steps:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no complete checkpoint")
-    if step is not None and step not in steps:
+    if step is not None and operator.index(step) not in steps:
         raise ConfigError(f"{workdir} has no checkpoint at step {step}, only at {', '.join(map(str, steps))}")
     position = position_at(workdir, steps[-1] if step is None else step)
     tokenizer = load_tokenizer(data_directory(position.config, workdir))
@@ -61,6 +61,6 @@ def load(workdir: Path, step: int | None = None) -> LoadedModel:
     with Checkpoints(directory, keep=None) as checkpoints:
         params = checkpoints.restore(position.step, {"params": abstract})["params"]
     ramp = ramp_of(position.stage)
-    if ramp is not None and position.step < ramp.end:
+    if ramp is not None and position.step in position.stage.ramp:
         params = jax.jit(ramp.at)(params, position.step)
     return LoadedModel(params, position.stage.model, tokenizer, position.step, position.config)

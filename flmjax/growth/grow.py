@@ -56,9 +56,9 @@ def grow_opt_state(opt_state: optax.OptState, growth: Growth) -> optax.OptState:
     # The same shares, drawn again: where parameters and moments had them in common, XLA kept more arrays alive
     # (FLM-101B from 16B to 51B by duplication: 15.5 GB of temporaries in place of 9.4). The barrier keeps XLA from
     # finding out that the draws are equal.
-    key = None if growth.key is None else jax.random.key_data(growth.key)
-    key = None if key is None else jax.random.wrap_key_data(jax.lax.optimization_barrier(key))
-    growth = dataclasses.replace(growth, key=key)
+    if growth.key is not None:
+        key_data = jax.lax.optimization_barrier(jax.random.key_data(growth.key))
+        growth = dataclasses.replace(growth, key=jax.random.wrap_key_data(key_data))
 
     def grow_moment(moments: Params, power: int) -> Any:
         def grow_one(path: str, leaf: LeafAxes, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from flmjax.config import ConfigError
 from flmjax.data.prepared import short_names
 from flmjax.disk import writing
 from flmjax.report.page import base64_text, duration, number, png, render, short
-from flmjax.report.run_figure import LEGEND, SMOOTHED_FROM, frame, series, smoothed, smoothing_reach, train_lines
+from flmjax.report.run_figure import LEGEND, SMOOTHED_FROM, frame, series, smoothed, train_lines
 from flmjax.report.run_record import RunRecord, latest, read_run
 from flmjax.report.run_tables import Table
 
@@ -68,13 +68,13 @@ def comparison_figure(runs: Runs, columns: int) -> "Figure":
             frame(panel, title, x_field, max(run.last[x_field] for run in runs.values()))
             panel.grid(axis="y", color="#e1e6ea", linewidth=0.8)
             for i, (name, run) in enumerate(runs.items()):
-                color, label = COLORS[i % len(COLORS)], name.lstrip("_")  # "_" hides a line from the legend
+                color = COLORS[i % len(COLORS)]
                 x, y = series(train_lines(run, field), x_field, field)
                 if len(y) >= SMOOTHED_FROM:
-                    y = smoothed(y, smoothing_reach(len(y)))
-                panel.plot(x, y, color=color, linewidth=1.4, label=f"{label}, train")
+                    y = smoothed(y)
+                panel.plot(x, y, color=color, linewidth=1.4, label=f"{name}, train")
                 x, y = series(run.validation, x_field, field)
-                panel.plot(x, y, "o", color=color, markersize=4, clip_on=False, label=f"{label}, validation")
+                panel.plot(x, y, "o", color=color, markersize=4, clip_on=False, label=f"{name}, validation")
             panel.legend(loc="upper right", **LEGEND)
     return figure
 

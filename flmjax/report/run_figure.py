@@ -200,7 +200,7 @@ def _draw_curve(panel: "Axes", run: RunRecord, x_field: str, y_field: str) -> No
     x, y = series(train_lines(run, y_field), x_field, y_field)
     if len(x) >= SMOOTHED_FROM:
         panel.plot(x, y, color=TRAIN, alpha=0.35, linewidth=0.8, label="train")
-        panel.plot(x, smoothed(y, smoothing_reach(len(y))), color=TRAIN, linewidth=1.6, label="train, smoothed")
+        panel.plot(x, smoothed(y), color=TRAIN, linewidth=1.6, label="train, smoothed")
     elif x:
         panel.plot(x, y, color=TRAIN, linewidth=1.4, marker="." if len(x) == 1 else None, clip_on=False, label="train")
     x, y = series([line for line in run.validation if y_field in line], x_field, y_field)
@@ -231,17 +231,14 @@ def train_lines(run: RunRecord, y: str) -> list[Record]:
     return [{**line, "loss": line.get("language_loss")} for line in lines]
 
 
-def smoothing_reach(points: int) -> int:
-    """Values on either side of a curve's smoothed value: a twentieth of the curve, and at least 4.
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a twentieth of the curve on either side, at least 4 values; fewer near the ends, so without a lag.
 
     The loss of a batch scatters around the trend. A mean over 9 values has a third of their scatter, which the eye sees
-    as a smooth line; a tenth of the curve, 4 to 20 times as many, still follows the fall of the loss.
+    as a smooth line; a tenth of the curve, 4 to 20 times as many, still follows the fall of the loss. NaN stays a gap,
+    and is never counted.
     """
-    return max(4, points // 20)
-
-
-def smoothed(values: Sequence[float], half: int) -> list[float]:
-    """Means over up to `half` values on either side, fewer near the ends: no lag. NaN stays a gap, never counted."""
+    half = max(4, len(values) // 20)
     means = []
     for i, value in enumerate(values):
         reach = min(half, i, len(values) - 1 - i)

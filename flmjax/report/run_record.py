@@ -1,6 +1,5 @@
 """A run read back from its workdir."""
 
-import bisect
 import dataclasses
 import functools
 import math
@@ -19,7 +18,7 @@ from flmjax.optimizer.schedule import borders, learning_rate
 from flmjax.report.stored_files import checked_lines, read_certificates, read_description
 from flmjax.training.continuation import shifted
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
-from flmjax.workdir.paths import Parent, read_config, read_parent
+from flmjax.workdir.paths import Parent, data_directory, read_config, read_parent
 from flmjax.workdir.starts import read_starts
 
 CURVE_POINTS = 250  # of a schedule of learning rates
@@ -34,14 +33,13 @@ class StageRecord:
         parameters: of its model, padding of the vocabulary included; None: the vocabulary size is unknown.
         before: the line at the stage's start: step, tokens and FLOPs so far.
         last: the line at its end, or the newest.
-        train, validation: the last line of each kind; without one it has no loss.
+        validation: the last line of that kind; without one it has no loss.
     """
 
     stage: Stage
     parameters: int | None
     before: Record
     last: Record
-    train: Record
     validation: Record
 
 
@@ -129,8 +127,7 @@ class RunRecord:
 
     def tokens_after(self, step: int) -> int:
         """Tokens of the first `step` updates of the schedule, those of a learned growth included."""
-        stage = stage_at(self.config, step)
-        return stage.samples_before(step) * stage.model.max_length
+        return self.config.stage_at(step).tokens_before(step)
 
     @functools.cached_property
     def learning_rates(self) -> tuple[list[int], list[float]]:
@@ -159,7 +156,7 @@ def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
     """
     config = read_config(workdir)
     stored_config = to_json(config)
-    folder = Path(config.data.directory) if config.data.directory else workdir / "data"
+    folder = data_directory(config, workdir)
     meta = read_description(folder)
     if config.model.vocab_size is None and "tokenizer" in meta:
         model = dataclasses.replace(config.model, vocab_size=meta["tokenizer"]["vocab_size"])
@@ -221,16 +218,10 @@ def _read_mixture(config: RunConfig, folder: Path, step: int, first_sample: int)
         shares.append([count / sum(counts) for count in counts])
         samples = end
     try:
-        epochs = stream.epochs(first_sample + stage_at(config, step).samples_before(step))
+        epochs = stream.epochs(first_sample + config.stage_at(step).samples_before(step))
     except OSError:  # the token files are gone
         epochs = None
     return Mixture({source: prepared.num_tokens(source, "train") for source in prepared.sources}, shares, epochs)
-
-
-def stage_at(config: RunConfig, step: int) -> Stage:
-    """The stage that update number `step` of a run belongs to."""
-    ends = [stage.end for stage in config.schedule[:-1]]  # metrics may be of a longer run, whose config was shortened
-    return config.schedule[bisect.bisect_left(ends, step)]
 
 
 def _stage_records(config: RunConfig, lines: list[Record]) -> list[StageRecord]:
@@ -246,7 +237,6 @@ def _stage_records(config: RunConfig, lines: list[Record]) -> list[StageRecord]:
             parameters=count_parameters(abstract_params(stage.model)[0]) if has_vocabulary else None,
             before=latest(lines, stage.start),
             last=latest(lines, stage.end),
-            train=latest([line for line in of_stage if line["kind"] == "train"]),
             validation=latest([line for line in of_stage if line["kind"] == "validation"]),
         )
         records.append(record)

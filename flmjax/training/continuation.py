@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flmjax.config import ConfigError, RunConfig, StageConfig, differences
-from flmjax.config.fields import ScheduleSettings
+from flmjax.config import ConfigError, RunConfig, ScheduleSettings, StageConfig, differences
 from flmjax.data.loader import TrainingStream
 from flmjax.data.named_sources import with_portable_names
 from flmjax.optimizer.schedule import borders, learning_rate, new_warmup
@@ -100,8 +99,8 @@ def _check_warmups(workdir: Path, past: RunConfig, config: RunConfig, last: int)
     """Refuse another warm-up of the parameters that the growth into a stage up to number `last` created."""
     for before, after in zip(past.schedule[1 : last + 1], config.schedule[1 : last + 1], strict=True):
         old, new = new_warmup(before.config), new_warmup(after.config)
-        grows = before.previous is not None and before.model != before.previous.model
-        if grows and old != new:
+        assert before.previous is not None
+        if before.model != before.previous.model and old != new:
             raise ConfigError(
                 f"{workdir}: the parameters that stages[{before.index}] created have a warm-up of {old} updates, and "
                 f"of {new} in this config; stages[{before.index}].growth.new_warmup_fraction="
@@ -113,7 +112,7 @@ def _check_warmups(workdir: Path, past: RunConfig, config: RunConfig, last: int)
 
 
 def shifted(stream: TrainingStream, samples: int) -> TrainingStream:
-    """The stream of a run that begins at sample number `samples`: the first mixture lasts so much longer."""
+    """The stream of a run that begins at sample number `samples`: the first mixture lasts `samples` longer."""
     first, *others = stream.schedule
     if first.samples is not None:
         first = first._replace(samples=first.samples + samples)
@@ -135,6 +134,17 @@ def _until(stream: TrainingStream, samples: int) -> TrainingStream:
     return dataclasses.replace(stream, schedule=tuple(phases))
 
 
+def has_read(position: Position, stream: TrainingStream) -> bool:
+    """Whether the samples that the run at `position` has read, and the runs before it, are the first of `stream`."""
+    if stream.fingerprint == position.fingerprint:
+        return True
+    try:  # the same data with another mixture later
+        past = shifted(TrainingStream.of_run(position.config, stream.prepared), position.first_sample)
+    except ConfigError:  # weights for other sources
+        return False
+    return past.fingerprint == position.fingerprint and is_same_past(past, stream, position.samples_seen)
+
+
 def continued_stream(workdir: Path, position: Position | None, stream: TrainingStream) -> TrainingStream:
     """The stream of the run in `workdir`, whose samples up to the checkpoint are those that the run has read.
 
@@ -147,10 +157,7 @@ def continued_stream(workdir: Path, position: Position | None, stream: TrainingS
     if position is None:
         return stream
     stream = shifted(stream, position.first_sample)
-    if stream.fingerprint == position.fingerprint:
-        return stream
-    past = shifted(TrainingStream.of_run(position.config, stream.prepared), position.first_sample)
-    if past.fingerprint != position.fingerprint or not is_same_past(past, stream, position.samples_seen):
+    if not has_read(position, stream):
         raise ConfigError(
             f"{workdir}: the data or its mixture is not that of the checkpoint at step {position.step} "
             f"(fingerprint {stream.fingerprint[:12]}, there {position.fingerprint[:12]})"

@@ -21,13 +21,13 @@ from flmjax.growth.certificate import GrowthPoint
 from flmjax.growth.families import family_of
 from flmjax.growth.grow import plan_growth
 from flmjax.growth.growth import Growth
-from flmjax.growth.ramp import ramp_of
 from flmjax.growth.rules import GrowthError
 from flmjax.model.attention import check_backend
+from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.mesh import make_mesh
 from flmjax.text_table import text_table
-from flmjax.training.continuation import is_same_past, shifted
+from flmjax.training.continuation import has_read, shifted
 from flmjax.training.grow_config import has_same_preparation, vocabulary_settings
 from flmjax.training.growth_point import growth_key, prove_growth
 from flmjax.training.state import (
@@ -76,9 +76,7 @@ def plan_checkpoint(config: RunConfig, source: Path, workdir: Path | None) -> st
     rows = [
         (leaf.path, str(leaf.old_shape), f"-> {leaf.new_shape}", "; ".join(leaf.rules) or "unchanged") for leaf in plan
     ]
-    before, after = (
-        sum(math.prod(shape) for shape in shapes) for shapes in zip(*[leaf[1:3] for leaf in plan], strict=True)
-    )
+    before, after = (count_parameters(abstract_params(model)[0]) for model in (origin.stage.model, new))
     return "\n".join(
         [
             text_table(rows, left=4),
@@ -176,7 +174,7 @@ def _grow(
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, to_items(grown), meta)
         checkpoints.wait()
-    tokens = origin.stage.samples_before(origin.step) * origin.stage.model.max_length
+    tokens = origin.stage.tokens_before(origin.step)
     write_parent(Parent(str(source.resolve()), origin.step, origin.stage.name, tokens, first_sample), workdir)
     entry.write(first_step=0, last_step=0)
     write_config(user_config, workdir)
@@ -186,22 +184,11 @@ def _grow(
 def _lineage(stream: TrainingStream, source: Path, origin: Position) -> tuple[TrainingStream, int]:
     """The stream of the new run, and its first sample: the next one of the source's data if both streams are one."""
     continued = shifted(stream, origin.samples_seen)
-    if _has_seen(origin, continued):
+    if has_read(origin, continued):
         LOG(f"data: training goes on at sample {origin.samples_seen:,}, where {source} stopped")
         return continued, origin.samples_seen
     LOG(f"data: not the data, order or mixture of {source}: training starts at sample 0, and samples may repeat")
     return stream, 0
-
-
-def _has_seen(origin: Position, stream: TrainingStream) -> bool:
-    """Whether the samples that the source has read are the first of `stream`."""
-    if stream.fingerprint == origin.fingerprint:
-        return True
-    try:  # the same data with another mixture later
-        past = shifted(TrainingStream.of_run(origin.config, stream.prepared), origin.first_sample)
-    except ConfigError:  # weights for other sources
-        return False
-    return past.fingerprint == origin.fingerprint and is_same_past(past, stream, origin.samples_seen)
 
 
 def _on_mesh(model: ModelConfig, config: RunConfig) -> ModelConfig:
@@ -212,7 +199,7 @@ def _on_mesh(model: ModelConfig, config: RunConfig) -> ModelConfig:
 def _restore(directory: Path, origin: Position, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:
     """The source's state, or with `weights_only` an initial state that has the source's parameters."""
     with Checkpoints(directory, keep=None) as checkpoints:
-        names = ITEMS[:1] if weights_only else ITEMS
+        names = ("params",) if weights_only else ITEMS
         items = restore_items(checkpoints, origin.step, origin.stage.model, spec, names)
     return dataclasses.replace(init_state(spec, seed), **items) if weights_only else from_items(items)
 
@@ -279,11 +266,10 @@ def _newest(source: Path) -> Position:
     position = newest_position(source)
     if position is None:
         raise ConfigError(f"--source={source} is no workdir of a run: it has no complete checkpoint")
-    ramp = ramp_of(position.stage)
-    if ramp is not None and position.step < ramp.end:
+    if position.step in position.stage.ramp:
         raise ConfigError(
             f"--source={source} is at step {position.step}, but its growth mask is open only at step "
-            f"{ramp.end}; continue its training first"
+            f"{position.stage.ramp.stop}; continue its training first"
         )
     return position
 

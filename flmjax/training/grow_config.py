@@ -5,8 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flmjax.config import DERIVED, STAGE_SIZES, ConfigError, DataConfig, GrowthConfig, RunConfig, StageConfig, resize
-from flmjax.config.fields import ScheduleSettings
+from flmjax.config import (
+    DERIVED,
+    STAGE_SIZES,
+    ConfigError,
+    DataConfig,
+    GrowthConfig,
+    RunConfig,
+    ScheduleSettings,
+    StageConfig,
+    resize,
+)
 from flmjax.config.validate import validate
 from flmjax.data.named_sources import with_portable_names
 from flmjax.data.prepared import META_FILE, read_meta
@@ -34,7 +43,7 @@ def source_config(source: Path) -> RunConfig:
     if step is None:
         raise ConfigError(f"--source={source} is no workdir of a run: it has no complete checkpoint")
     config = read_config(source)
-    stage = next((stage for stage in config.schedule if step <= stage.end), config.schedule[-1])
+    stage = config.stage_at(step)
     model = dataclasses.replace(
         stage.model, vocab_multiple=config.model.vocab_multiple, vocab_size=config.model.vocab_size
     )
@@ -46,7 +55,7 @@ def source_config(source: Path) -> RunConfig:
 def _first_stage(config: RunConfig, index: int) -> StageConfig:
     """Stage number `index` of the source as the first stage of a run, without sizes and growth settings."""
     begun = config.stages[: index + 1]
-    starts = [stage for i, stage in enumerate(begun) if i == 0 or stage.growth.rate_policy == "stage"]
+    starts = [stage for i, stage in enumerate(begun) if stage.starts_schedule(i)]
     schedule: dict[str, Any] = {name: getattr(starts[-1], name) for name in ScheduleSettings._fields}
     if schedule["warmup_steps"] is not None:
         schedule["warmup_steps"] = min(schedule["warmup_steps"], begun[-1].steps - 1)
@@ -83,10 +92,10 @@ def vocabulary_settings(directory: Path) -> dict[str, Any] | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         kind = stored.pop("vocabulary")
-    except (ValueError, KeyError, AttributeError) as error:
+        is_plain = kind == "bytes" and ByteTokenizer(**stored).fingerprint == ByteTokenizer().fingerprint
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no tokenizer's: {error!r}") from error
     if kind == "bytes":
-        is_plain = ByteTokenizer(**stored).fingerprint == ByteTokenizer().fingerprint
         return {"vocabulary": "bytes", "end_id": None} if is_plain else None
     vocabulary = str(directory / MODEL_FILE) if kind == "sentencepiece" else kind
     return {"vocabulary": vocabulary, "end_id": stored.get("end_id")}

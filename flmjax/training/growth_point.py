@@ -11,7 +11,7 @@ from flmjax.config import RunConfig, Stage
 from flmjax.data.batch import global_batch
 from flmjax.data.loader import TrainingStream
 from flmjax.evaluation.validation_loss import padded_batches
-from flmjax.growth.certificate import Certificate, GrowthPoint, certify
+from flmjax.growth.certificate import GrowthPoint, certify
 from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tune
 from flmjax.model.loss import divisor
@@ -74,8 +74,8 @@ def prove_growth(
     growth: Growth,
     point: GrowthPoint,
     log: Log,
-) -> Certificate:
-    """Certificate of the growth from the first of `params` to the second, on validation sequences.
+) -> None:
+    """Certify the growth from the first of `params` to the second on validation sequences, and refuse a wrong one.
 
     Sequences have the old model's length. The certificate is stored in WORKDIR/certificates, even if it fails.
 
@@ -99,7 +99,6 @@ def prove_growth(
     if jax.process_index() == 0:
         certificate.save(workdir / "certificates")
     certificate.check()
-    return certificate
 
 
 def growth_key(config: RunConfig, index: int) -> jax.Array:

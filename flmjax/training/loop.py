@@ -167,11 +167,9 @@ def spent(stage: Stage, step: int) -> tuple[int, float]:
     Args:
         stage: the stage that `step` belongs to. The batches of its learned growth are included.
     """
-    tokens, flops = spent(stage.previous, stage.start) if stage.previous else (0, 0.0)
-    length = stage.model.max_length
-    updates = stage.updates_before(step)
-    tokens += updates * stage.config.batch_size * length
-    flops += updates * stage.config.batch_size * length * flops_per_token(stage.model, length)
+    tokens_before, flops = spent(stage.previous, stage.start) if stage.previous else (0, 0.0)
+    tokens = stage.tokens_before(step)
+    flops += (tokens - tokens_before) * flops_per_token(stage.model, stage.model.max_length)
     if stage.tuning_steps:
         flops += stage.tuning_steps * tuning_flops(Growth.into(stage))
     return tokens, flops
@@ -276,8 +274,8 @@ class Run:
                 self.log(*pending, stage, spec, clock)
                 pending = None
                 if evaluation_due:
-                    is_masked = ramp is not None and step < ramp.end
-                    self.evaluate(step, unmask(state.params, step) if is_masked else state.params, sums_of, stage)
+                    params = unmask(state.params, step) if step in stage.ramp else state.params
+                    self.evaluate(step, params, sums_of, stage)
                 if opened:
                     self.bar.log(f"{stage.name} {step}: the growth mask is fully open; training continues without it")
                 if save_due:
@@ -303,7 +301,7 @@ class Run:
         self.entry.write(last_step=first[0])
         update: Update | None = first
         while update is not None:
-            self.bar.step, _, _ = update
+            self.bar.step = update[0]
             self.entry.add(last_step=self.bar.step)
             yield update
             # After the mask has opened, the next update compiles the program without it.
