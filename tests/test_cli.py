@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import typing
@@ -186,6 +187,15 @@ def test_output_into_a_closed_pipe_ends_without_a_word():
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
         assert done.stdout.count("\n") == 1
         assert done.stderr == ""
+
+
+def test_work_that_a_closed_pipe_cuts_off_is_no_success():
+    """`flmjax train | head -3 && next` went on with a run that had stopped."""
+    command = f"{sys.executable} -m flmjax plan --config={CONFIGS[0].parent}/flm_101b.py --cost-only | true"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(("target", "status"), [("/dev/full", 1), ("&-", 0)])
@@ -374,7 +384,9 @@ def test_settings_in_the_help_are_flags_that_set_them(path, capsys, tmp_path):
     lines = lines[lines.index("Settings of this config:") + 1 :]
     assert any(line.startswith("--config.model.norm=") and line.endswith("  # layernorm | rmsnorm") for line in lines)
     assert any(line.startswith("--config.model.max_length=") and line.endswith("  # tokens") for line in lines)
-    assert any(line.startswith("--config.data.vocab_size=") and "# pieces to train;" in line for line in lines)
+    assert any(
+        line.startswith("--config.data.vocab_size=") and "# Number of pieces to train;" in line for line in lines
+    )
     flags = shlex.split("\n".join(lines), comments=True)
     assert "--config.seed=3" in flags
     assert any(flag.startswith("--config.stages[0].steps=") for flag in flags)

@@ -104,6 +104,15 @@ def test_folders_of_one_name_have_different_names_on_the_page(tmp_path):
     assert path.name == "first_run-vs-second_run-vs-third_b_run.html"
 
 
+def test_comparisons_of_names_that_begin_alike_have_files_of_their_own(tmp_path):
+    folders = [tmp_path / f"{'long' * 10}_{name}" for name in "abc"]
+    for folder in folders:
+        make_workdir(folder)
+    pages = [write_comparison([folders[0], other], tmp_path / "out") for other in folders[1:]]
+    assert pages[0] != pages[1]
+    assert all(len(page.name) < 80 for page in pages)
+
+
 def test_a_folder_named_twice_is_refused(runs, tmp_path):
     (tmp_path / "link").symlink_to(runs[0])
     for again in (runs[0], tmp_path / "b" / ".." / "a", tmp_path / "link"):

@@ -66,7 +66,7 @@ def test_the_planned_programs_are_those_that_train(data, lowering, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n\n".join(f"some text, number {i}, and more of it" for i in range(300)))
     (tmp_path / "plan_tasks.py").write_text(TASKS)
-    mask = GrowthConfig("mask", ramp_steps=1, rate_policy="stage")
+    mask = GrowthConfig("mask", ramp_steps=1, rate_policy="stage", new_warmup_fraction=0.5)
     config = RunConfig(
         model=dataclasses.replace(TINY, dropout=0.1, remat="full"),
         stages=(

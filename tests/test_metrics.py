@@ -27,6 +27,7 @@ from flmjax.model.flops import flops_per_token, matmul_parameters
 from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import map_with_axes
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
+from flmjax.workdir.paths import remove_certificates
 from flmjax.workdir.progress import ProgressBar
 
 TINY = ModelConfig(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=3, mlp_dim=5, vocab_size=11)
@@ -141,6 +142,25 @@ def test_a_repeated_line_at_the_resumed_step_is_not_written(tmp_path):
     assert [line[:2] for line in lines_of(tmp_path)] == [("train", 3), ("growth", 3), ("validation", 3), ("train", 4)]
 
 
+def test_a_growth_that_is_to_be_done_again_leaves_no_line_and_no_certificate(tmp_path):
+    """The process died after the growth at step 3, and the stage before it is longer now: the report showed both."""
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        writer.write("validation", 3, loss=1.0)
+        writer.write("growth", 3, loss=1.0)
+    (tmp_path / "certificates").mkdir()
+    for step in (0, 2, 3):
+        (tmp_path / "certificates" / f"step_{step:08d}.json").write_text("{}")
+    MetricsWriter(tmp_path, resume_step=3).close()
+    remove_certificates(tmp_path, 3)
+    assert [line[:2] for line in lines_of(tmp_path)] == [("validation", 3)]
+    assert sorted(path.name for path in (tmp_path / "certificates").iterdir()) == [
+        "step_00000000.json",  # of `flmjax grow`
+        "step_00000002.json",
+    ]
+    remove_certificates(tmp_path, 0)
+    assert [path.name for path in (tmp_path / "certificates").iterdir()] == ["step_00000000.json"]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 25])
 def test_an_incomplete_line_is_skipped_and_removed_on_opening(tmp_path, cut):
     train(tmp_path, 0, 1)
@@ -237,6 +257,7 @@ def test_texts_are_in_tensorboard_as_they_stand(tmp_path):
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
+from flmjax.workdir.paths import remove_certificates
 from flmjax.workdir.progress import ProgressBar
 with ProgressBar(total=40, initial=10) as bar:
     for step in (20, 30, 40):

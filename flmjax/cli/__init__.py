@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 
 from absl import flags, logging
@@ -58,8 +59,9 @@ def _execute(line: CommandLine) -> int:
     except ConfigError as error:
         print(f"flmjax: {one_line(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # of standard output: run
-        raise
+    except BrokenPipeError:  # the reader of standard output is gone, and the work is not done
+        _discard_output()
+        return 128 + signal.SIGPIPE
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get("FLMJAX_TRACEBACK"):
             raise

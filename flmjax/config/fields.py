@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from flmjax.config.families import FamilyTraits, family_traits
 from flmjax.config.values import (
     INT32_MAX,
+    MIN_VOCAB_SIZE,
     Count,
     Decay,
     NonNegativeFloat,
@@ -144,7 +145,8 @@ class DataConfig:
     # "sentencepiece" (trained on the sources), "bytes", "cl100k" or the path of a SentencePiece model; None: the
     # mixture's vocabulary if it has one, else "sentencepiece".
     vocabulary: str | None = None
-    vocab_size: Annotated[int, Range(300, INT32_MAX)] = 4096  # pieces to train; read by "sentencepiece" alone
+    # Number of pieces to train; read by "sentencepiece" alone.
+    vocab_size: Annotated[int, Range(MIN_VOCAB_SIZE, INT32_MAX)] = 4096
     end_id: NonNegativeInt | None = None  # id that ends a document; None: the vocabulary's
     # Share of documents, chosen by hash; splits that a mixture defines come first.
     validation_fraction: Annotated[float, Range(0, 0.5, open_low=True, open_high=True)] = 0.05

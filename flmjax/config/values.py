@@ -47,6 +47,7 @@ class Range(NamedTuple):
 
 PositiveInt = Annotated[int, Range(1, INT32_MAX)]
 NonNegativeInt = Annotated[int, Range(0, INT32_MAX)]
+MIN_VOCAB_SIZE = 300  # least number of pieces that are trained
 Count = Annotated[int, Range(0, 2**63 - 1)]  # of parameters; not computed with on the devices
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # of JAX's and of NumPy's generators
 PositiveFloat = Annotated[float, Range(FLOAT32_TINY, FLOAT32_MAX)]

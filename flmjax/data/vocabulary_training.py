@@ -2,14 +2,12 @@
 
 import io
 import re
-import typing
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-from flmjax.config import ConfigError, DataConfig
-from flmjax.config.validate import constraints
-from flmjax.config.values import Range
+from flmjax.config import ConfigError
+from flmjax.config.values import MIN_VOCAB_SIZE
 
 UNKNOWN_ID, END_ID = 0, 1
 RESERVED = "\u2585"  # how SentencePiece's trainer marks a rare character
@@ -58,19 +56,13 @@ def training_lines(documents: Iterable[str], keep: float = 1.0) -> Iterator[str]
                 yield line
 
 
-def _is_vocab_size(pieces: int) -> bool:
-    """Whether data.vocab_size may have this value."""
-    hint = typing.get_type_hints(DataConfig, include_extras=True)["vocab_size"]
-    return not any(isinstance(limits, Range) and limits.violation(pieces) for limits in constraints(hint))
-
-
 def _explain(error: str, vocab_size: int) -> str:
     """An error of SentencePiece's trainer in terms of the settings."""
     if match := re.search(r"value <= (\d+)", error):
-        lower = "lower it, " * _is_vocab_size(int(match[1]))
+        cures = "lower it, add text," if int(match[1]) >= MIN_VOCAB_SIZE else "add text"
         return (
             f"data.vocab_size={vocab_size} is too large for this little text: at most {match[1]} pieces can be formed; "
-            f"{lower}add text{',' * bool(lower)} or set data.vocabulary='bytes'"
+            f"{cures} or set data.vocabulary='bytes'"
         )
     if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return f"data.vocab_size={vocab_size} is too small: the characters of this text alone need {match[1]}; raise it"

@@ -1,5 +1,7 @@
 """Runs compared on one page: `write_comparison` draws their losses together and lists where their settings differ."""
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +50,10 @@ def write_comparison(workdirs: Sequence[Path], output: Path) -> Path:
         differences=difference_table(runs),
     )
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{'-vs-'.join(runs)[:MAX_NAME]}.html"
+    name = "-vs-".join(runs)
+    if len(name) > MAX_NAME:  # other runs may have names that begin alike
+        name = f"{name[:MAX_NAME]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    path = output / f"{name}.html"
     with writing(path):
         path.write_text(page, encoding="utf-8")
     return path

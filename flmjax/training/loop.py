@@ -48,7 +48,14 @@ from flmjax.training.state import (
 from flmjax.training.step import jit_train_step, nonfinite_leaves
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
-from flmjax.workdir.paths import data_directory, latest_whole_step, locked_workdir, stored_config, write_config
+from flmjax.workdir.paths import (
+    data_directory,
+    latest_whole_step,
+    locked_workdir,
+    remove_certificates,
+    stored_config,
+    write_config,
+)
 from flmjax.workdir.position import Position, newest_position
 from flmjax.workdir.progress import Clock, ProgressBar
 from flmjax.workdir.starts import StartEntry
@@ -94,6 +101,8 @@ def train(config: RunConfig, workdir: Path) -> None:
                 Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
                 MetricsWriter(workdir, step) as writer,
             ):
+                if jax.process_index() == 0:
+                    remove_certificates(workdir, step)
                 mesh = make_mesh(mesh_shape, jax.devices())
                 run = Run(config, workdir, stream, mesh, checkpoints, writer, bar, entry, position, claim)
                 run.run_schedule()

@@ -107,9 +107,20 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Record]:
 
 
 def _truncate(workdir: Path, resume_step: int) -> set[tuple[str, int]]:
-    """Remove lines past `resume_step` and an incomplete one; returns (kind, step) of the lines at `resume_step`."""
+    """Remove lines past `resume_step`, a growth at that step and an incomplete line.
+
+    The checkpoint of a step is of the state before a growth at that step: the growth is done again, or comes later if
+    the stage is longer now.
+
+    Returns:
+        (kind, step) of the lines at `resume_step`.
+    """
     path = workdir / METRICS_FILE
-    kept = [record for record in read_metrics(workdir) if record["step"] <= resume_step]
+    kept = [
+        record
+        for record in read_metrics(workdir)
+        if record["step"] < resume_step or (record["step"] == resume_step and record["kind"] != "growth")
+    ]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     if path.exists() and path.read_bytes() != text.encode(errors=SURROGATES):
         temporary = path.with_suffix(".tmp")

@@ -114,6 +114,16 @@ def read_parent(workdir: Path) -> Parent | None:
     return parent
 
 
+def remove_certificates(workdir: Path, resume_step: int) -> None:
+    """Remove the certificates of growths that a run which resumes at `resume_step` does again.
+
+    The certificate of step 0 is of the growth that made the run.
+    """
+    for path in (workdir / "certificates").glob("step_*.json"):
+        if int(path.stem.removeprefix("step_")) >= max(resume_step, 1):
+            path.unlink()
+
+
 def latest_whole_step(directory: Path) -> int | None:
     """The newest complete step in `directory`; None if there is none, or if the folder does not exist."""
     return max(whole_steps(directory), default=None)

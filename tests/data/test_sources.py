@@ -311,6 +311,7 @@ def test_keys_of_records_are_equal_composed_and_decomposed(tmp_path):
         ("a.jsonl", '\n{"text": "' + "a" * 1000 + '"}', r"a\.jsonl: line 2 is longer than .*; divide it"),
         ("a.txt", "one\n\n\ntwo " + "a" * 1000, r"a\.txt: line 4 is longer"),
         ("a.txt", "one\n\n\n" + "two 文\n\n" * 120, r"a\.txt: the document at line 4 is .* \(in this file two blank"),
+        ("a.jsonl", json.dumps({"text": "文" * 400}, ensure_ascii=False), r"a\.jsonl: line 1 is longer"),
         ("a.docs.txt", "one\n\n" + "two\n" * 300, r"the document at line 3 is .* \(in this file a blank line ends one"),
         ("a.md", "\none\n\n\n" * 300, r"the document at line 2 is .* \(in this file the end of the file ends"),
         ("a.md", "a\n" + "\n" * 2000, r"the document at line 1 is"),

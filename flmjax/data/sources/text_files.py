@@ -160,7 +160,7 @@ def _json_values(path: Path) -> Iterator[tuple[str, object]]:
                     value, place = decode(text, place)
                 except (ValueError, RecursionError) as error:
                     size = len(text) - place
-                    if not block or size > MAX_DOCUMENT_BYTES:
+                    if not block or _num_bytes(text[place:]) > MAX_DOCUMENT_BYTES:
                         raise ConfigError(f"{path}: record {number} is no JSON or {_TOO_LONG}: {error}") from None
                     least = min(2 * size, MAX_DOCUMENT_BYTES + 1)  # the rest of the record may not be read yet
                     break
@@ -200,6 +200,10 @@ def _is_record(line: str) -> bool:
     return True
 
 
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _lines(path: Path) -> Iterator[str]:
     with opened(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")  # carriage returns stay in the text
@@ -207,7 +211,7 @@ def _lines(path: Path) -> Iterator[str]:
         try:
             while line := text.readline(MAX_DOCUMENT_BYTES + 1):
                 number += 1
-                if len(line) > MAX_DOCUMENT_BYTES:
+                if _num_bytes(line) > MAX_DOCUMENT_BYTES:
                     raise ConfigError(f"{path}: line {number} is {_TOO_LONG}; divide it, or remove it")
                 if "\0" in line:
                     raise ConfigError(f"{path}: line {number} {_NUL}")
@@ -253,7 +257,7 @@ def _split(lines: Iterable[str], blank_lines: int | None, path: Path) -> Iterato
         elif document or not is_blank:
             first = first if document else number
             document.append(line)
-            size += len(line) if line.isascii() else len(line.encode())
+            size += _num_bytes(line)
             if size > MAX_DOCUMENT_BYTES:
                 ends = {1: "a blank line", 2: "two blank lines"}.get(blank_lines or 0, "the end of the file")
                 raise ConfigError(
