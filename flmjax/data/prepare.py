@@ -265,18 +265,11 @@ class _Preparation:
         counts: dict[str, dict[str, Any]] = {}
         for source in self.sources:
             spool = spools[source.name]
-            counts[source.name] = {
-                "slug": spool.slug,
-                "is_teacher": source.is_teacher,
-                "duplicates": spool.duplicates(),
-                "documents_left_out": spool.left_out,
-                "changed": 0,  # documents whose tokens do not decode to their text
-                **file_description(source),
-            }
+            counts[source.name] = {**_description(source, spool), "changed": 0}
             for split in SPLITS:
                 stem = self.folder / f"{spool.slug}-{split}"
                 tokens, changed = seal(parts[source.name, split], encoder, stem, source.is_teacher, files)
-                counts[source.name]["changed"] += changed
+                counts[source.name]["changed"] += changed  # documents whose tokens do not decode to their text
                 sizes = spool.splits[split].sizes
                 counts[source.name][split] = {"documents": len(sizes), "tokens": tokens, "bytes": int(sizes.sum())}
         hashes = {s: np.concatenate([spool.splits[s].hashes for spool in spools.values()]) for s in SPLITS}
@@ -389,3 +382,14 @@ class _Preparation:
 def _watched(items: Iterable[Any], label: str, progress: bool) -> Iterator[Any]:
     # disable=None: silent where standard error is no terminal
     return iter(tqdm(items, label, unit=" documents", leave=False, disable=None if progress else True))
+
+
+def _description(source: Source, spool: Spool) -> dict[str, Any]:
+    """Entries of a source in meta.json, but for the counts of its tokens."""
+    return {
+        "slug": spool.slug,
+        "is_teacher": source.is_teacher,
+        "duplicates": spool.duplicates(),
+        "documents_left_out": spool.left_out,
+        **file_description(source),
+    }
