@@ -9,7 +9,6 @@ work: it keeps the sources that were read and the parts that were tokenised.
 import functools
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from flmjax.data.encode import Encoder, encode_parts, split_parts
 from flmjax.data.held_out import Mixtures, check_held_out
 from flmjax.data.named_sources import file_description, named_sources, report_changes, with_portable_names
 from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta
+from flmjax.data.prepared_folder import is_empty, places_of, publish
 from flmjax.data.sealing import describe_file, gzip_bits_per_byte, seal
 from flmjax.data.sources.documents import Document, Source
 from flmjax.data.sources.files import report_left_out
@@ -84,64 +84,23 @@ def prepare(
         raise ConfigError(f"sources are {sorted(sources)}, but data.sources and data.teachers are {sorted(names)}")
     if (directory / META_FILE).exists():
         return _load_same(directory, data, mixtures, settings, full_check, sources is None)
-    target, partial, lock = _places(directory)  # only the process with the lock writes to them
+    target, partial, lock = places_of(directory)  # only the process with the lock writes to them
     # A wrong name is refused here, before anything is written.
     preparation = _Preparation(data, mixtures, settings, partial, sources, progress)
     with locked(lock, str(directory), wait=True), writing(directory):
         if partial.parent == target and (partial / META_FILE).exists():  # a process ended while it moved the files
-            _publish(partial, target)
+            publish(partial, target)
         if (directory / META_FILE).exists():  # another process prepared it while this one waited
             return _load_same(directory, data, mixtures, settings, full_check, False)
-        if target.exists() and not (target.is_dir() and _is_empty(target, partial, lock)):
+        if target.exists() and not (target.is_dir() and is_empty(target, partial, lock)):
             raise ConfigError(f"{directory} exists and is no prepared data ({META_FILE} is missing); choose another")
         try:
             preparation.run()
-            _publish(partial, target)
+            publish(partial, target)
         except ConfigError:  # after a kill, an interrupt or a full disk the next call resumes
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return load(directory)
-
-
-def discard(directory: Path) -> None:
-    """Remove a prepared directory; a link and a mount stay, without the files."""
-    if not directory.is_symlink() and not directory.is_mount():
-        shutil.rmtree(directory)
-        return
-    for path in directory.iterdir():
-        if path.is_file():
-            path.unlink()
-
-
-def _places(directory: Path) -> tuple[Path, Path, Path]:
-    """The folder that a link leads to or `directory` itself, the incomplete directory, and the lock file.
-
-    The incomplete directory is in the folder if that exists, else beside it; the lock is beside it where it can be.
-
-    Raises:
-        ConfigError: for a link that leads to itself.
-    """
-    target = Path(os.path.realpath(directory)) if directory.is_symlink() else directory
-    if target.is_symlink():
-        raise ConfigError(f"{directory} is a link that leads to itself; remove it, or take another folder")
-    partial = target / ".partial" if target.exists() else target.parent / f".{target.name}.partial"
-    is_inside = target.is_dir() and not os.access(target.parent, os.W_OK)
-    return target, partial, target / ".lock" if is_inside else target.parent / f".{target.name}.lock"
-
-
-def _is_empty(folder: Path, *ours: Path) -> bool:
-    """Whether a folder holds nothing but our paths and the folder that a file system's root has from the start."""
-    return {path.name for path in folder.iterdir()} <= {"lost+found", *(path.name for path in ours)}
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Rename a complete directory, or move its files to the folder that it is in, meta.json last."""
-    if partial.parent != target:
-        os.replace(partial, target)
-        return
-    for path in sorted(partial.iterdir(), key=lambda path: (path.name == META_FILE, path.name)):
-        os.replace(path, target / path.name)
-    partial.rmdir()
 
 
 def _settings(data: DataConfig) -> dict[str, Any]:
@@ -167,18 +126,12 @@ def _load_same(
     full: bool,
     check_sources: bool,
 ) -> Prepared:
-    default = _settings(DataConfig())
-    stored = {**default, **read_meta(directory)["settings"]}
+    stored = {**_settings(DataConfig()), **read_meta(directory)["settings"]}
     names = with_portable_names(DataConfig(**{name: stored[name] for name in ("sources", "teachers", "vocabulary")}))
     stored |= {"sources": [*names.sources], "teachers": [*names.teachers], "vocabulary": names.vocabulary}
-    current = {**default, **settings}
-    fields = sorted(stored.keys() | current.keys())
-    if not (_trains(stored) and _trains(current)):
-        fields.remove("vocab_size")
     differing = [
-        f"data.{name}={stored.get(name)!r} there, {current.get(name)!r} in this config"
-        for name in fields
-        if stored.get(name) != current.get(name)
+        f"data.{name}={there!r} there, {here!r} in this config"
+        for name, (there, here) in _differences(stored, settings).items()
     ]
     if differing:
         raise ConfigError(
@@ -195,6 +148,32 @@ def _load_same(
     if check_sources:
         report_changes(data, prepared)
     return prepared
+
+
+def has_same_preparation(a: DataConfig, b: DataConfig) -> bool:
+    """Whether two settings of data have the same token files and vocabulary, if the texts are the same."""
+    return not _differences(_settings(a), _settings(b))
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The values of both settings, as _settings gives them, where they differ."""
+    default = _settings(DataConfig())
+    a, b = {**default, **a}, {**default, **b}
+    names = a.keys() | b.keys() if _trains(a) and _trains(b) else (a.keys() | b.keys()) - {"vocab_size"}
+    return {name: (a.get(name), b.get(name)) for name in sorted(names) if a.get(name) != b.get(name)}
+
+
+def ready_vocabulary(data: DataConfig, mixture_vocabulary: Tokenizer | None) -> Tokenizer | None:
+    """The vocabulary that data.vocabulary names, else that of the mixture; None: it must be trained on the text.
+
+    Raises:
+        ConfigError: for an end id that is not read, and as named_tokenizer.
+    """
+    if data.vocabulary is None and mixture_vocabulary is not None:
+        if data.end_id is not None:
+            raise ConfigError(f"data.end_id={data.end_id} is not read: the mixture's vocabulary has an end id")
+        return mixture_vocabulary
+    return named_tokenizer(data.vocabulary or "sentencepiece", data.end_id)
 
 
 def _trains(settings: dict[str, Any]) -> bool:
@@ -240,7 +219,7 @@ class _Preparation:
             self.sources = named_sources(data)
         self.slugs = slugs(tuple(source.name for source in self.sources))
         self.has_teacher = any(source.is_teacher for source in self.sources)
-        self.vocabulary = self.ready_vocabulary(mixture_vocabulary)  # errors are raised before a source is read
+        self.vocabulary = ready_vocabulary(data, mixture_vocabulary)  # errors are raised before a source is read
         if self.vocabulary is not None and self.has_teacher:
             marks(self.vocabulary, data)
 
@@ -353,14 +332,6 @@ class _Preparation:
         if self.data.mixture is not None:
             return "data.mixture"
         return "data.teachers" if source.is_teacher else "data.sources"
-
-    def ready_vocabulary(self, mixture_vocabulary: Tokenizer | None) -> Tokenizer | None:
-        """The vocabulary that data.vocabulary names, else that of the mixture; None: it must be trained on the text."""
-        if self.data.vocabulary is None and mixture_vocabulary is not None:
-            if self.data.end_id is not None:
-                raise ConfigError(f"data.end_id={self.data.end_id} is not read: the mixture's vocabulary has an end id")
-            return mixture_vocabulary
-        return named_tokenizer(self.data.vocabulary or "sentencepiece", self.data.end_id)
 
     def train_vocabulary(self, spools: Mapping[str, Spool]) -> Tokenizer:
         """A SentencePiece model that is trained on the training text."""

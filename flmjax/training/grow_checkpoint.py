@@ -14,9 +14,9 @@ from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, resize, to
 from flmjax.config.validate import check_mesh, validate, validate_mesh
 from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
-from flmjax.data.prepare import prepare
+from flmjax.data.prepare import has_same_preparation, prepare, ready_vocabulary
 from flmjax.data.prepared import META_FILE, with_vocabulary
-from flmjax.data.tokenizers import Tokenizer, load_tokenizer, named_tokenizer
+from flmjax.data.tokenizers import Tokenizer, load_tokenizer
 from flmjax.growth.certificate import GrowthPoint
 from flmjax.growth.families import family_of
 from flmjax.growth.grow import plan_growth
@@ -28,7 +28,7 @@ from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.mesh import make_mesh
 from flmjax.text_table import text_table
 from flmjax.training.continuation import has_read, shifted
-from flmjax.training.grow_config import has_same_preparation, vocabulary_settings
+from flmjax.training.grow_config import vocabulary_settings
 from flmjax.training.growth_point import growth_key, prove_growth
 from flmjax.training.state import (
     ITEMS,
@@ -241,13 +241,12 @@ def check_vocabulary(config: RunConfig, source: Path, origin: Position, workdir:
 
 def _ready_vocabulary(config: RunConfig) -> Tokenizer | None:
     """The vocabulary of the data before they are prepared; None if it is to be trained."""
-    data = config.data
+    data, of_mixture = config.data, None
     if data.mixture is not None and data.vocabulary is None:
         from flmjax.data.sources.seqio_mixture import read_mixture  # TensorFlow: 5 s, an optional package
 
-        if (vocabulary := read_mixture(data).vocabulary) is not None:
-            return vocabulary
-    return named_tokenizer(data.vocabulary or "sentencepiece", data.end_id)
+        of_mixture = read_mixture(data).vocabulary
+    return ready_vocabulary(data, of_mixture)
 
 
 def vocabulary_fault(old: Tokenizer, new: Tokenizer) -> str | None:

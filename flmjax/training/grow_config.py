@@ -17,17 +17,12 @@ from flmjax.config import (
     resize,
 )
 from flmjax.config.validate import validate
-from flmjax.data.named_sources import with_portable_names
+from flmjax.data.prepare import has_same_preparation
 from flmjax.data.prepared import META_FILE, read_meta
 from flmjax.data.tokenizers import MODEL_FILE, SETTINGS_FILE, ByteTokenizer
 from flmjax.workdir.paths import data_directory, latest_whole_step, read_config
 
 STAGE_NAME = "grown"
-# Settings of data that decide the token files.
-PREPARED_FIELDS = (
-    "sources", "teachers", "mixture", "task_module", "vocabulary", "vocab_size", "end_id", "validation_fraction",
-    "split_by", "end_of_document", "true_mark", "false_mark",
-)  # fmt: skip
 
 
 def source_config(source: Path) -> RunConfig:
@@ -99,12 +94,6 @@ def vocabulary_settings(directory: Path) -> dict[str, Any] | None:
         return {"vocabulary": "bytes", "end_id": None} if is_plain else None
     vocabulary = str(directory / MODEL_FILE) if kind == "sentencepiece" else kind
     return {"vocabulary": vocabulary, "end_id": stored.get("end_id")}
-
-
-def has_same_preparation(a: DataConfig, b: DataConfig) -> bool:
-    """Whether two settings of data have the same token files and vocabulary, if the texts are the same."""
-    a, b = with_portable_names(a), with_portable_names(b)
-    return all(getattr(a, name) == getattr(b, name) for name in PREPARED_FIELDS)
 
 
 def grown_config(config: RunConfig, base: RunConfig) -> RunConfig:

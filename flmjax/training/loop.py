@@ -16,8 +16,9 @@ from flmjax.config.validate import validate, validate_mesh
 from flmjax.data.batch import Batch, global_batch
 from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
-from flmjax.data.prepare import discard, prepare
+from flmjax.data.prepare import prepare
 from flmjax.data.prepared import META_FILE, data_warnings, with_vocabulary
+from flmjax.data.prepared_folder import discard
 from flmjax.evaluation.generate import generate, prompt_ids
 from flmjax.evaluation.validation_loss import SourceSums, describe, jit_source_sums, validation_loss
 from flmjax.growth.certificate import GrowthPoint

@@ -188,7 +188,7 @@ def documents():
         stop()
 
 if sys.argv[2] == "sealed":
-    module.os.replace = stop  # all files are written, meta.json too
+    module.publish = stop  # all files are written, meta.json too
 data = DataConfig(sources=("x",), vocabulary="bytes", validation_fraction=0.2)
 module.prepare(data, Path(sys.argv[1]), sources={"x": documents()})
 """

@@ -7,7 +7,8 @@ import pytest
 from test_prepare import BYTES, DOCUMENTS
 
 from flmjax.config import ConfigError
-from flmjax.data.prepare import discard, prepare
+from flmjax.data.prepare import prepare
+from flmjax.data.prepared_folder import discard
 
 
 @pytest.fixture
