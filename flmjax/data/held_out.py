@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from flmjax.config import ConfigError, DataConfig, RunConfig
+from flmjax.data.named_sources import setting_of
 
 Mixtures = Mapping[str, tuple[float, ...] | None]  # mixture weights by the setting that holds them
 
@@ -36,7 +37,7 @@ def check_held_out(data: DataConfig, texts: Mapping[str, Mapping[str, int] | Non
         for i, ((name, documents), weight) in enumerate(zip(texts.items(), weights, strict=False)):
             if not weight or documents is None or documents["validation"]:
                 continue
-            field = "data.sources" if data.mixture is None else "data.mixture"
+            field = setting_of(data, is_teacher=False)
             by_text = ", hold out by document with data.split_by='text'" * (data.split_by == "path")
             is_alone = not any(weights[:i] + weights[i + 1 :])
             without = "" if is_alone else f", or set its entry of {setting} to 0"

@@ -24,7 +24,7 @@ def named_sources(data: DataConfig) -> list[Source]:
     """
     sources = [open_source() for _, open_source in _entries(data)]
     if data.mixture is None:
-        _check_shared_files(dict(zip((*data.sources, *data.teachers), sources, strict=True)))
+        _check_shared_files(data, dict(zip((*data.sources, *data.teachers), sources, strict=True)))
     return sources
 
 
@@ -41,21 +41,22 @@ def with_portable_names(data: DataConfig) -> DataConfig:
     )
 
 
-def _check_shared_files(sources: Mapping[str, Source]) -> None:
+def _check_shared_files(data: DataConfig, sources: Mapping[str, Source]) -> None:
     """Refuse two sources of the same files; say how many files two sources share, whose text therefore counts twice."""
     of_template: dict[str, list[tuple[str, set[tuple[int, int]]]]] = {}
     for name, source in sources.items():
         if source.files is None:
             continue
+        setting = setting_of(data, source.is_teacher)
         template = template_and_path(source.name)[0] if source.is_teacher else ""
-        others = of_template.setdefault(_field(source.is_teacher) + template, [])
+        others = of_template.setdefault(setting + template, [])
         files = source.files.identities()
         for other, other_files in others:
             both = f"'{other}' and '{name}'"
             if files == other_files:
-                raise ConfigError(f"{_field(source.is_teacher)}: {both} are the same files; name them once")
+                raise ConfigError(f"{setting}: {both} are the same files; name them once")
             if shared := len(files & other_files):
-                say(f"{_field(source.is_teacher)}: {shared:,} files are in both {both}; they are read for each")
+                say(f"{setting}: {shared:,} files are in both {both}; they are read for each")
         others.append((name, files))
 
 
@@ -105,10 +106,13 @@ def _entries(data: DataConfig) -> Iterator[tuple[str, Callable[[], Source]]]:
     if data.mixture is not None:
         return
     for name in data.sources:
-        yield _field(False), functools.partial(text_source, name, data.split_by)
+        yield setting_of(data, is_teacher=False), functools.partial(text_source, name, data.split_by)
     for name in data.teachers:
-        yield _field(True), functools.partial(teacher_source, name, data)
+        yield setting_of(data, is_teacher=True), functools.partial(teacher_source, name, data)
 
 
-def _field(is_teacher: bool) -> str:
+def setting_of(data: DataConfig, is_teacher: bool) -> str:
+    """Name of the setting that names the sources of text, or of teachers, for messages."""
+    if data.mixture is not None:
+        return "data.mixture"
     return "data.teachers" if is_teacher else "data.sources"

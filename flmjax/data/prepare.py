@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flmjax.config import ConfigError, DataConfig
 from flmjax.data.encode import Encoder, encode_parts, split_parts
 from flmjax.data.held_out import Mixtures, check_held_out
-from flmjax.data.named_sources import file_description, named_sources, report_changes, with_portable_names
+from flmjax.data.named_sources import file_description, named_sources, report_changes, setting_of, with_portable_names
 from flmjax.data.prepared import FORMAT, META_FILE, Prepared, load, read_meta
 from flmjax.data.prepared_folder import is_empty, places_of, publish
 from flmjax.data.sealing import describe_file, gzip_bits_per_byte, seal
@@ -226,7 +226,7 @@ class _Preparation:
     def run(self) -> None:
         """Read the sources, train or load the vocabulary, tokenise and seal; finished steps are not repeated."""
         for source in self.sources:
-            report_left_out(self.field(source), source.name, source.files)
+            report_left_out(setting_of(self.data, source.is_teacher), source.name, source.files)
         self.open()
         spools = self.read()
         tokenizer = self.vocabulary or self.train_vocabulary(spools)
@@ -311,27 +311,22 @@ class _Preparation:
                 try:
                     spool.fill(documents, source.name, self.data.validation_fraction, source.is_teacher)
                 except ConfigError as error:
-                    raise ConfigError(f"{self.field(source)}: {error}") from error
+                    raise ConfigError(f"{setting_of(self.data, source.is_teacher)}: {error}") from error
         self.check(spools)
         return spools
 
     def check(self, spools: Mapping[str, Spool]) -> None:
         """Refuse a source without training documents, and a source of text that needs held-out documents."""
         for source in self.sources:
+            setting = setting_of(self.data, source.is_teacher)
             sizes = {split: len(spools[source.name].splits[split].sizes) for split in SPLITS}
             if not any(sizes.values()):
-                raise ConfigError(f"{self.field(source)}: '{source.name}' has no documents (no text at all)")
+                raise ConfigError(f"{setting}: '{source.name}' has no documents (no text at all)")
             if not sizes["train"]:
-                raise ConfigError(f"{self.field(source)}: every document of '{source.name}' is held out; add documents")
+                raise ConfigError(f"{setting}: every document of '{source.name}' is held out; add documents")
         counts = {name: {split: len(spool.splits[split].sizes) for split in SPLITS} for name, spool in spools.items()}
         texts = {source.name: None if source.is_teacher else counts[source.name] for source in self.sources}
         check_held_out(self.data, texts, self.mixtures)
-
-    def field(self, source: Source) -> str:
-        """The setting that names a source, for messages."""
-        if self.data.mixture is not None:
-            return "data.mixture"
-        return "data.teachers" if source.is_teacher else "data.sources"
 
     def train_vocabulary(self, spools: Mapping[str, Spool]) -> Tokenizer:
         """A SentencePiece model that is trained on the training text."""
