@@ -343,7 +343,7 @@ def test_help_is_one_screen_that_names_the_commands(argv, capsys):
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    assert "flmjax/config/fields.py" in text
+    assert "flmjax/config/run.py" in text
     assert EXAMPLES["train"][0] in text
     for name, command in cli.COMMANDS.items():
         assert f"  {name} " in text

@@ -28,7 +28,7 @@ from flmjax.config.validate import constraints
 from flmjax.config.values import Range
 
 HELP_FLAGS = ("--help", "-help", "-h")
-SETTINGS = "All settings stand in flmjax/config/fields.py; with --config=FILE this help prints those of a file."
+SETTINGS = "Settings stand in flmjax/config/run.py and fields.py; with --config=FILE this help prints a file's."
 # Commands to paste in the root of a checkout; a command that reads a run stands after the one that writes it.
 EXAMPLES = {
     "train": ("flmjax train --config=configs/quickstart.py --workdir=runs/quickstart",),
@@ -79,7 +79,7 @@ def version_text() -> str:
 def settings(config: Any, path: str = "config") -> Iterator[tuple[str, str]]:
     """(flag, comment) for each field of a config: `--config.stages[0].steps=240`, and the words of a choice.
 
-    The comment has in addition the field's comment in flmjax/config/fields.py.
+    The comment has in addition the field's comment in flmjax/config.
     """
     hints, comments = typing.get_type_hints(type(config)), _comments(type(config))
     for field in dataclasses.fields(config):
@@ -124,7 +124,7 @@ def _overview() -> str:
         "  flmjax COMMAND --config=FILE --help   in addition all settings of the config, with their values",
         "  flmjax --version                      the version",
         "",
-        "All settings stand in flmjax/config/fields.py; each of them is a flag.",
+        "All settings stand in flmjax/config/run.py and fields.py; each of them is a flag.",
     ]
     return "\n".join(lines)
 

@@ -24,18 +24,15 @@ from flmjax.config.fields import (
     DataConfig,
     Dtype,
     GrowthConfig,
-    Layout,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     Remat,
-    RunConfig,
     ScheduleSettings,
-    Stage,
     StageConfig,
-    resize,
 )
 from flmjax.config.overrides import field_type, override, parse_value
+from flmjax.config.run import RunConfig, Stage, resize
 from flmjax.config.shapes import MeshShape, split_factor
 
 __all__ = [
@@ -52,7 +49,6 @@ __all__ = [
     "Dtype",
     "FamilyTraits",
     "GrowthConfig",
-    "Layout",
     "MeshConfig",
     "MeshShape",
     "ModelConfig",

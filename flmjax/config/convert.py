@@ -14,7 +14,8 @@ from ml_collections import config_dict
 
 import flmjax
 from flmjax.config.errors import ConfigError, nearest, shorten
-from flmjax.config.fields import EXECUTION, RunConfig, ScheduleSettings, StageConfig
+from flmjax.config.fields import EXECUTION, ScheduleSettings, StageConfig
+from flmjax.config.run import RunConfig
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from flmjax.config.convert import convert
 from flmjax.config.errors import RENAMED_FIELDS, ConfigError, did_you_mean, nearest
-from flmjax.config.fields import RunConfig
+from flmjax.config.run import RunConfig
 
 
 def field_type(path: str) -> Any:

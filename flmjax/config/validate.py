@@ -16,11 +16,10 @@ from flmjax.config.fields import (
     DataConfig,
     GrowthConfig,
     ModelConfig,
-    RunConfig,
     ScheduleSettings,
-    Stage,
     StageConfig,
 )
+from flmjax.config.run import RunConfig, Stage
 from flmjax.config.shapes import MeshShape, split_factor
 from flmjax.config.values import FLOAT32_TINY, INT32_MAX, Range, local_path
 
