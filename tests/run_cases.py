@@ -30,6 +30,29 @@ def get_config():
         sample_tokens=8,
     ))
 """
+LAYOUTS = """
+from flmjax.config import *
+
+def get_config():
+    model = ModelConfig(
+        num_layers=1, embed_dim=32, num_heads=4, head_dim=8, mlp_dim=64, max_length=32, remat="full", dropout=0.1
+    )
+    rates = dict(steps=10, batch_size=8, learning_rate=1e-4, schedule="constant")
+    of_stage = GrowthConfig("zero", rate_policy="stage")
+    stages = (
+        StageConfig(name="small", **rates, mesh=StageMeshConfig(replica=1, tensor=1)),
+        StageConfig(
+            name="wide", **rates, growth=of_stage, embed_dim=48, mlp_dim=96, microbatches=2, remat="dots",
+            mesh=StageMeshConfig(replica=2, tensor=2),
+        ),
+        StageConfig(name="deep", **rates, growth=of_stage, num_layers=3, mesh=StageMeshConfig(tensor=4), remat="none"),
+    )
+    return RunConfig(
+        model=model, stages=stages, data=DataConfig(sources=(r"TEXT",), vocabulary="bytes"),
+        checkpoint=CheckpointConfig(every=5), log_every=1, evaluate_every=5, evaluation_rows=8, certificate_rows=8,
+        sample_tokens=8,
+    )
+"""
 BIG = """
 from flmjax.config import *
 
@@ -76,6 +99,13 @@ def get_config():
 
 def make_lab(folder: Path) -> Path:
     """A folder with text, configs, a compile cache, and the run `straight`, which was not interrupted."""
+    write_lab(folder)
+    start(folder, "never", folder / "straight")
+    return folder
+
+
+def write_lab(folder: Path) -> None:
+    """Write the text and the configs of make_lab."""
     rng = random.Random(0)
     words = [f"w{rng.randrange(1000)}" for _ in range(200)]
     (folder / "text").mkdir()
@@ -83,8 +113,7 @@ def make_lab(folder: Path) -> Path:
         (folder / "text" / f"{i}.txt").write_text(" ".join(rng.choice(words) for _ in range(300)))
     (folder / "config.py").write_text(CONFIG.replace("TEXT", str(folder / "text")))
     (folder / "big.py").write_text(BIG.replace("TEXT", str(folder / "text")))
-    start(folder, "never", folder / "straight")
-    return folder
+    (folder / "layouts.py").write_text(LAYOUTS.replace("TEXT", str(folder / "text")))
 
 
 def start(

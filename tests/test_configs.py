@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flmjax.config import SIZES, STAGE_SIZES, ConfigError, RunConfig, choose_words, from_config_dict
-from flmjax.config.validate import on_mesh, validate, validate_mesh
+from flmjax.config.validate import validate, validate_meshes
 from flmjax.data.tokenizers import named_tokenizer
 from flmjax.model.flops import num_parameters
 from flmjax.optimizer.schedule import learning_rate
@@ -71,10 +71,10 @@ def test_every_file_is_known_here():
 def test_every_argument_gives_a_legal_run_whose_mesh_fits_its_machine(name, argument):
     config = load(name, argument)
     if config.mesh.topology is not None:
-        mesh = validate_mesh(config, parse_topology(config.mesh.topology).num_devices)
-        assert on_mesh(config, mesh) == config  # nothing is left to be filled in
+        validate_meshes(config, parse_topology(config.mesh.topology).num_devices)
+        assert config.mesh.fsdp is not None  # nothing is left to be filled in
     elif name == "eflm_16b" and argument != "cpu":
-        validate_mesh(config, 192)
+        validate_meshes(config, 192)
 
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS.keys() - {"bilingual"}))

@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh
 from test_configs import ARGUMENTS, load
 
 from flmjax.config import GrowthConfig, MeshShape, ModelConfig, OptimizerConfig, RunConfig, resize, to_json
-from flmjax.config.validate import validate_mesh
+from flmjax.config.validate import validate_meshes
 from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
@@ -57,7 +57,7 @@ def leaves_text(name: str, argument: str | None) -> str:
     model = config.stage_models[-1]
     model = dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
     devices = config.mesh.replica * (config.mesh.fsdp or 1) * config.mesh.tensor
-    mesh_config = validate_mesh(config, devices)
+    mesh_config = validate_meshes(config, devices)[-1]
     mesh = AbstractMesh(tuple(getattr(mesh_config, axis) for axis in MESH_AXES), MESH_AXES)
     shapes, axes = abstract_params(model)
     stds, rates, decays = initial_stds(model), rate_multipliers(config, model), decay_multipliers(config, model)
@@ -250,7 +250,7 @@ def program_text(name: str, program: str) -> str:
         lowered = jit_growth(old, new, Growth(old.config, new.config, tiny.growth)).lower(old.abstract, key)
     else:
         growth = Growth(tiny.model, tiny.larger, tiny.growth)
-        compare = jit_comparison(growth, dtype="float32", placement=Placement(mesh), gradients=True)
+        compare = jit_comparison(growth, dtype="float32", placements=(Placement(mesh), Placement(mesh)), gradients=True)
         lowered = compare.lower((old.abstract.params, new.abstract.params), batch)
     names = r"""(?<=module) @\w+|, jax\.result_info = "[^"]*"|jax\.result_info = "[^"]*"(, )?"""
     text = re.sub(names, "", lowered.as_text())

@@ -8,21 +8,22 @@ import pytest
 
 from flmjax import cli
 from flmjax.config import ConfigError, GrowthConfig, MeshConfig, MeshShape, ModelConfig, RunConfig, StageConfig
-from flmjax.config.validate import legal_microbatches, validate_mesh
+from flmjax.config.validate import legal_microbatches, validate_meshes
 from flmjax.hardware import A800, GiB
 from flmjax.model.flops import num_parameters
 from flmjax.planning import layout_search
 from flmjax.planning.layout_search import (
-    Candidate,
     LayoutSearch,
+    StageLayout,
     estimates,
     fit,
-    growth_peak,
+    flags,
     layout_table,
     memory,
     meshes,
     search_layouts,
     seconds,
+    with_layouts,
 )
 from flmjax.planning.program import Program
 from flmjax.planning.topology import USABLE, TooLargeError, Topology
@@ -39,6 +40,7 @@ CONFIG = RunConfig(
     ),
     mesh=MeshConfig(topology="a800:2x8"),
 )
+SMALL, LARGE = CONFIG.schedule
 
 
 def machine(usable: float, devices: int = 16, **figures: float) -> Topology:
@@ -48,12 +50,12 @@ def machine(usable: float, devices: int = 16, **figures: float) -> Topology:
 
 
 def test_meshes_are_those_that_divide_sizes_and_batches():
-    legal = {(mesh.replica, mesh.fsdp, mesh.tensor) for mesh in meshes(CONFIG, 96)}
+    legal = {(mesh.replica, mesh.fsdp, mesh.tensor) for mesh in meshes(LARGE, 96)}
     by_hand = {
         (r, f, t)
         for r, f, t in itertools.product(range(1, 97), range(1, 65), range(1, 9))
-        # batches of 96 and 192 over replica x fsdp; width 1024; 8 heads, mlp 4096 and length 2048
-        if r * f * t == 96 and 96 % (r * f) == 0 and 1024 % f == 0 and 8 % t == 0
+        # a batch of 192 over replica x fsdp; width 1024; 8 heads, mlp 4096 and length 2048
+        if r * f * t == 96 and 192 % (r * f) == 0 and 1024 % f == 0 and 8 % t == 0
     }
     assert legal == by_hand
     assert len(legal) > 10
@@ -109,38 +111,29 @@ def test_microbatches_and_remat_take_time():
     assert step(full, 3) - step(full, 2) == pytest.approx(moved, rel=1e-6)
 
 
-def test_estimates_are_sorted_by_days():
-    candidates = estimates(CONFIG, machine(14.5))
-    assert [candidate.days for candidate in candidates] == sorted(candidate.days for candidate in candidates)
-    assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
+def test_estimates_are_sorted_by_time():
+    layouts = estimates(LARGE, machine(14.5))
+    assert [layout.seconds for layout in layouts] == sorted(layout.seconds for layout in layouts)
+    assert {layout.remat for layout in layouts} == {"none", "dots", "full"}
 
 
 def test_estimated_memory_is_at_most_a_tenth_too_large():
     most = 0.0
-    for candidate in estimates(CONFIG, machine(14.5)):
-        config = candidate.apply(CONFIG)
-        assert validate_mesh(config, 16) == candidate.mesh
-        for stage in config.schedule:
-            microbatches = stage.layout.microbatches
-            sequences = stage.config.batch_size // microbatches
-            most = max(most, memory(stage.model, candidate.mesh, sequences, microbatches))
+    for layout in estimates(LARGE, machine(14.5)):
+        config = with_layouts(CONFIG, {1: layout})
+        assert validate_meshes(config, 16)[1] == layout.mesh
+        model = config.schedule[1].model
+        assert (model.remat, model.attention) == (layout.remat, "fused")
+        sequences = LARGE.config.batch_size // layout.microbatches
+        most = max(most, memory(model, layout.mesh, sequences, layout.microbatches))
     assert 14.5 * GiB < most < 1.1 * 14.5 * GiB
 
 
-def test_updates_that_tune_a_growth_count():
-    def days(**fields):
-        last = dataclasses.replace(CONFIG.stages[1], **fields)
-        config = dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], last))
-        return [candidate.days for candidate in estimates(config, machine(14.5))]
-
-    assert days(growth=GrowthConfig("learned", tuning_steps=50)) == days(steps=100)  # instead of 50
-
-
 def test_no_layout_that_may_fit_is_an_error():
-    with pytest.raises(ConfigError, match="no mesh of 16 devices"):
-        estimates(CONFIG, machine(0.1))
+    with pytest.raises(ConfigError, match=r"stages\[1\] \(large\): no mesh of 16 devices"):
+        estimates(LARGE, machine(0.1))
     with pytest.raises(ConfigError, match="no mesh of 7 devices"):
-        estimates(CONFIG, machine(14.5, devices=7))
+        estimates(LARGE, machine(14.5, devices=7))
 
 
 def program(peak: float, name: str) -> Program:
@@ -151,29 +144,34 @@ class FakeCompiler:
     """Steps of 60 GiB over the number of microbatches, twice that for the second stage."""
 
     compiled: ClassVar[list] = []
-    certificate_peak = 32.0
+    is_exact = True
 
     def __init__(self, config, topology):
-        self.config, self.topology, self.mesh_shape = config, topology, config.mesh
-        self.is_exact = True
+        self.config, self.topology = config, topology
 
     def attention(self, _):
         return "cudnn"
 
+    def mesh_shape(self, stage):
+        mesh = stage.layout.mesh
+        return MeshShape(mesh.replica, mesh.fsdp, mesh.tensor)
+
     def step(self, stage):
         count = stage.config.microbatches
         assert stage.layout.microbatches == count
+        assert stage.layout.attention == "fused"
         self.compiled.append((stage.index, count))
         if count == 1 and stage.index == 1:
             raise TooLargeError(f"{stage.name} needs 44G")
         return program(60 * (stage.index + 1) / count, stage.name)
 
     def growth(self, stage):
-        self.compiled.append(("growth", stage.index))
+        meshes = tuple(self.mesh_shape(x) for x in (stage.previous, stage))
+        self.compiled.append(("growth", stage.index, *meshes))
         return program(10, f"growth into {stage.name}")
 
     def certificate(self, stage):
-        return program(self.certificate_peak, f"certificate of {stage.name}")
+        return program(32.0, f"certificate of {stage.name}")
 
 
 @pytest.fixture(autouse=True)
@@ -181,151 +179,143 @@ def forget_compiled(monkeypatch):
     monkeypatch.setattr(FakeCompiler, "compiled", [])
 
 
-def fitted(candidate: Candidate, usable: float, compiler=FakeCompiler, log=print) -> Candidate:
-    return fit(candidate, compiler(candidate.apply(CONFIG), machine(usable)), log)
+LAYOUT = StageLayout(MeshShape(1, 8, 2), "full", 1, seconds=9.0)
 
 
-CANDIDATE = Candidate(MeshShape(1, 8, 2), "full", (1, 1), days=9.0)
+def fitted(layout: StageLayout, usable: float, compiler=FakeCompiler, log=print) -> StageLayout:
+    return fit(LARGE, layout, compiler(CONFIG, machine(usable)), log)
 
 
-def test_microbatches_increase_until_each_stage_fits():
+def test_microbatches_increase_until_the_step_fits():
     lines = []
-    layout = fitted(CANDIDATE, 35.0, log=lines.append)
-    assert layout.microbatches == (2, 4)
-    assert layout.peak == 30 * GiB
-    assert layout.days != 9.0
-    assert FakeCompiler.compiled == [(1, 1), (1, 2), (1, 3), (1, 4), (0, 1), (0, 2)]  # the last stage first
-    assert lines[0] == "  step of large in 2 microbatches: 60.0 GiB"
+    layout = fitted(LAYOUT, 35.0, log=lines.append)
+    assert (layout.microbatches, layout.peak) == (4, 30 * GiB)
+    assert layout.seconds != 9.0
+    assert FakeCompiler.compiled == [(1, 1), (1, 2), (1, 3), (1, 4)]
+    assert lines[0].startswith("  2 microbatches: 60.0 GiB, ")
 
 
 def test_microbatches_never_decrease():
-    assert fitted(dataclasses.replace(CANDIDATE, microbatches=(3, 6)), 35.0).microbatches == (3, 6)
-    assert FakeCompiler.compiled == [(1, 6), (0, 3)]
+    assert fitted(dataclasses.replace(LAYOUT, microbatches=6), 35.0).microbatches == 6
+    assert FakeCompiler.compiled == [(1, 6)]
 
 
-def test_a_stage_that_never_fits_is_named():
+def test_a_step_that_never_fits_is_named():
     class Refusing(FakeCompiler):
         def step(self, stage):
             raise TooLargeError(f"{stage.name} needs 44G")
 
     with pytest.raises(TooLargeError, match=r"^large needs 5\.0 GiB a device; .*: take more"):
-        fitted(CANDIDATE, 1.0)
+        fitted(LAYOUT, 1.0)
     with pytest.raises(TooLargeError, match=r"^large needs 44G"):
-        fitted(CANDIDATE, 35.0, Refusing)
+        fitted(LAYOUT, 35.0, Refusing)
 
 
-@pytest.mark.parametrize(
-    ("peaks", "outcome"),
-    [
-        ({("growth", 1): 36.0}, r"^growth into large needs 36\.0 GiB"),
-        ({("growth", 2): 36.0}, r"^growth into last needs 36\.0 GiB"),
-        ({("growth", 2): None}, r"^growth needs 44G"),
-        ({("certificate", 2): 36.0}, r"^certificate of last needs 36\.0 GiB"),
-        ({("certificate", 2): None}, r"^certificate needs 44G"),
-        ({("growth", 1): 34.0}, 34.0),
-        ({("growth", 2): 34.0}, 34.0),
-        ({("certificate", 2): 34.0}, 34.0),
-        ({("certificate", 1): 99.0}, 10.0),  # the last alone is compiled
-    ],
-    ids=str,
-)
-def test_every_growth_and_the_last_certificate_must_fit(peaks, outcome):
+def search(monkeypatch, compiler=FakeCompiler, config=CONFIG, log=print, tries=2):
+    monkeypatch.setattr(layout_search, "Compiler", compiler)
+    return search_layouts(config, log, tries)
+
+
+def test_a_search_compiles_until_enough_layouts_of_every_stage_fit(monkeypatch):
+    lines = []
+    result = search(monkeypatch, log=lines.append)
+    topology = machine(USABLE["cuda"] * 80)
+    for stage, layouts, best in zip(CONFIG.schedule, result.stages, result.best, strict=True):
+        assert [x.seconds for x in layouts] == sorted(x.seconds for x in layouts)
+        assert {x.mesh for x in layouts} == {x.mesh for x in estimates(stage, topology)[:2]}
+        assert best == layouts[0]
+    assert result.tried == 4
+    assert result.possible == sum(len(estimates(stage, topology)) for stage in CONFIG.schedule)
+    days = sum(n * x.seconds for n, x in zip((100, 50), result.best, strict=True)) / 86_400
+    assert result.days == pytest.approx(days)
+    assert result.peak == max(32 * GiB, *(x.peak for x in result.best))
+    text = layout_table(result, ["small", "large"])
+    assert f"compiled: 4 of {result.possible} layouts that may fit" in text
+    assert text.count("taken") == 2
+    assert sum(line.startswith("large: replica") for line in lines) == 2
+
+
+def test_updates_that_tune_a_growth_count(monkeypatch):
+    last = dataclasses.replace(CONFIG.stages[1], growth=GrowthConfig("learned", tuning_steps=50))
+    learned = search(monkeypatch, config=dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], last)))
+    plain = search(monkeypatch)
+    assert learned.best == plain.best
+    assert learned.days - plain.days == pytest.approx(50 * plain.best[1].seconds / 86_400)
+
+
+@pytest.mark.parametrize("kind", ["growth", "certificate", "refusal"])
+def test_growths_of_the_fastest_layouts_must_fit(monkeypatch, kind):
+    """The second fastest layouts are taken where the growth between the fastest does not fit."""
+    refused: list[MeshShape] = []
+
     class Fake(FakeCompiler):
-        def growth(self, stage, kind="growth", words="growth into"):
-            peak = peaks.get((kind, stage.index), 10.0)
-            if peak is None:
-                raise TooLargeError(f"{kind} needs 44G")
-            return program(peak, f"{words} {stage.name}")
+        def too_large(self, stage):
+            refused.append(self.mesh_shape(stage))
+            return refused[0] == refused[-1]
+
+        def growth(self, stage):
+            if kind == "certificate" or not self.too_large(stage):
+                return super().growth(stage)
+            if kind == "refusal":
+                raise TooLargeError("growth needs 44G")
+            return program(80, f"growth into {stage.name}")
 
         def certificate(self, stage):
-            return self.growth(stage, "certificate", "certificate of")
+            large = kind == "certificate" and self.too_large(stage)
+            return program(80 if large else 32, f"certificate of {stage.name}")
 
-    last = dataclasses.replace(CONFIG.stages[1], name="last", num_layers=9)
-    config = dataclasses.replace(CONFIG, stages=(*CONFIG.stages, last), mesh=MeshConfig(1, 8, 2))
-    compiler = Fake(config, machine(35.0))
-    if isinstance(outcome, float):
-        assert growth_peak(compiler, print) == outcome * GiB
-        return
-    with pytest.raises(TooLargeError, match=outcome):
-        growth_peak(compiler, print)
-
-
-def test_a_search_ends_when_enough_layouts_fit(monkeypatch):
-    class Narrow(FakeCompiler):
-        """The certificate fits where tensor is 4 or more."""
-
-        @property
-        def certificate_peak(self):
-            return 80.0 if self.mesh_shape.tensor < 4 else 70.0
-
-    monkeypatch.setattr(layout_search, "Compiler", Narrow)
-    by_estimate = estimates(CONFIG, machine(USABLE["cuda"] * 80))
-    wide = [i for i, candidate in enumerate(by_estimate) if candidate.mesh.tensor >= 4]
     lines = []
-    search = search_layouts(CONFIG, lines.append, tries=2)
-    assert (search.possible, search.tried) == (len(by_estimate), wide[1] + 1)
-    assert search.tried > 2
-    meshes_of = lambda candidates: {candidate.mesh for candidate in candidates}
-    assert meshes_of(search.fitting) == meshes_of(by_estimate[i] for i in wide[:2])
-    assert [candidate.days for candidate in search.fitting] == sorted(candidate.days for candidate in search.fitting)
-    assert {candidate.peak for candidate in search.fitting} == {70 * GiB}
-    assert f"the best {search.tried} by estimate of {search.possible} layouts" in layout_table(search)
-    assert any(line.startswith("  certificate of large needs 80.0 GiB a device") for line in lines)
-    assert sum(line.startswith("  fits, ") for line in lines) == 2
-    # Growths depend on the mesh alone: once for each.
-    meshes_tried = meshes_of(by_estimate[: search.tried])
-    assert FakeCompiler.compiled.count(("growth", 1)) == len(meshes_tried) < search.tried
+    result = search(monkeypatch, Fake, log=lines.append)
+    assert result.best[1].mesh != refused[0]
+    assert any("needs 80.0 GiB" in line or "needs 44G" in line for line in lines)
+
+
+def test_a_growth_is_compiled_once_for_its_meshes(monkeypatch):
+    class Never(FakeCompiler):
+        def certificate(self, stage):
+            return program(80.0, f"certificate of {stage.name}")
+
+    with pytest.raises(ConfigError, match=r"have growths that do not; of the last ones, certificate of large needs 80"):
+        search(monkeypatch, Never, tries=3)
+    growths = [entry for entry in FakeCompiler.compiled if entry[0] == "growth"]
+    assert growths
+    assert len(growths) == len(set(growths))
 
 
 def test_a_search_without_a_result_gives_the_reason(monkeypatch):
     class Never(FakeCompiler):
-        certificate_peak = 80.0
+        def step(self, stage):
+            return program(80.0, stage.name)
 
-    monkeypatch.setattr(layout_search, "Compiler", Never)
-    reason = r"none of the \d+ layouts that may fit a800:2x8 does; of the last one, the growths|certif.*80\.0"
+    reason = r"none of the \d+ layouts of stage small that may fit a800:2x8 does; of the last one, small needs 80\.0"
     with pytest.raises(ConfigError, match=reason):
-        search_layouts(dataclasses.replace(CONFIG, certificate_rows=96), tries=1)
+        search(monkeypatch, Never)
     with pytest.raises(ConfigError, match=r"model\.vocab_size is None"):
         search_layouts(dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=None)))
     with pytest.raises(ConfigError, match=r"mesh\.topology is None"):
         search_layouts(dataclasses.replace(CONFIG, mesh=MeshConfig()))
 
 
-def test_without_the_machines_compiler_no_layout_is_said_to_fit():
+def test_without_the_machines_compiler_no_layout_is_said_to_fit(monkeypatch):
     class OnFakeDevices(FakeCompiler):
-        is_exact = property(lambda _: False, lambda *_: None)
+        is_exact = False
 
     with pytest.raises(ConfigError, match=r"compiler of a800:2x8 is missing.*pip install 'flmjax\[plan-gpu\]'"):
-        fitted(CANDIDATE, 35.0, OnFakeDevices)
+        search(monkeypatch, OnFakeDevices)
 
 
 def test_the_flags_of_a_layout_make_its_config():
-    candidate = Candidate(MeshShape(3, 16, 4), "dots", (2, 3, 5), 10.0, int(50 * GiB))
-    text = layout_table(LayoutSearch((candidate, dataclasses.replace(candidate, days=12.0)), possible=9, tried=3))
-    row = [
-        "replica",
-        "3",
-        "x",
-        "fsdp",
-        "16",
-        "x",
-        "tensor",
-        "4",
-        "dots",
-        "2",
-        "/",
-        "3",
-        "/",
-        "5",
-        "10.0",
-        "50.0",
-        "GiB",
-    ]
-    assert text.splitlines()[1].split() == row
-    assert text.splitlines()[-1] == f"the fastest of them that fits: {candidate.flags()}"
-    flags = [flag.strip("'") for flag in candidate.flags().split()]
-    _, config, _, _ = cli.parse(["plan", "--config=configs/flm_101b.py", *flags])
-    applied = candidate.apply(config)
-    assert (config.mesh.replica, config.mesh.fsdp, config.mesh.tensor) == (3, 16, 4)
-    assert config.model.remat == "dots"
-    assert [s.microbatches for s in config.stages] == [2, 3, 5] == [s.microbatches for s in applied.stages]
+    layouts = (
+        StageLayout(MeshShape(3, 64, 1), "dots", 2, 10.0, int(50 * GiB)),
+        StageLayout(MeshShape(3, 32, 2), "full", 3, 11.0, int(51 * GiB)),
+        StageLayout(MeshShape(3, 16, 4), "full", 5, 12.5, int(52 * GiB)),
+    )
+    result = LayoutSearch(tuple((x,) for x in layouts), layouts, 20.0, int(52 * GiB), possible=9, tried=3)
+    text = layout_table(result, ["16B", "51B", "101B"])
+    row = "101B replica 3 x fsdp 16 x tensor 4 full 5 12.5 s 52.0 GiB taken"
+    assert text.splitlines()[3].split() == row.split()
+    assert text.splitlines()[-1] == flags(layouts)
+    words = [flag.strip("'") for flag in flags(layouts).split()]
+    _, config, _, _ = cli.parse(["plan", "--config=configs/flm_101b.py", *words])
+    assert config.stages == with_layouts(config, dict(enumerate(layouts))).stages
+    assert validate_meshes(config, 192) == tuple(layout.mesh for layout in layouts)

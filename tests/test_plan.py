@@ -17,6 +17,7 @@ from flmjax.config import (
     RunConfig,
     StageConfig,
 )
+from flmjax.config.validate import stage_mesh
 from flmjax.hardware import A800, GiB
 from flmjax.planning import planner
 from flmjax.planning.cost import Bill, StageCost
@@ -52,6 +53,8 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
             cost=StageCost(name, 1000 * (i + 1), 10, 1e9 * (i + 1), 1e21),
             batch_size=96,
             microbatches=2,
+            mesh=MeshShape(1, 8, 1),
+            remat="full",
             attention="cudnn",
             program=program(peak, f"stages[{i}] ({name})", f"take stages[{i}].microbatches=3"),
             attention_flops=1e14,
@@ -62,13 +65,14 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
         )
         for i, (name, peak) in enumerate(zip(names, peaks, strict=True))
     ]
-    growths = [GrowthPlan(a, b, program(growth, f"growth {a} -> {b}")) for a, b in itertools.pairwise(names)]
+    growths = [
+        GrowthPlan(a, b, program(growth, f"growth {a} -> {b}"), seconds=3.0) for a, b in itertools.pairwise(names)
+    ]
     return Plan(
         topology="a800:1x8",
         platform="cuda",
         chip=A800,
         devices=8,
-        mesh=MeshConfig(1, 8, 1),
         is_exact=exact,
         usable=70.0 * GiB,
         stages=tuple(stages),
@@ -126,7 +130,10 @@ class FakeCompiler:
 
     def __init__(self, config, topology):
         self.config, self.topology = config, topology
-        self.mesh_shape, self.is_exact, self.assumptions = config.mesh, True, ("an assumption",)
+        self.is_exact, self.assumptions = True, ("an assumption",)
+
+    def mesh_shape(self, stage):
+        return stage_mesh(self.config, stage, self.topology.num_devices)
 
     def attention(self, _):
         return "splash"
@@ -173,7 +180,7 @@ def test_remarks_name_the_stage_and_the_work_outside_the_plan():
     model = dataclasses.replace(TINY, embed_dim=5632, head_dim=2816, vocab_size=64, dtype="bfloat16")
     stages = (StageConfig("small", growth=learned), StageConfig("large", growth=learned, embed_dim=10_240, num_heads=4))
     config = RunConfig(model=model, stages=stages)
-    gpu, tpu = (list(remarks(config, MeshShape(1, 64, 1), platform)) for platform in ("cuda", "tpu"))
+    gpu, tpu = (list(remarks(config, [MeshShape(1, 64, 1)] * 2, platform)) for platform in ("cuda", "tpu"))
     tuned, evaluations = gpu
     assert tuned.startswith("large: of 107 updates 7 tune its growth; ")
     assert "evaluations" in evaluations
@@ -183,9 +190,9 @@ def test_remarks_name_the_stage_and_the_work_outside_the_plan():
         r"replica=2, fsdp=32 avoids it",
         tpu[0],
     )
-    assert list(remarks(config, MeshShape(2, 32, 1), "tpu")) == gpu
+    assert list(remarks(config, [MeshShape(2, 32, 1)] * 2, "tpu")) == gpu
     single = dataclasses.replace(config, model=dataclasses.replace(model, dtype="float32"))
-    assert list(remarks(single, MeshShape(1, 64, 1), "tpu")) == gpu  # 88 rows are eleven tiles of float32
+    assert list(remarks(single, [MeshShape(1, 64, 1)] * 2, "tpu")) == gpu  # 88 rows are eleven tiles of float32
 
 
 def test_json_and_page_hold_the_same_numbers(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flmjax import cli
-from flmjax.config.validate import validate_mesh
+from flmjax.config.validate import validate_meshes
 from flmjax.hardware import GiB
 from flmjax.planning.layout_search import memory
 
@@ -70,8 +70,8 @@ def test_flm_101b_fits_192_a800s_and_gathers_no_parameter(flm_101b):
 @pytest.mark.timeout(700)
 def test_the_search_estimates_the_memory_that_is_compiled(flm_101b):
     _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_101b.py"])
-    mesh = validate_mesh(config, 192)
-    for stage, planned in zip(config.schedule, flm_101b["stages"], strict=True):
+    meshes = validate_meshes(config, 192)
+    for stage, mesh, planned in zip(config.schedule, meshes, flm_101b["stages"], strict=True):
         sequences = stage.config.batch_size // stage.config.microbatches
         estimate = memory(stage.model, mesh, sequences, stage.config.microbatches)
         assert estimate == pytest.approx(planned["program"]["peak"], rel=0.1)
@@ -86,7 +86,7 @@ def test_the_search_estimates_what_remat_keeps(compilers, tmp_path, remat, micro
     assert done.returncode == 0, done.stderr
     compiled = json.loads((tmp_path / "plan.json").read_text())["stages"][0]["program"]["peak"]
     _, config, _, _ = cli.parse(["plan", f"--config={ROOT}/configs/flm_101b.py:16b", *flags])
-    (stage,), mesh = config.schedule, validate_mesh(config, 192)
+    (stage,), (mesh,) = config.schedule, validate_meshes(config, 192)
     estimate = memory(stage.model, mesh, stage.config.batch_size // microbatches, microbatches)
     assert estimate == pytest.approx(compiled, rel=0.1)
 

@@ -1,6 +1,7 @@
 """Every mesh computes what one device computes."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_batch, random_params, with_fields
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flmjax.config import (
     GROWTH_FAMILIES,
@@ -19,22 +21,24 @@ from flmjax.config import (
     OptimizerConfig,
     RunConfig,
     StageConfig,
+    StageMeshConfig,
     resize,
 )
-from flmjax.config.validate import validate_mesh
+from flmjax.config.validate import validate, validate_meshes
 from flmjax.data.batch import global_batch
-from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.learned import expand, first_matrices
 from flmjax.model.transformer import Transformer
 from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.reshard import reshard, reshard_steps
 from flmjax.sharding.rules import Placement, batch_sharding
 from flmjax.training.state import init_state, state_spec
-from flmjax.training.step import gradients, jit_train_step
+from flmjax.training.step import gradients, jit_growth, jit_train_step
 
 # A vocabulary of 61 divides over no mesh axis: rows up to 64 are padding.
 CONFIG = with_fields(TINY, num_heads=8, num_layers=2)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
+KEY = jax.random.key(7)
 
 
 def mesh_of(shape):
@@ -103,18 +107,14 @@ def growth_program(family, shape, new_shape, old=CONFIG):
     before, after = (
         state_spec(config, OptimizerConfig(), mesh_of(s)) for config, s in ((old, shape), (new, new_shape))
     )
-    program = jax.jit(
-        lambda s: grow(s, Growth(old, new, GrowthConfig(family), jax.random.key(7))),
-        in_shardings=(before.shardings,),
-        out_shardings=after.shardings,
-    )
-    return program.lower(before.abstract).compile(), before, after
+    program = jit_growth(before, after, Growth(old, new, GrowthConfig(family)))
+    return program.lower(before.abstract, KEY).compile(), before, after
 
 
 @functools.cache
 def grown_on_one_device(family):
     compiled, before, _ = growth_program(family, (1, 1, 1), (1, 1, 1))
-    return jax.tree.map(np.asarray, compiled(trained_state(before)))
+    return jax.tree.map(np.asarray, compiled(trained_state(before), KEY))
 
 
 def trained_state(spec):
@@ -139,7 +139,7 @@ def gathered(text):
 @pytest.mark.parametrize("family", GROWTH_FAMILIES)
 def test_sharded_growth_equals_unsharded_and_gathers_nothing(family, shape):
     compiled, before, after = growth_program(family, shape, shape)
-    grown = compiled(trained_state(before))
+    grown = compiled(trained_state(before), KEY)
     assert all(np.abs(np.asarray(x, np.float64)).max() > 0 for x in jax.tree.leaves(grown.opt_state))
     chex.assert_trees_all_close(jax.tree.map(np.asarray, grown), grown_on_one_device(family), rtol=1e-6, atol=1e-7)
     replicated = {x.shape for x in jax.tree.leaves(after.abstract) if x.sharding.is_fully_replicated}
@@ -170,29 +170,90 @@ def test_learning_growth_gathers_one_layer_at_a_time(shape):
     assert not any(size % 5 == 0 or size % 7 == 0 for size in sizes)
 
 
-def test_growth_to_another_mesh_is_growth():
-    """XLA gathers for some pairs of meshes: a run that changes its mesh restores the old checkpoint on the new one."""
-    for shape, new_shape in (((2, 2, 2), (1, 4, 2)), ((1, 8, 1), (2, 2, 2))):
-        compiled, before, after = growth_program("zero", shape, new_shape)
-        grown = compiled(trained_state(before))
-        chex.assert_trees_all_close(jax.tree.map(np.asarray, grown), grown_on_one_device("zero"), rtol=1e-6, atol=1e-7)
-        assert jax.tree.leaves(grown.params)[0].sharding.mesh == after.mesh
+@pytest.mark.parametrize("family", ["zero", "duplicate"])
+@pytest.mark.parametrize(("shape", "new_shape"), list(itertools.permutations([(1, 8, 1), (2, 2, 2), (1, 2, 4)], 2)))
+def test_growth_between_meshes_gathers_no_leaf(family, shape, new_shape):
+    """XLA's partitioner alone gathers every matrix for pairs such as (1, 8, 1) and (2, 2, 2)."""
+    compiled, before, after = growth_program(family, shape, new_shape)
+    grown = compiled(trained_state(before), KEY)
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, grown), grown_on_one_device(family), rtol=1e-6, atol=1e-7)
+    assert jax.tree.leaves(grown.params)[0].sharding.mesh == after.mesh
+    leaves = zip(*(jax.tree.leaves(spec.abstract) for spec in (before, after)), strict=True)
+    split = {x.shape for pair in leaves if not pair[1].sharding.is_fully_replicated for x in pair}
+    assert not gathered(compiled.as_text()) & split
+
+
+@pytest.mark.parametrize("spec", [("fsdp", "tensor"), (None, "fsdp"), ("tensor", None)], ids=str)
+@pytest.mark.parametrize(("shape", "new_shape"), list(itertools.permutations([*MESHES, (4, 2, 1), (1, 2, 4)], 2)))
+def test_an_array_moves_between_meshes_without_being_gathered(shape, new_shape, spec):
+    old, new = (NamedSharding(mesh_of(s), PartitionSpec(*spec)) for s in (shape, new_shape))
+    x = np.arange(32.0 * 48).reshape(32, 48)
+    program = jax.jit(lambda x: reshard(x, old, new), in_shardings=old, out_shardings=new).lower(x).compile()
+    np.testing.assert_array_equal(program(jax.device_put(x, old)), x)
+    if not new.is_fully_replicated:
+        assert x.shape not in gathered(program.as_text())
+
+
+def test_meshes_without_a_common_refinement_leave_the_way_to_xla():
+    devices = jax.devices()[:6]
+    old, new = (
+        NamedSharding(make_mesh(MeshShape(1, *shape), devices), PartitionSpec("fsdp", "tensor"))
+        for shape in ((2, 3), (3, 2))
+    )
+    assert reshard_steps((12, 12), old, new) == []
+    x = np.arange(144.0).reshape(12, 12)
+    moved = jax.jit(lambda x: reshard(x, old, new), in_shardings=old, out_shardings=new)(jax.device_put(x, old))
+    np.testing.assert_array_equal(moved, x)
+
+
+def test_a_stage_has_its_own_mesh():
+    stages = (
+        StageConfig(name="a"),
+        StageConfig(name="b", mesh=StageMeshConfig(tensor=4)),
+        StageConfig(name="c", mesh=StageMeshConfig(replica=1)),
+    )
+    config = RunConfig(model=with_fields(CONFIG, vocab_multiple=3), stages=stages, mesh=MeshConfig(2, 2, 2))
+    assert validate_meshes(config, 8) == (MeshShape(2, 2, 2), MeshShape(2, 1, 4), MeshShape(1, 4, 2))
+    assert {stage.model.padded_vocab_size for stage in config.schedule} == {72}  # 61 rounded up to 3 x 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"mesh": StageMeshConfig(replica=3, fsdp=2)}, ".mesh: replica 3 x fsdp 2 x tensor 1 has 6 places"),
+        (
+            {"mesh": StageMeshConfig(tensor=4), "batch_size": 7},
+            ": batch_size / microbatches=7 does not divide",
+        ),
+        (
+            {"mesh": StageMeshConfig(tensor=8), "num_heads": 4},
+            ": num_heads=4 does not divide over mesh axis",
+        ),
+        ({"mesh": StageMeshConfig(tensor=0)}, ".mesh.tensor=0 "),
+        ({"remat": "most"}, ".remat='most'"),
+    ],
+)
+def test_a_stage_that_does_not_fit_its_mesh_is_named(stage, words):
+    stages = (StageConfig(name="a"), StageConfig(name="b", **stage))
+    config = RunConfig(model=with_fields(CONFIG, num_heads=4), stages=stages)
+    with pytest.raises(ConfigError, match=re.escape(f"stages[1]{words}")):
+        validate_meshes(validate(config), 8)
 
 
 def test_default_mesh_is_all_data():
     """Not all devices on the model axis: google-research/t5x#410."""
     run_config = RunConfig(model=CONFIG, stages=(StageConfig(),))
-    shape = validate_mesh(run_config, 8)
+    (shape,) = validate_meshes(run_config, 8)
     assert (shape.replica, shape.fsdp, shape.tensor) == (1, 8, 1)
     with pytest.raises(ConfigError, match=r"1 x fsdp 3 x tensor 2 has 6 places for 8 devices; fsdp=4 would"):
-        validate_mesh(with_fields(run_config, mesh=MeshConfig(1, 3, 2)), 8)
+        validate_meshes(with_fields(run_config, mesh=MeshConfig(1, 3, 2)), 8)
     for mesh, words in (
         (MeshConfig(3, None, 1), "replica 3 x fsdp 2 x tensor 1 has 6 places for 8 devices; replica=4 would"),
         (MeshConfig(1, None, 16), "has 16 places for 8 devices; tensor=8 would"),
         (MeshConfig(3, 3, 2), "has 18 places for 8 devices; replica=2, fsdp=2 would"),
     ):
         with pytest.raises(ConfigError, match=words):
-            validate_mesh(with_fields(run_config, mesh=mesh), 8)
+            validate_meshes(with_fields(run_config, mesh=mesh), 8)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +269,7 @@ def test_sizes_that_do_not_divide_are_named(fields, words):
     """Before compiling, whose error is late and names no setting: jax-ml/jax#27808."""
     config = RunConfig(model=with_fields(CONFIG, **fields), mesh=MeshConfig(1, 2, 4))
     with pytest.raises(ConfigError, match=words):
-        validate_mesh(config, 8)
+        validate_meshes(config, 8)
 
 
 def test_vocabulary_that_does_not_divide_is_padded():

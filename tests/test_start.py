@@ -1,12 +1,14 @@
 """The start of a run that cannot be: one line, and nothing is left that refuses the corrected command."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
 from flmjax import cli
-from flmjax.model.attention import check_backend
+from flmjax.config import ConfigError, ModelConfig, RunConfig, StageConfig
+from flmjax.model.attention import check_backends
 
 QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
 TEXT = "a sentence of the text that is long enough. " * 40
@@ -66,7 +68,11 @@ def test_a_prompt_that_is_too_long_keeps_the_prepared_data(text, capsys, tmp_pat
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "bfloat16"), ("tpu", "bfloat16"), ("gpu", "float32")])
 def test_cudnn_is_refused_where_it_cannot_compute(platform, dtype):
-    check_backend("cudnn", "gpu", "bfloat16")
-    check_backend("fused", platform, dtype)
-    with pytest.raises(ValueError, match="attention='cudnn'"):
-        check_backend("cudnn", platform, dtype)
+    run = RunConfig(model=ModelConfig(attention="cudnn", dtype=dtype))
+    check_backends(RunConfig(model=ModelConfig(attention="cudnn", dtype="bfloat16")), "gpu")
+    check_backends(RunConfig(model=ModelConfig(attention="fused", dtype=dtype)), platform)
+    with pytest.raises(ConfigError, match=r"^model.attention='cudnn'"):
+        check_backends(run, platform)
+    of_stage = dataclasses.replace(run, model=ModelConfig(dtype=dtype), stages=(StageConfig(attention="cudnn"),))
+    with pytest.raises(ConfigError, match=r"^stages\[0\].attention='cudnn'"):
+        check_backends(of_stage, platform)

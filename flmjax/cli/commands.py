@@ -85,7 +85,7 @@ def plan(
         from flmjax.planning.planner import make_plan
     raise_interrupts()
     if search_layout:
-        print(layout_table(search_layouts(config, log)), flush=True)
+        print(layout_table(search_layouts(config, log), [stage.name for stage in config.stages]), flush=True)
         return
     run_plan = make_plan(config, price, log)
     print(plan_table(run_plan), flush=True)

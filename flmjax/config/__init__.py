@@ -30,6 +30,7 @@ from flmjax.config.fields import (
     Remat,
     ScheduleSettings,
     StageConfig,
+    StageMeshConfig,
 )
 from flmjax.config.overrides import field_type, override, parse_value
 from flmjax.config.run import RunConfig, Stage, resize
@@ -58,6 +59,7 @@ __all__ = [
     "ScheduleSettings",
     "Stage",
     "StageConfig",
+    "StageMeshConfig",
     "check_format",
     "choose_words",
     "did_you_mean",

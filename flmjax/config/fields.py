@@ -183,6 +183,23 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageMeshConfig:
+    """Number of devices along each mesh axis in one stage. Without any, the stage has the run's mesh.
+
+    Where a stage states an axis, an axis of None has the run's size, and fsdp=None takes all remaining devices.
+    """
+
+    replica: PositiveInt | None = None
+    fsdp: PositiveInt | None = None
+    tensor: PositiveInt | None = None
+
+    def on(self, mesh: MeshConfig) -> MeshConfig:
+        """The stage's mesh in a run whose mesh is `mesh`."""
+        stated = {axis: getattr(self, axis) for axis in MESH_AXES if getattr(self, axis) is not None}
+        return dataclasses.replace(mesh, **{"fsdp": None, **stated}) if stated else mesh
+
+
+@dataclasses.dataclass(frozen=True)
 class GrowthConfig:
     """Settings of the growth at a stage's start; `flmjax grow` uses the settings of the first stage."""
 
@@ -227,6 +244,10 @@ class StageConfig:
     batch_size: PositiveInt = 8  # sequences per update, over all devices
     # Number of parts that the batch is computed in, one after another.
     microbatches: PositiveInt = dataclasses.field(default=1, metadata=EXECUTION)
+    # How the stage is computed on the devices of the run; None: like the run (mesh, model.remat, model.attention).
+    mesh: StageMeshConfig = dataclasses.field(default=StageMeshConfig(), metadata=EXECUTION)
+    remat: Remat | None = dataclasses.field(default=None, metadata=EXECUTION)
+    attention: AttentionBackend | None = dataclasses.field(default=None, metadata=EXECUTION)
     # Schedule of the learning rate, see ScheduleSettings. Stages that continue a schedule have None in these five.
     learning_rate: NonNegativeFloat | None = None
     final_learning_rate: NonNegativeFloat | None = None

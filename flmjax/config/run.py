@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flmjax.config.families import family_traits
 from flmjax.config.fields import (
@@ -60,14 +60,22 @@ class RunConfig:
         add nothing to the sum that the variance divides by d'), so later stages derive their epsilon from the first.
         """
         schedule: list[Stage] = []
-        multiple = math.lcm(self.model.vocab_multiple, self.mesh.tensor)
+        meshes = [stage.mesh.on(self.mesh) for stage in self.stages]
+        # One padding for all stages: the vocabulary's rows stay the same where the tensor axis changes.
+        multiple = math.lcm(self.model.vocab_multiple, *(mesh.tensor for mesh in meshes))
         model = dataclasses.replace(self.model, vocab_multiple=multiple)
         for index, stage in enumerate(self.stages):
             sizes = {name: getattr(stage, name) for name in STAGE_SIZES if getattr(stage, name) is not None}
             model = resize(model, stage.growth.family, **sizes) if index else dataclasses.replace(model, **sizes)
             previous = schedule[-1] if schedule else None
             start = previous.end if previous else 0
-            layout = Layout(self.mesh, model.remat, model.attention, stage.microbatches)
+            layout = Layout(
+                meshes[index],
+                stage.remat or self.model.remat,
+                stage.attention or self.model.attention,
+                stage.microbatches,
+            )
+            model = dataclasses.replace(model, remat=layout.remat, attention=layout.attention)
             schedule.append(Stage(index, stage, model, layout, start, start + stage.steps, previous))
         return tuple(schedule)
 
@@ -120,6 +128,12 @@ class Stage:
     def name(self) -> str:
         """The stage's name in messages and metrics."""
         return self.config.name
+
+    def setting_of(self, name: Literal["mesh", "remat", "attention"]) -> str:
+        """Path of the setting that decides a part of the layout: the stage's own, or the run's."""
+        if getattr(self.config, name) != getattr(StageConfig(), name):
+            return f"stages[{self.index}].{name}"
+        return name if name == "mesh" else f"model.{name}"
 
     @property
     def ramp(self) -> range:

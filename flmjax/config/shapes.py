@@ -8,7 +8,7 @@ from flmjax.config.fields import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Number of devices along each mesh axis; validate_mesh computes it from a MeshConfig and the device count."""
+    """Number of devices along each mesh axis; validate.stage_mesh computes it from a MeshConfig and the devices."""
 
     replica: int
     fsdp: int

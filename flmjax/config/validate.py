@@ -1,10 +1,10 @@
-"""Validation of settings: `validate` checks a run, `validate_mesh` checks it on a number of devices."""
+"""Validation of settings: `validate` checks a run, `validate_meshes` checks it on a number of devices."""
 
 import dataclasses
 import math
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flmjax.config.convert import from_config_dict, to_json
@@ -44,10 +44,12 @@ def validate(config: RunConfig) -> RunConfig:
     _validate_model(config.model)
     _validate_data(config.data)
     apart = "data.document_attention" if config.data.document_attention else "data.teachers"
-    _require(
-        config.model.attention != "cudnn" or not (config.data.document_attention or config.data.teachers),
-        f"model.attention='cudnn' cannot keep a row's documents apart, which {apart} requires; take 'plain'",
-    )
+    for stage in config.schedule if config.data.document_attention or config.data.teachers else ():
+        _require(
+            stage.layout.attention != "cudnn",
+            f"{stage.setting_of('attention')}='cudnn' cannot keep a row's documents apart, which {apart} requires; "
+            "take 'plain'",
+        )
     for i, settings in enumerate(config.stages):
         _validate_stage(settings, f"stages[{i}]", config.data.num_sources)
     _validate_schedule(config.stages)
@@ -245,34 +247,44 @@ def _validate_growth(stage: Stage) -> None:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def validate_mesh(config: RunConfig, num_devices: int) -> MeshShape:
-    """Shape of the run's mesh on `num_devices` devices, checked: every size and every microbatch divides over it.
+def validate_meshes(config: RunConfig, num_devices: int) -> tuple[MeshShape, ...]:
+    """Shape of the mesh of every stage on `num_devices` devices; raises as stage_mesh."""
+    return tuple(stage_mesh(config, stage, num_devices) for stage in config.schedule)
+
+
+def stage_mesh(config: RunConfig, stage: Stage, num_devices: int) -> MeshShape:
+    """Shape of a stage's mesh on `num_devices` devices, checked: every size and every microbatch divides over it.
 
     Raises:
-        ConfigError: naming the size, the mesh axis and both numbers.
+        ConfigError: naming the stage, the size, the mesh axis and both numbers.
     """
-    replica, tensor = config.mesh.replica, config.mesh.tensor
+    axes = stage.layout.mesh
     # fsdp=None takes the remaining devices, but at least one.
-    fsdp = max(num_devices // (replica * tensor), 1) if config.mesh.fsdp is None else config.mesh.fsdp
-    mesh = MeshShape(replica, fsdp, tensor)
+    fsdp = max(num_devices // (axes.replica * axes.tensor), 1) if axes.fsdp is None else axes.fsdp
+    mesh = MeshShape(axes.replica, fsdp, axes.tensor)
     if mesh.num_devices != num_devices:
+        sharing = [other for other in config.schedule if other.layout.mesh == axes]
         raise ConfigError(
-            f"mesh: replica {replica} x fsdp {fsdp} x tensor {tensor} has {mesh.num_devices} places for {num_devices} "
-            f"devices; {_filling_mesh(config, mesh, num_devices)}"
+            f"{stage.setting_of('mesh')}: replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor} has "
+            f"{mesh.num_devices} places for {num_devices} devices; {_filling_mesh(sharing, mesh, num_devices)}"
         )
-    for stage in config.schedule:
-        rows, shards = stage.config.batch_size // stage.layout.microbatches, mesh.data_shards
-        _require(
-            rows % shards == 0,
-            f"stages[{stage.index}]: batch_size / microbatches={rows} does not divide over mesh axis replica x "
-            f"fsdp={shards}; {_legal_batches(stage.config, shards)}",
-        )
-        check_mesh(stage.model, mesh, f"stages[{stage.index}]")
+    check_stage(stage, mesh)
     return mesh
 
 
-def _filling_mesh(config: RunConfig, mesh: MeshShape, num_devices: int) -> str:
-    """Advice: the valid mesh of all devices that differs in the fewest axes, and there by the smallest factors."""
+def check_stage(stage: Stage, mesh: MeshShape) -> None:
+    """Check that every size and every microbatch of a stage divides over `mesh`; raises as stage_mesh."""
+    rows, shards = stage.config.batch_size // stage.layout.microbatches, mesh.data_shards
+    _require(
+        rows % shards == 0,
+        f"stages[{stage.index}]: batch_size / microbatches={rows} does not divide over mesh axis replica x "
+        f"fsdp={shards}; {_legal_batches(stage.config, shards)}",
+    )
+    check_mesh(stage.model, mesh, f"stages[{stage.index}]")
+
+
+def _filling_mesh(stages: Sequence[Stage], mesh: MeshShape, num_devices: int) -> str:
+    """Advice: the mesh of all devices, valid for `stages`, that differs in the fewest axes and by the least factors."""
 
     def distance(other: MeshShape) -> tuple[int, float]:
         ratios = [getattr(other, axis) / getattr(mesh, axis) for axis in MESH_AXES]
@@ -287,17 +299,13 @@ def _filling_mesh(config: RunConfig, mesh: MeshShape, num_devices: int) -> str:
     ]
     for other in sorted(meshes, key=distance):
         try:
-            validate_mesh(on_mesh(config, other), num_devices)
+            for stage in stages:
+                check_stage(stage, other)
         except ConfigError:
             continue
         changed = [axis for axis in MESH_AXES if getattr(other, axis) != getattr(mesh, axis)]
         return ", ".join(f"{axis}={getattr(other, axis)}" for axis in changed) + " would fill them"
     return f"no mesh of {num_devices} devices divides these sizes, batches and microbatches"
-
-
-def on_mesh(config: RunConfig, mesh: MeshShape) -> RunConfig:
-    """The config with another mesh shape; the topology stays."""
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **dataclasses.asdict(mesh)))
 
 
 def legal_microbatches(stage: StageConfig, data_shards: int) -> list[int]:
@@ -317,14 +325,12 @@ def _legal_batches(stage: StageConfig, data_shards: int) -> str:
 
 
 def check_mesh(model: ModelConfig, mesh: MeshShape, path: str) -> None:
-    """Check that every size of a model divides over `mesh`.
+    """Check that every size of a model divides over `mesh`. The vocabulary is padded so that it does.
 
     Raises:
         ConfigError: naming the size, the mesh axis and both numbers.
     """
-    vocabulary = 0 if model.vocab_size is None else model.padded_vocab_size
     for name, size, axis in (
-        ("padded vocab_size", vocabulary, "tensor"),
         ("embed_dim", model.embed_dim, "fsdp"),
         ("mlp_dim", model.mlp_dim, "tensor"),
         ("num_heads", model.num_heads, "tensor"),

@@ -1,6 +1,6 @@
 """`Batch`: the arrays of a batch on the host and on the devices, and their shapes and dtypes alone."""
 
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -72,11 +72,35 @@ def abstract_batch(
     return {**shapes, "bytes": jax.ShapeDtypeStruct((rows,), np.float32, sharding=sharding)}
 
 
+def data_host(sharding: jax.sharding.Sharding, rows: int) -> dict[str, int]:
+    """Arguments of TrainingStream.batches that select the sequences on this process's devices.
+
+    Processes whose devices hold the same sequences, as along the tensor axis of a mesh, are one data host.
+
+    Args:
+        sharding: of the sequences over the devices of all processes.
+        rows: sequences of a batch.
+    """
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    held = np.unique(np.concatenate([np.arange(rows)[index] for index in slices if index is not None]))
+    assert held[-1] - held[0] + 1 == len(held), "the devices of a process are neighbours in the mesh"
+    return {"host": int(held[0]) // len(held), "hosts": rows // len(held)}
+
+
 def global_batch(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """A Batch on the devices of all processes.
 
     Args:
-        batch: the sequences of this process.
+        batch: the sequences of this process's data host.
         sharding: of the sequences over the devices.
     """
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def split_over_devices(arrays: Any, sharding: jax.sharding.Sharding) -> Any:
+    """A tree of arrays that every process holds completely, on the devices of all processes: their first axis is split.
+
+    Args:
+        sharding: of the first axis over the devices.
+    """
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flmjax.config import ModelConfig
-from flmjax.data.batch import Batch, global_batch
+from flmjax.data.batch import Batch, split_over_devices
 from flmjax.data.loader import ValidationSet
 from flmjax.model.loss import source_sums
 from flmjax.model.transformer import abstract_params
@@ -45,11 +45,8 @@ def validation_loss(
     sums: dict[str, Any] = {}
     sharding = batch_sharding(mesh)
     for batch, source_B in padded_batches((validation.rows, validation.sources), batch_size):
-        placed = jax.make_array_from_process_local_data(sharding, source_B)
-        part = sums_of(params, global_batch(batch, sharding), placed)
+        part = sums_of(params, *split_over_devices((batch, source_B), sharding))
         sums = {name: sums.get(name, 0.0) + np.asarray(value, np.float64) for name, value in part.items()}
-    # Every process has all sequences, so that each was counted once for each process.
-    sums = {name: value / jax.process_count() for name, value in sums.items()}
     return validation_means(sums, validation.labels, validation.is_teacher)
 
 

@@ -26,6 +26,9 @@ from flmjax.sharding.rules import Placement, tree_shardings
 MAX_KL = 1e-3  # nats a token, in the run's dtype; the rounding of bfloat16 alone causes about 1e-5
 
 
+Placements = tuple[Placement, Placement]  # sharding of the activations of the old and of the new model
+
+
 class GrowthPoint(NamedTuple):
     """A growth in a run's history: the number of updates before it, and the names of the stages before and after it."""
 
@@ -128,7 +131,7 @@ def certify(
     batch: Mapping[str, Any],
     point: GrowthPoint,
     *,
-    placement: Placement | None = None,
+    placements: Placements | None = None,
     float64_below: int = 20_000_000,
     tolerance: float = 2e-5,
 ) -> Certificate:
@@ -140,7 +143,7 @@ def certify(
         growth: the growth, with its key.
         batch: tokens, targets and loss weights (B, L); segment_ids and positions (B, L) if documents are kept apart.
         point: step and stage names of the growth.
-        placement: the activations' sharding; the batch's sequences must divide over its data axes.
+        placements: of the old and of the new model; the batch's sequences must divide over the data axes of both.
         float64_below: largest number of parameters of the new model for which the float64 comparison is computed.
         tolerance: largest float32 difference that is accepted, relative to max |logit| (at least 1).
 
@@ -151,12 +154,12 @@ def certify(
     for tree, model in zip(params, (old, new), strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(tree, abstract_params(model)[0])
     compare = functools.partial(_compare, growth, batch)
-    in_run = compare(params, dtype=new.dtype, placement=placement, gradients=True)
+    in_run = compare(params, dtype=new.dtype, placements=placements, gradients=True)
     single = in_run
     if new.dtype != "float32" or jax.devices()[0].platform != "cpu":
         # An accelerator may multiply float32 at a lower precision, which says nothing about growth.
         with jax.default_matmul_precision("highest"):
-            single = compare(params, dtype="float32", placement=placement)
+            single = compare(params, dtype="float32", placements=placements)
     differences: dict[str, float | None] = {"run": in_run.difference, "float32": single.difference, "float64": None}
     limit, removed = tolerance * max(1.0, single.max_logit), single.mask_removed
     if count_parameters(params[1]) <= float64_below:
@@ -219,7 +222,7 @@ def _compare(growth: Growth, batch: Mapping[str, Any], params: tuple[Params, Par
     return numbers if growth.family.ramps else numbers._replace(mask_removed=None)
 
 
-def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = None, gradients: bool = False) -> Any:
+def jit_comparison(growth: Growth, dtype: Dtype, placements: Placements | None = None, gradients: bool = False) -> Any:
     """The jitted program of a certificate: ((old, new) parameters, batch) -> the fields of a Comparison.
 
     Both models are compared on the old vocabulary: padded ids are left out, and so are new words, which have no logits
@@ -233,6 +236,7 @@ def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = N
     )
 
     def logits(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+        placement = None if placements is None else placements[config is after]
         y_BLV = forward(params, config, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
         return jnp.where(real_ids(old), y_BLV[..., : old.padded_vocab_size], -jnp.inf)
 
@@ -248,10 +252,9 @@ def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = N
         for p, config in zip(params, (before, after), strict=True):
             if gradients:
                 (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(p, config, batch)
-                if placement is not None:  # pinned, else the partitioner may not shard them
-                    grads = jax.lax.with_sharding_constraint(
-                        grads, tree_shardings(placement.mesh, abstract_params(config)[1])
-                    )
+                if placements is not None:  # pinned, else the partitioner may not shard them
+                    mesh = placements[config is after].mesh
+                    grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, abstract_params(config)[1]))
                 norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
             else:
                 (mean, aux), norm = loss(p, config, batch), jnp.zeros(())
@@ -273,7 +276,7 @@ def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = N
         )
 
     # A growth point runs the program once: on a CPU compiling it costs more than running it, so it is not optimised.
-    device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    device = jax.devices()[0] if placements is None else placements[0].mesh.devices.flat[0]
     quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return jax.jit(compare, compiler_options=quick)
 

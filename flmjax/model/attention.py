@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import ConfigError, nearest
+from flmjax.config import ConfigError, RunConfig, nearest
 from flmjax.sharding.rules import Placement
 
 # Score of a key that the query must not see. It is finite, so that no query has -inf scores alone (NaN after softmax).
@@ -62,16 +62,20 @@ def choose(platform: str, dtype: str | np.dtype[Any], segmented: bool) -> str:
     return "plain"
 
 
-def check_backend(implementation: str, platform: str, dtype: str) -> None:
-    """Refuse cuDNN on devices, or for a dtype, that it cannot compute with.
+def check_backends(config: RunConfig, platform: str) -> None:
+    """Refuse a run with a stage whose cuDNN attention cannot compute on the devices, or in the model's dtype.
 
     Raises:
         ConfigError: naming the setting.
     """
-    if implementation == "cudnn" and platform != "gpu":
-        raise ConfigError(f"model.attention='cudnn' needs an NVIDIA GPU; the devices are '{platform}': take 'fused'")
-    if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
-        raise ConfigError(f"model.attention='cudnn' computes in 16 bits, but model.dtype='{dtype}': take 'fused'")
+    for stage in config.schedule:
+        if stage.layout.attention != "cudnn":
+            continue
+        setting, dtype = stage.setting_of("attention"), stage.model.dtype
+        if platform != "gpu":
+            raise ConfigError(f"{setting}='cudnn' needs an NVIDIA GPU; the devices are '{platform}': take 'fused'")
+        if jnp.dtype(dtype).itemsize != 2:
+            raise ConfigError(f"{setting}='cudnn' computes in 16 bits, but model.dtype='{dtype}': take 'fused'")
 
 
 def _platform(placement: Placement | None) -> str:

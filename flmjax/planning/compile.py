@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from flmjax.config import ConfigError, DataConfig, MeshShape, RunConfig, Stage
-from flmjax.config.validate import legal_microbatches, validate_mesh
+from flmjax.config.validate import legal_microbatches, stage_mesh
 from flmjax.data.batch import BatchKind, abstract_batch
 from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
@@ -35,7 +35,6 @@ class Compiler:
     Attributes:
         config: of the run, with its vocabulary size.
         topology: the machine.
-        mesh_shape: devices along each axis of the mesh.
         is_exact: False where the machine's compiler is missing. Programs are then compiled for as many fake CPU
             devices: their partitioning is that of the machine, their bytes and times are not.
         batch_kind: optional entries of the batches of training.
@@ -43,13 +42,11 @@ class Compiler:
     """
 
     def __init__(self, config: RunConfig, topology: Topology):
-        """Raises ConfigError for a mesh that does not fit the machine or the config."""
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would query the cloud for its location,
         os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # and admit one process a machine, which no compiler needs
         jax.config.update("jax_platforms", "cpu")
         self.config = config
         self.topology = topology
-        self.mesh_shape: MeshShape = validate_mesh(config, topology.num_devices)
         teachers, self.assumptions = teachers_of(config.data)
         self.batch_kind = BatchKind.of(config.data, teachers)
         with captured_stderr():  # backends report the devices that this machine lacks
@@ -58,11 +55,15 @@ class Compiler:
             if devices is None:
                 jax.config.update("jax_num_cpu_devices", topology.num_devices)
             cpu_devices = jax.devices()
-        self.mesh = make_mesh(self.mesh_shape, cpu_devices if devices is None else devices)
+        self.devices = cpu_devices if devices is None else devices
+
+    def mesh_shape(self, stage: Stage) -> MeshShape:
+        """Devices along each mesh axis of a stage; raises ConfigError for a mesh that does not fit the machine."""
+        return stage_mesh(self.config, stage, self.topology.num_devices)
 
     def spec(self, stage: Stage) -> StateSpec:
         """The abstract training state of a stage."""
-        return state_spec(stage.model, self.config.optimizer, self.mesh)
+        return state_spec(stage.model, self.config.optimizer, make_mesh(self.mesh_shape(stage), self.devices))
 
     def step(self, stage: Stage) -> Program:
         """The training step of a stage, the program of `flmjax train`.
@@ -72,7 +73,7 @@ class Compiler:
             ConfigError: for any other error of the compiler.
         """
         spec, size = self.spec(stage), stage.config.batch_size
-        batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(self.mesh))
+        batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(spec.mesh))
         return compile_program(
             jit_train_step(spec, stage.layout.microbatches, ramp_of(stage)),
             (spec.abstract, batch, np.float32(0)),
@@ -83,8 +84,8 @@ class Compiler:
 
     def _step_advice(self, stage: Stage) -> str:
         if stage.layout.remat != "full":
-            return "take model.remat='full'"
-        counts = legal_microbatches(stage.config, self.mesh_shape.data_shards)
+            return f"take {stage.setting_of('remat')}='full'"
+        counts = legal_microbatches(stage.config, self.mesh_shape(stage).data_shards)
         more = [count for count in counts if count > stage.layout.microbatches]
         return f"take stages[{stage.index}].microbatches={more[0]}" if more else MORE_DEVICES
 
@@ -92,7 +93,7 @@ class Compiler:
         """The attention backend of a stage's step."""
         if stage.layout.attention != "fused":
             return stage.layout.attention
-        platform = self.mesh.devices.flat[0].platform
+        platform = self.devices[0].platform
         return choose(platform, stage.model.dtype, self.batch_kind.segments)
 
     def growth(self, stage: Stage) -> Program:
@@ -115,16 +116,17 @@ class Compiler:
         """
         assert stage.previous is not None
         config, old, new = self.config, self.spec(stage.previous), self.spec(stage)
-        rows = whole_rows(config.certificate_rows, self.mesh)
-        batch = abstract_batch(self.batch_kind, rows, old.config.max_length, batch_sharding(self.mesh))
+        meshes = (old.mesh, new.mesh)
+        rows, fewest = (whole_rows(n, *meshes) for n in (config.certificate_rows, 1))
+        batch = abstract_batch(self.batch_kind, rows, old.config.max_length, batch_sharding(new.mesh))
         program = compile_program(
-            jit_comparison(Growth.into(stage), dtype=new.config.dtype, placement=Placement(self.mesh), gradients=True),
+            jit_comparison(
+                Growth.into(stage), new.config.dtype, (Placement(old.mesh), Placement(new.mesh)), gradients=True
+            ),
             ((old.abstract.params, new.abstract.params), batch),
             self.topology,
             name=f"the certificate of growth {stage.previous.name} -> {stage.name}",
-            advice=f"take certificate_rows={self.mesh_shape.data_shards}"
-            if config.certificate_rows > self.mesh_shape.data_shards
-            else MORE_DEVICES,
+            advice=f"take certificate_rows={fewest}" if rows > fewest else MORE_DEVICES,
         )
         moments = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

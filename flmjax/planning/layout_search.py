@@ -1,14 +1,18 @@
-"""Search for the layout (mesh, microbatches, rematerialisation) that trains a run in the fewest days on a machine.
+"""Search for the layout of every stage (mesh, rematerialisation, microbatches) that trains a run fastest on a machine.
 
-Every legal layout is estimated by formulas; the best are compiled, with more microbatches until they fit.
+Every legal layout of a stage is estimated by formulas; the best are compiled, with more microbatches until they fit.
+Of the layouts that fit, the fastest of every stage are joined whose growths and last certificate fit too. Attention is
+"fused" in all of them: where documents are kept apart it is the fastest backend that can do so.
 """
 
 import dataclasses
+import itertools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from flmjax.config import ConfigError, MeshShape, ModelConfig, Remat, RunConfig, Stage, StageConfig
-from flmjax.config.validate import legal_microbatches, on_mesh, validate_mesh
+from flmjax.config import MESH_AXES, ConfigError, MeshShape, ModelConfig, Remat, RunConfig, Stage, StageMeshConfig
+from flmjax.config.validate import check_stage, legal_microbatches
 from flmjax.hardware import GiB
 from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.planning import cost
@@ -28,40 +32,42 @@ Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A layout of a run.
+class StageLayout:
+    """A layout of one stage.
 
     Attributes:
-        mesh, remat: of all stages.
-        microbatches: of each stage.
-        days: of the run, estimated by formulas or from compiled programs.
-        peak: most bytes of a device in any program; None: not compiled.
+        seconds: of a step, estimated by formulas or from the compiled program.
+        peak: most bytes of a device in the step; None: not compiled.
     """
 
     mesh: MeshShape
     remat: Remat
-    microbatches: tuple[int, ...]
-    days: float
+    microbatches: int
+    seconds: float
     peak: int | None = None
 
-    def flags(self) -> str:
-        """The layout as flags of the command line."""
-        flags = [f"--config.mesh.{axis}={getattr(self.mesh, axis)}" for axis in ("replica", "fsdp", "tensor")]
-        flags.append(f"--config.model.remat={self.remat}")
-        flags += [f"'--config.stages[{i}].microbatches={n}'" for i, n in enumerate(self.microbatches)]
-        return " ".join(flags)
-
-    def apply(self, config: RunConfig) -> RunConfig:
-        """The run in this layout."""
-        stages = tuple(
-            dataclasses.replace(stage, microbatches=n)
-            for stage, n in zip(config.stages, self.microbatches, strict=True)
-        )
-        model = dataclasses.replace(config.model, remat=self.remat)
-        return on_mesh(dataclasses.replace(config, model=model, stages=stages), self.mesh)
-
     def __str__(self) -> str:
-        return f"{_mesh_words(self.mesh)}, remat {self.remat}"
+        mesh = self.mesh
+        words = f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, remat {self.remat}"
+        return f"{words}, {self.microbatches} microbatches"
+
+
+def with_layouts(config: RunConfig, layouts: Mapping[int, StageLayout]) -> RunConfig:
+    """The run with other layouts of some stages.
+
+    Args:
+        layouts: by the number of the stage.
+    """
+    stages = list(config.stages)
+    for index, layout in layouts.items():
+        stages[index] = dataclasses.replace(
+            stages[index],
+            mesh=StageMeshConfig(**dataclasses.asdict(layout.mesh)),
+            remat=layout.remat,
+            attention="fused",
+            microbatches=layout.microbatches,
+        )
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,110 +75,156 @@ class LayoutSearch:
     """Result of a search.
 
     Attributes:
-        fitting: layouts whose compiled programs fit, fewest days first.
-        possible: number of layouts that may fit by estimate.
+        stages: for each stage the layouts whose compiled steps fit, the fastest first.
+        best: one layout of each stage, the fastest whose growths fit.
+        days: of the run with the layouts of `best`, growths included.
+        peak: most bytes of a device in any program of that run.
+        possible: number of layouts of a stage that may fit by estimate, of all stages.
         tried: number of these that were compiled.
     """
 
-    fitting: tuple[Candidate, ...]
+    stages: tuple[tuple[StageLayout, ...], ...]
+    best: tuple[StageLayout, ...]
+    days: float
+    peak: int
     possible: int
     tried: int
 
 
 def search_layouts(config: RunConfig, log: Log = lambda _: None, tries: int = 3) -> LayoutSearch:
-    """Compile layouts for mesh.topology, the best by estimate first, until `tries` of them fit with all their programs.
+    """Compile layouts for mesh.topology, the best by estimate first, until `tries` of every stage fit.
 
     Raises:
-        ConfigError: when no layout is legal or none fits, and without the machine's compiler, which alone can tell.
+        ConfigError: when no layout of a stage is legal or none fits, and without the machine's compiler, which alone
+            can tell.
     """
     topology = parse_topology(config.mesh.topology)
-    candidates = estimates(config, topology)
-    fitting: list[Candidate] = []
-    growth_peaks: dict[MeshShape, int | None] = {}  # growths depend on the mesh alone; None: too large
-    tried, reason = 0, ""
-    for candidate in candidates:
-        tried += 1
-        log(f"{candidate}, estimated {candidate.days:.1f} days")
+    steps = [stage.steps for stage in cost.stage_costs(config)]
+    candidates = [estimates(stage, topology) for stage in config.schedule]
+    compiler = Compiler(config, topology)
+    if not compiler.is_exact:
+        raise ConfigError(
+            f"the compiler of {topology.name} is missing, and without it no program is known to fit; "
+            f"pip install '{PACKAGES[topology.platform]}'"
+        )
+    fitting, tried = [], 0
+    for stage, layouts in zip(config.schedule, candidates, strict=True):
+        fitting.append(fitting_layouts(stage, layouts, compiler, log, tries))
+        tried += fitting[-1].tried
+    search = _Growths(compiler, log)
+
+    def seconds(run: Sequence[StageLayout]) -> float:
+        return sum(n * layout.seconds for n, layout in zip(steps, run, strict=True))
+
+    for run in sorted(itertools.product(*(layouts.fitting for layouts in fitting)), key=seconds):
         try:
-            compiler = Compiler(candidate.apply(config), topology)
-            if candidate.mesh not in growth_peaks:
-                growth_peaks[candidate.mesh] = None
-                growth_peaks[candidate.mesh] = growth_peak(compiler, log)
-            peak = growth_peaks[candidate.mesh]
-            if peak is None:
-                raise TooLargeError("the growths on this mesh are too large")
-            compiled = fit(candidate, compiler, log)
+            growth_seconds, peak = search.between(run)
         except TooLargeError as error:
             reason = str(error)
             log(f"  {reason}")
             continue
-        log(f"  fits, {compiled.days:.1f} days")
-        fitting.append(dataclasses.replace(compiled, peak=max(compiled.peak or 0, peak)))
+        return LayoutSearch(
+            stages=tuple(layouts.fitting for layouts in fitting),
+            best=run,
+            days=(seconds(run) + growth_seconds) / 86_400,
+            peak=max(peak, *(layout.peak or 0 for layout in run)),
+            possible=sum(map(len, candidates)),
+            tried=tried,
+        )
+    raise ConfigError(f"layouts whose steps fit {topology.name} have growths that do not; of the last ones, {reason}")
+
+
+class Fitting(NamedTuple):
+    """Layouts of a stage that fit once compiled, the fastest first, and the number of layouts that were compiled."""
+
+    fitting: tuple[StageLayout, ...]
+    tried: int
+
+
+def fitting_layouts(stage: Stage, layouts: Sequence[StageLayout], compiler: Compiler, log: Log, tries: int) -> Fitting:
+    """The first `tries` layouts that fit with all microbatches that they need.
+
+    Raises:
+        ConfigError: if no layout fits.
+    """
+    fitting: list[StageLayout] = []
+    tried, reason = 0, ""
+    for layout in layouts:
+        tried += 1
+        log(f"{stage.name}: {layout}, estimated {layout.seconds:.1f} s a step")
+        try:
+            fitting.append(fit(stage, layout, compiler, log))
+        except TooLargeError as error:
+            reason = str(error)
+            log(f"  {reason}")
         if len(fitting) == tries:
             break
     if not fitting:
         raise ConfigError(
-            f"none of the {len(candidates)} layouts that may fit {topology.name} does; of the last one, {reason}"
+            f"none of the {len(layouts)} layouts of stage {stage.name} that may fit {compiler.topology.name} does; of "
+            f"the last one, {reason}"
         )
-    return LayoutSearch(tuple(sorted(fitting, key=lambda candidate: candidate.days)), len(candidates), tried)
+    return Fitting(tuple(sorted(fitting, key=lambda layout: layout.seconds)), tried)
 
 
-def growth_peak(compiler: Compiler, log: Log) -> int:
-    """Most bytes of a device in the programs of all growths and in the last one's certificate.
-
-    Raises:
-        TooLargeError: naming the program that does not fit.
-        ConfigError: without the machine's compiler.
-    """
-    _require_exact(compiler)
-    schedule, peak = compiler.config.schedule, 0
-    for stage in schedule[1:]:
-        growth = growth_plan(compiler, stage, is_last=stage is schedule[-1], log=lambda text: log(f"  {text}"))
-        for program in (growth.program, growth.certificate):
-            if program is not None:
-                _require_fit(program, compiler.topology)
-                peak = max(peak, program.peak)
-    return peak
-
-
-def fit(candidate: Candidate, compiler: Compiler, log: Log) -> Candidate:
-    """The candidate with as many microbatches as its compiled stages need to fit, and with their days and peak.
-
-    Args:
-        compiler: of the run in the candidate's layout.
+def fit(stage: Stage, layout: StageLayout, compiler: Compiler, log: Log) -> StageLayout:
+    """The layout with as many microbatches as the compiled step needs to fit, with its time and its peak.
 
     Raises:
-        TooLargeError: naming the stage that fits with no number of microbatches.
-        ConfigError: without the machine's compiler.
+        TooLargeError: if the step fits with no number of microbatches.
     """
-    _require_exact(compiler)
     topology = compiler.topology
     machine = cost.machine_of(topology.chip, topology.num_devices, None)
-    counts, peak, days = [], 0, 0.0
-    for stage in reversed(compiler.config.schedule):  # the last is the largest: a layout that cannot fit fails early
-        refusal: TooLargeError | None = None
-        for count in _legal(stage.config, candidate.mesh):
-            if count < stage.layout.microbatches:
-                continue
-            try:
-                planned = stage_plan(compiler, _with_microbatches(stage, count), machine)
-                log(f"  step of {stage.name} in {count} microbatches: {planned.program.peak / GiB:.1f} GiB")
-                _require_fit(planned.program, topology)
-            except TooLargeError as error:
-                refusal = error
-                continue
-            refusal = None
-            break
-        if refusal is not None:
-            raise refusal
-        counts.append(count)
-        peak, days = max(peak, planned.program.peak), days + planned.bill.days
-    return dataclasses.replace(candidate, microbatches=tuple(reversed(counts)), peak=peak, days=days)
+    counts = legal_microbatches(stage.config, layout.mesh.data_shards)
+    refusal = TooLargeError(f"{stage.name} has no {layout.microbatches} microbatches or more")
+    for count in [n for n in counts if n >= layout.microbatches]:
+        larger = dataclasses.replace(layout, microbatches=count)
+        applied = with_layouts(compiler.config, {stage.index: larger}).schedule[stage.index]
+        try:
+            planned = stage_plan(compiler, applied, machine)
+            log(f"  {count} microbatches: {planned.program.peak / GiB:.1f} GiB, {planned.step.seconds:.1f} s a step")
+            _require_fit(planned.program, topology)
+        except TooLargeError as error:
+            refusal = error
+            continue
+        return dataclasses.replace(larger, seconds=planned.step.seconds, peak=planned.program.peak)
+    raise refusal
 
 
-def _with_microbatches(stage: Stage, count: int) -> Stage:
-    settings = dataclasses.replace(stage.config, microbatches=count)
-    return dataclasses.replace(stage, config=settings, layout=stage.layout._replace(microbatches=count))
+class _Growths:
+    """Growths and the last certificate, which depend on the meshes alone: each is compiled once for its two meshes."""
+
+    def __init__(self, compiler: Compiler, log: Log):
+        self._compiler, self._log = compiler, log
+        self._known: dict[tuple[int, MeshShape, MeshShape], tuple[float, int] | TooLargeError] = {}
+
+    def between(self, run: Sequence[StageLayout]) -> tuple[float, int]:
+        """(Seconds of all growths, most bytes of a device) of a run with these layouts.
+
+        Raises:
+            TooLargeError: naming the growth or the certificate that does not fit.
+        """
+        schedule = with_layouts(self._compiler.config, dict(enumerate(run))).schedule
+        seconds, peak = 0.0, 0
+        for stage in schedule[1:]:
+            key = (stage.index, run[stage.index - 1].mesh, run[stage.index].mesh)
+            if key not in self._known:
+                self._known[key] = self._compile(stage, is_last=stage is schedule[-1])
+            known = self._known[key]
+            if isinstance(known, TooLargeError):
+                raise known
+            seconds, peak = seconds + known[0], max(peak, known[1])
+        return seconds, peak
+
+    def _compile(self, stage: Stage, is_last: bool) -> tuple[float, int] | TooLargeError:
+        topology = self._compiler.topology
+        try:
+            growth = growth_plan(self._compiler, stage, is_last, self._log)
+            for program in growth.programs:
+                _require_fit(program, topology)
+        except TooLargeError as error:
+            return error
+        return growth.seconds, max(program.peak for program in growth.programs)
 
 
 def _require_fit(program: Program, topology: Topology) -> None:
@@ -180,83 +232,83 @@ def _require_fit(program: Program, topology: Topology) -> None:
         raise TooLargeError(refusal)
 
 
-def _require_exact(compiler: Compiler) -> None:
-    if not compiler.is_exact:
-        raise ConfigError(
-            f"the compiler of {compiler.topology.name} is missing, and without it no program is known to fit; "
-            f"pip install '{PACKAGES[compiler.topology.platform]}'"
-        )
+def flags(layouts: Sequence[StageLayout]) -> str:
+    """A layout for each stage as flags of the command line."""
+    words = []
+    for i, layout in enumerate(layouts):
+        settings = {f"mesh.{axis}": getattr(layout.mesh, axis) for axis in MESH_AXES}
+        settings |= {"remat": layout.remat, "attention": "fused", "microbatches": layout.microbatches}
+        words += [f"'--config.stages[{i}].{name}={value}'" for name, value in settings.items()]
+    return " ".join(words)
 
 
-def layout_table(search: LayoutSearch) -> str:
-    """The layouts that fit as a table for a terminal, and the flags of the best."""
-    rows = [("mesh", "remat", "microbatches", "days", "peak")]
-    for candidate in search.fitting:
-        microbatches = " / ".join(map(str, candidate.microbatches))
-        peak = f"{(candidate.peak or 0) / GiB:.1f} GiB"
-        rows.append((_mesh_words(candidate.mesh), candidate.remat, microbatches, f"{candidate.days:.1f}", peak))
+def layout_table(search: LayoutSearch, names: Sequence[str]) -> str:
+    """The layouts of every stage that fit as a table for a terminal, and the flags of the best.
+
+    Args:
+        names: of the stages.
+    """
+    rows = [("stage", "mesh", "remat", "microbatches", "step", "peak", "")]
+    for name, layouts, best in zip(names, search.stages, search.best, strict=True):
+        for layout in layouts:
+            mesh = layout.mesh
+            rows.append(
+                (
+                    name,
+                    f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}",
+                    layout.remat,
+                    str(layout.microbatches),
+                    f"{layout.seconds:.1f} s",
+                    f"{(layout.peak or 0) / GiB:.1f} GiB",
+                    "taken" if layout == best else "",
+                )
+            )
     return "\n".join(
         [
             text_table(rows, left=3),
-            f"compiled: the best {search.tried} by estimate of {search.possible} layouts that may fit",
-            f"the fastest of them that fits: {search.fitting[0].flags()}",
+            f"compiled: {search.tried} of {search.possible} layouts that may fit, the best of every stage by estimate",
+            f"the fastest whose growths fit too: {search.days:.1f} days, peak {search.peak / GiB:.1f} GiB a device",
+            flags(search.best),
         ]
     )
-
-
-def _mesh_words(mesh: MeshShape) -> str:
-    return f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
 
-def _legal(stage: StageConfig, mesh: MeshShape) -> list[int]:
-    return legal_microbatches(stage, mesh.data_shards)
-
-
-def meshes(config: RunConfig, devices: int) -> Iterator[MeshShape]:
-    """Meshes of all `devices` over which the sizes and the batch of every stage divide."""
+def meshes(stage: Stage, devices: int) -> Iterator[MeshShape]:
+    """Meshes of all `devices` over which the sizes and the batch of a stage divide."""
+    single = dataclasses.replace(stage, layout=stage.layout._replace(microbatches=1))
     for tensor in TENSOR:
         for fsdp in [n for n in range(1, LARGEST_FSDP + 1) if devices % (tensor * n) == 0]:
             mesh = MeshShape(devices // (tensor * fsdp), fsdp, tensor)
-            stages = [dataclasses.replace(stage, microbatches=1) for stage in config.stages]
             try:
-                validate_mesh(on_mesh(dataclasses.replace(config, stages=tuple(stages)), mesh), devices)
+                check_stage(single, mesh)
             except ConfigError:
                 continue
             yield mesh
 
 
-def estimates(config: RunConfig, topology: Topology) -> list[Candidate]:
-    """Every legal layout with the fewest microbatches that may fit, fewest estimated days first.
+def estimates(stage: Stage, topology: Topology) -> list[StageLayout]:
+    """Every legal layout of a stage with the fewest microbatches that may fit, the fastest by estimate first.
 
     Raises:
         ConfigError: when no mesh divides the sizes or no layout may fit, and without a vocabulary size.
     """
-    candidates = []
-    steps = [stage.steps for stage in cost.stage_costs(config)]
-    for mesh in meshes(config, topology.num_devices):
+    layouts, batch_size = [], stage.config.batch_size
+    for mesh in meshes(stage, topology.num_devices):
         for remat in typing.get_args(Remat):  # those that recompute less first
-            counts, days = [], 0.0
-            for stage, updates in zip(config.schedule, steps, strict=True):
-                model, batch_size = dataclasses.replace(stage.model, remat=remat), stage.config.batch_size
-                fitting = [
-                    n
-                    for n in _legal(stage.config, mesh)
-                    if memory(model, mesh, batch_size // n, n) < SLACK * topology.usable
-                ]
-                if not fitting:
+            model = dataclasses.replace(stage.model, remat=remat, attention="fused")
+            for n in legal_microbatches(stage.config, mesh.data_shards):
+                if memory(model, mesh, batch_size // n, n) < SLACK * topology.usable:
+                    layouts.append(StageLayout(mesh, remat, n, seconds(model, batch_size, n, mesh, topology)))
                     break
-                counts.append(fitting[0])
-                days += updates * seconds(model, batch_size, fitting[0], mesh, topology) / 86_400
-            else:
-                candidates.append(Candidate(mesh, remat, tuple(counts), days))
-    if not candidates:
+    if not layouts:
         raise ConfigError(
-            f"no mesh of {topology.num_devices} devices that the sizes and batches divide over may fit the run"
+            f"stages[{stage.index}] ({stage.name}): no mesh of {topology.num_devices} devices that its sizes and its "
+            "batch divide over may fit it"
         )
-    return sorted(candidates, key=lambda candidate: candidate.days)
+    return sorted(layouts, key=lambda layout: layout.seconds)
 
 
 def memory(model: ModelConfig, mesh: MeshShape, sequences: int, microbatches: int) -> float:

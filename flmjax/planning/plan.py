@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from flmjax.config import MeshShape
+from flmjax.config import MeshShape, Remat
 from flmjax.hardware import PlannableChip
 from flmjax.planning.cost import Bill, Published, StageCost
 from flmjax.planning.program import Program
@@ -17,7 +17,7 @@ class StagePlan:
     Attributes:
         cost: of all updates of the stage.
         batch_size: sequences. microbatches: parts of a batch.
-        attention: the backend.
+        mesh, remat: of the stage's layout. attention: the backend.
         program: the training step, on one device.
         attention_flops: of the fused attention kernels on one device, which the program's text does not show.
         model_flops: of all devices, by FLOPS_CONVENTION.
@@ -29,6 +29,8 @@ class StagePlan:
     cost: StageCost
     batch_size: int
     microbatches: int
+    mesh: MeshShape
+    remat: Remat
     attention: str
     program: Program
     attention_flops: float
@@ -48,6 +50,7 @@ class GrowthPlan:
     """The growth from one stage to the next; old and new state are in memory at once.
 
     Attributes:
+        seconds: estimated time of the growth.
         certificate: the comparison of both models after the growth. It is planned for the last growth alone, whose
             models are the largest; None for the others.
     """
@@ -55,7 +58,13 @@ class GrowthPlan:
     from_stage: str
     to_stage: str
     program: Program
+    seconds: float
     certificate: Program | None = None
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The growth and, if it is planned, its certificate."""
+        return (self.program,) if self.certificate is None else (self.program, self.certificate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,6 @@ class Plan:
     platform: str
     chip: PlannableChip
     devices: int
-    mesh: MeshShape
     is_exact: bool
     usable: float
     stages: tuple[StagePlan, ...]
@@ -88,8 +96,8 @@ class Plan:
     @property
     def programs(self) -> tuple[Program, ...]:
         """All programs: the steps, then each growth with its certificate."""
-        growths = [program for growth in self.growths for program in (growth.program, growth.certificate)]
-        return tuple(program for program in (*(stage.program for stage in self.stages), *growths) if program)
+        steps = (stage.program for stage in self.stages)
+        return (*steps, *(program for growth in self.growths for program in growth.programs))
 
     @property
     def refusals(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Planning of a run: every training step and every growth is compiled for the machine, then priced."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from flmjax.config import MeshShape, RunConfig, Stage
+from flmjax.config.validate import validate_meshes
 from flmjax.hardware import GiB
 from flmjax.model.flops import flops_per_token
 from flmjax.planning import cost
@@ -11,7 +12,7 @@ from flmjax.planning.compile import Compiler
 from flmjax.planning.cost import Machine, Published
 from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
 from flmjax.planning.program import Program
-from flmjax.planning.roofline import fused_attention_flops, step_time
+from flmjax.planning.roofline import fused_attention_flops, growth_time, step_time
 from flmjax.planning.topology import parse_topology
 
 TILE_ROWS = {"bfloat16": 16, "float32": 8}  # of a TPU's tile; shards of incomplete tiles cannot be scattered
@@ -32,6 +33,7 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
     """
     costs = cost.stage_costs(config)
     topology = parse_topology(config.mesh.topology)
+    meshes = validate_meshes(config, topology.num_devices)
     compiler = Compiler(config, topology)
     machine = cost.machine_of(topology.chip, topology.num_devices, price)
     stages, growths = [], []
@@ -49,7 +51,6 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
         platform=topology.platform,
         chip=topology.chip,
         devices=topology.num_devices,
-        mesh=compiler.mesh_shape,
         is_exact=compiler.is_exact,
         usable=topology.usable,
         stages=tuple(stages),
@@ -57,7 +58,7 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
         total=cost.bill(machine, sum(stage.bill.days for stage in stages)),
         saved=cost.saved_at_equal_tokens([stage.cost.flops for stage in stages], scratch),
         saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
-        remarks=(*remarks(config, compiler.mesh_shape, topology.platform), *compiler.assumptions),
+        remarks=(*remarks(config, meshes, topology.platform), *compiler.assumptions),
     )
 
 
@@ -70,7 +71,7 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
     step = step_time(
         model,
         compiler.topology.chip,
-        compiler.mesh_shape,
+        compiler.mesh_shape(stage),
         tokens=tokens / machine.devices,
         matmul_flops=program.matmul_flops,
         attention_flops=attention_flops,
@@ -81,6 +82,8 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
     return StagePlan(
         cost=stage_cost,
         batch_size=settings.batch_size,
+        mesh=compiler.mesh_shape(stage),
+        remat=stage.layout.remat,
         microbatches=stage.layout.microbatches,
         attention=attention,
         program=program,
@@ -96,7 +99,8 @@ def growth_plan(compiler: Compiler, stage: Stage, is_last: bool, log: Log) -> Gr
     """Compile the growth into a stage and, of the last growth, the certificate; raises as make_plan."""
     assert stage.previous is not None
     log(f"growth {stage.previous.name} -> {stage.name}")
-    growth = GrowthPlan(stage.previous.name, stage.name, compiler.growth(stage))
+    program = compiler.growth(stage)
+    growth = GrowthPlan(stage.previous.name, stage.name, program, growth_time(compiler.topology.chip, program))
     log(f"  {_size(growth.program)}")
     if not is_last:
         return growth
@@ -106,9 +110,9 @@ def growth_plan(compiler: Compiler, stage: Stage, is_last: bool, log: Log) -> Gr
     return dataclasses.replace(growth, certificate=certificate)
 
 
-def remarks(config: RunConfig, mesh: MeshShape, platform: str) -> Iterator[str]:
+def remarks(config: RunConfig, meshes: Sequence[MeshShape], platform: str) -> Iterator[str]:
     """Lines on what the sizes of the programs do not show: slow shards, and work that is not in the plan."""
-    for stage in config.schedule:
+    for stage, mesh in zip(config.schedule, meshes, strict=True):
         width, tile = stage.model.embed_dim, TILE_ROWS[stage.model.dtype]
         rows = width // mesh.fsdp
         if platform == "tpu" and rows % tile and width % tile == 0:

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from flmjax.config import MeshShape, ModelConfig
 from flmjax.hardware import PlannableChip
 from flmjax.planning.hlo import Collective
+from flmjax.planning.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,16 @@ def step_time(
             data += seconds
     update = state_bytes * (2 + 1 / 3) / (chip.bandwidth * assumed.memory)
     return StepTime(compute, tensor, data, min(data, assumed.overlap * compute), update)
+
+
+def growth_time(chip: PlannableChip, program: Program, assumed: Assumptions = Assumptions()) -> float:
+    """Seconds of a growth: its exchanges, none of them hidden, and its reads and writes of HBM.
+
+    Arguments are read and outputs written once, temporaries written and read.
+    """
+    exchanges = sum(x.bytes / (link_bandwidth(chip, x) * assumed.link) for x in program.collectives)
+    moved = program.arguments + program.outputs + 2 * program.temporaries
+    return exchanges + moved / (chip.bandwidth * assumed.memory)
 
 
 def link_bandwidth(chip: PlannableChip, exchange: Collective) -> float:

@@ -18,8 +18,7 @@ Row = list[str]  # of a table: a label, then one cell for each stage or growth
 
 def plan_table(plan: Plan) -> str:
     """The plan as text for a terminal."""
-    mesh = f"replica {plan.mesh.replica} x fsdp {plan.mesh.fsdp} x tensor {plan.mesh.tensor}"
-    head = f"{plan.topology}: {plan.devices} x {plan.chip.kind}, mesh {mesh}"
+    head = f"{plan.topology}: {plan.devices} x {plan.chip.kind}"
     lines = [head, "", text_table(stage_rows(plan))]
     if plan.growths:
         lines += ["", text_table(growth_rows(plan, "growth", "->"))]
@@ -36,6 +35,8 @@ def stage_rows(plan: Plan) -> list[Row]:
     rows = [
         row("", lambda s: s.cost.name),
         row("parameters", lambda s: short(s.cost.parameters)),
+        row("mesh: replica x fsdp x tensor", lambda s: f"{s.mesh.replica} x {s.mesh.fsdp} x {s.mesh.tensor}"),
+        row("remat", lambda s: s.remat),
         row("batch / microbatches", lambda s: f"{s.batch_size} / {s.microbatches}"),
         row("attention", lambda s: s.attention),
         row("memory a device: state", lambda s: gib(s.program.arguments)),

@@ -1,6 +1,7 @@
 """Sharding rules: the mesh axis of each logical axis, for parameters and for activations."""
 
 import dataclasses
+import math
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -76,9 +77,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ACTIVATION_RULES["batch"]))
 
 
-def whole_rows(rows: int, mesh: Mesh) -> int:
-    """The smallest number of sequences, at least `rows`, that divides over the data shards of the mesh."""
-    shards = mesh.shape["replica"] * mesh.shape["fsdp"]
+def whole_rows(rows: int, *meshes: Mesh) -> int:
+    """The smallest number of sequences, at least `rows`, that divides over the data shards of every mesh."""
+    shards = math.lcm(*(mesh.shape["replica"] * mesh.shape["fsdp"] for mesh in meshes))
     return -(-rows // shards) * shards
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import SIZES, ConfigError, ModelConfig, RunConfig, resize, to_json
-from flmjax.config.validate import check_mesh, validate, validate_mesh
+from flmjax.config.validate import check_mesh, validate, validate_meshes
 from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import has_same_preparation, prepare, ready_vocabulary
@@ -22,7 +22,7 @@ from flmjax.growth.families import family_of
 from flmjax.growth.grow import plan_growth
 from flmjax.growth.growth import Growth
 from flmjax.growth.rules import GrowthError
-from flmjax.model.attention import check_backend
+from flmjax.model.attention import check_backends
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.optimizer.schedule import new_warmup
 from flmjax.sharding.mesh import make_mesh
@@ -108,14 +108,14 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         if is_run and unfinished_growth(workdir) is None:
             raise ConfigError(f"{workdir} holds a run already; take another --workdir")
         _target(config, origin)  # raises before data is prepared
-        mesh_shape = validate_mesh(config, jax.device_count())
-        check_backend(config.model.attention, jax.devices()[0].platform, config.model.dtype)
-        check_mesh(_on_mesh(origin.stage.model, config), mesh_shape, f"--source={source}")
+        first_mesh, *_ = validate_meshes(config, jax.device_count())
+        check_backends(config, jax.devices()[0].platform)
+        check_mesh(_on_mesh(origin.stage.model, config), first_mesh, f"--source={source}")
         check_vocabulary(config, source, origin, workdir)
         begin_growth(workdir, source)
         try:
             with entry.time.during("growth"):
-                _grow(config, source, origin, workdir, make_mesh(mesh_shape, jax.devices()), entry, weights_only)
+                _grow(config, source, origin, workdir, make_mesh(first_mesh, jax.devices()), entry, weights_only)
         except (ConfigError, GrowthError):
             end_growth(workdir)
             raise
@@ -157,7 +157,7 @@ def _grow(
         config,
         workdir,
         stream,
-        mesh,
+        (mesh, mesh),
         (state.params, grown.params),
         growth,
         GrowthPoint(0, f"{source} step {origin.step}", config.stages[0].name),
@@ -193,7 +193,8 @@ def _lineage(stream: TrainingStream, source: Path, origin: Position) -> tuple[Tr
 
 def _on_mesh(model: ModelConfig, config: RunConfig) -> ModelConfig:
     """The source's model with the padding of the vocabulary that the new run's mesh needs."""
-    return dataclasses.replace(model, vocab_multiple=math.lcm(model.vocab_multiple, config.mesh.tensor))
+    tensor = config.schedule[0].layout.mesh.tensor
+    return dataclasses.replace(model, vocab_multiple=math.lcm(model.vocab_multiple, tensor))
 
 
 def _restore(directory: Path, origin: Position, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:

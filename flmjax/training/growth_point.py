@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from flmjax.config import RunConfig, Stage
-from flmjax.data.batch import global_batch
+from flmjax.data.batch import data_host, global_batch, split_over_devices
 from flmjax.data.loader import TrainingStream
 from flmjax.evaluation.validation_loss import padded_batches
 from flmjax.growth.certificate import GrowthPoint, certify
@@ -48,8 +48,8 @@ def grow_into(
         return grown
     assert stage.previous is not None
     first = first_sample + stage.previous.samples_before(stage.start)
-    host_batches = stream.batches(start=first, batch_size=stage.config.batch_size, **this_host())
-    sharding = batch_sharding(new.mesh)
+    sharding, size = batch_sharding(new.mesh), stage.config.batch_size
+    host_batches = stream.batches(start=first, batch_size=size, **data_host(sharding, size))
     batches = (global_batch(batch, sharding) for batch in itertools.islice(host_batches, stage.tuning_steps))
     model = dataclasses.replace(new.config, dropout=0.0)
 
@@ -59,7 +59,7 @@ def grow_into(
 
     params, losses = tune(state.params, Growth.into(stage, key), value_and_grad, batches, new.shardings.params)
     log(
-        f"growth learned in {stage.tuning_steps} updates on {stage.tuning_steps * stage.config.batch_size:,} samples: "
+        f"growth learned in {stage.tuning_steps} updates on {stage.tuning_steps * size:,} samples: "
         f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     )
     return dataclasses.replace(grown, params=params)
@@ -69,7 +69,7 @@ def prove_growth(
     config: RunConfig,
     workdir: Path,
     stream: TrainingStream,
-    mesh: jax.sharding.Mesh,
+    meshes: tuple[jax.sharding.Mesh, jax.sharding.Mesh],
     params: tuple[Params, Params],
     growth: Growth,
     point: GrowthPoint,
@@ -79,19 +79,22 @@ def prove_growth(
 
     Sequences have the old model's length. The certificate is stored in WORKDIR/certificates, even if it fails.
 
+    Args:
+        meshes: of the old and of the new stage, over the same devices in the same order.
+
     Raises:
         GrowthError: if the growth does not keep its claim.
     """
-    size = whole_rows(config.certificate_rows, mesh)
+    size = whole_rows(config.certificate_rows, *meshes)
     stream = dataclasses.replace(stream, length=growth.old.max_length)
     validation = stream.validation_set(size)
     batch, _ = next(padded_batches((validation.rows, validation.sources), size))
     certificate = certify(
         params,
         growth,
-        global_batch(batch, batch_sharding(mesh)),
+        split_over_devices(batch, batch_sharding(meshes[1])),
         point,
-        placement=Placement(mesh),
+        placements=(Placement(meshes[0]), Placement(meshes[1])),
         float64_below=config.certificate_float64_below,
         tolerance=config.certificate_tolerance,
     )
@@ -104,8 +107,3 @@ def prove_growth(
 def growth_key(config: RunConfig, index: int) -> jax.Array:
     """Key of the growth into stage number `index`; for a growth between runs `index` is 0."""
     return jax.random.fold_in(jax.random.key(config.seed), index + 1)
-
-
-def this_host() -> dict[str, int]:
-    """Arguments of TrainingStream.batches that select this process's sequences: its number, and the number of all."""
-    return {"host": jax.process_index(), "hosts": jax.process_count()}

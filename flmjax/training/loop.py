@@ -3,7 +3,7 @@
 import functools
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flmjax.config import ConfigError, RunConfig, Stage, to_json
-from flmjax.config.validate import validate, validate_mesh
-from flmjax.data.batch import Batch, global_batch
+from flmjax.config.validate import validate, validate_meshes
+from flmjax.data.batch import Batch, data_host, global_batch
 from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
@@ -26,7 +26,7 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tuning_flops
 from flmjax.growth.ramp import ramp_of
 from flmjax.hardware import peak_flops
-from flmjax.model.attention import check_backend
+from flmjax.model.attention import check_backends
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate
@@ -35,7 +35,7 @@ from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
 from flmjax.text_table import printable
 from flmjax.training.continuation import check_continuation, continued_stream
-from flmjax.training.growth_point import grow_into, growth_key, prove_growth, this_host
+from flmjax.training.growth_point import grow_into, growth_key, prove_growth
 from flmjax.training.state import (
     ITEMS,
     StateSpec,
@@ -82,8 +82,8 @@ def train(config: RunConfig, workdir: Path) -> None:
         TrainingError: after too many skipped updates in a row.
     """
     validate(config)
-    mesh_shape = validate_mesh(config, jax.device_count())
-    check_backend(config.model.attention, jax.devices()[0].platform, config.model.dtype)
+    shapes = validate_meshes(config, jax.device_count())
+    check_backends(config, jax.devices()[0].platform)
     with locked_workdir(workdir), StartEntry(workdir) as entry, ProgressBar(config.total_steps) as bar:
         with bar.doing("loading"):
             stored, position = stored_config(workdir), newest_position(workdir)
@@ -104,8 +104,8 @@ def train(config: RunConfig, workdir: Path) -> None:
             ):
                 if jax.process_index() == 0:
                     remove_certificates(workdir, step)
-                mesh = make_mesh(mesh_shape, jax.devices())
-                run = Run(config, workdir, stream, mesh, checkpoints, writer, bar, entry, position, claim)
+                meshes = [make_mesh(shape, jax.devices()) for shape in shapes]
+                run = Run(config, workdir, stream, meshes, checkpoints, writer, bar, entry, position, claim)
                 run.run_schedule()
         except KeyboardInterrupt:
             saved = latest_whole_step(workdir / "checkpoints")
@@ -193,7 +193,7 @@ class Run:
         config: RunConfig,
         workdir: Path,
         stream: TrainingStream,
-        mesh: Mesh,
+        meshes: Sequence[Mesh],
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         bar: ProgressBar,
@@ -201,7 +201,7 @@ class Run:
         position: Position | None,
         claim: Callable[[], None],
     ) -> None:
-        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.config, self.workdir, self.meshes = config, workdir, meshes
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.entry, self.time = entry, entry.time
         self.position, self.claim = position, claim
@@ -249,7 +249,7 @@ class Run:
         self.bar.log(
             f"{'start' if position is None else f'resume at step {position.step}'}: stage {stage.name}, "
             f"{count_parameters(state.params):,} parameters ({m.num_layers} layers x {m.embed_dim}, {m.num_heads} "
-            f"heads, mlp {m.mlp_dim}), mesh {dict(self.mesh.shape)}"
+            f"heads, mlp {m.mlp_dim}), mesh {dict(spec.mesh.shape)}"
         )
         self.bar.log(f"peak {self.peak:.3g} FLOP/s a device, {self.peak_source}")
         self.entry.add(first_step=int(state.step))
@@ -257,15 +257,15 @@ class Run:
 
     def spec(self, stage: Stage) -> StateSpec:
         """Description of a stage's training state."""
-        return state_spec(stage.model, self.config.optimizer, self.mesh)
+        return state_spec(stage.model, self.config.optimizer, self.meshes[stage.index])
 
     def train_stage(self, state: TrainState, spec: StateSpec, stage: Stage) -> TrainState:
         """Train to the stage's end; log, evaluate and save when due. Returns the state at the end."""
         first = self.first_sample + stage.samples_before(int(state.step))
-        size = stage.config.batch_size
-        host_batches = self.stream.batches(start=first, batch_size=size, **this_host())
-        batches = (global_batch(batch, batch_sharding(self.mesh)) for batch in self.timed(host_batches))
-        sums_of = jit_source_sums(stage.model, self.mesh, len(self.validation.labels))
+        size, sharding = stage.config.batch_size, batch_sharding(spec.mesh)
+        host_batches = self.stream.batches(start=first, batch_size=size, **data_host(sharding, size))
+        batches = (global_batch(batch, sharding) for batch in self.timed(host_batches))
+        sums_of = jit_source_sums(stage.model, spec.mesh, len(self.validation.labels))
         ramp = ramp_of(stage)
         unmask: Any = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
         rate = functools.partial(learning_rate, self.config.stages)
@@ -285,7 +285,7 @@ class Run:
                 pending = None
                 if evaluation_due:
                     params = unmask(state.params, step) if step in stage.ramp else state.params
-                    self.evaluate(step, params, sums_of, stage)
+                    self.evaluate(step, params, sums_of, stage, spec.mesh)
                 if opened:
                     self.bar.log(f"{stage.name} {step}: the growth mask is fully open; training continues without it")
                 if save_due:
@@ -347,17 +347,17 @@ class Run:
             **values,
             learning_rate=learning_rate(self.config.stages, step - 1),
             tokens_per_second=speed,
-            model_flops_utilization=None if speed is None else speed * flops / (self.peak * self.mesh.size),
+            model_flops_utilization=None if speed is None else speed * flops / (self.peak * spec.mesh.size),
             skipped_updates=skipped,
         )
         parts = {kind: values[f"{kind}_loss"] for kind in ("language", "teacher") if f"{kind}_loss" in values}
         self.bar.update(step, stage.name, values["loss"], speed, parts)
 
-    def evaluate(self, step: int, params: Params, sums_of: SourceSums, stage: Stage) -> None:
+    def evaluate(self, step: int, params: Params, sums_of: SourceSums, stage: Stage, mesh: Mesh) -> None:
         """Compute and write the validation loss."""
         batch_size = stage.config.batch_size // stage.layout.microbatches
         with self.time.during("evaluation"):
-            values = validation_loss(params, self.validation, sums_of, batch_size, self.mesh)
+            values = validation_loss(params, self.validation, sums_of, batch_size, mesh)
         self.write("validation", step, stage, **values)
         self.bar.log(f"{stage.name} {step}: {describe(values)}")
 
@@ -383,7 +383,8 @@ class Run:
         point = GrowthPoint(int(state.step), stage.previous.name, stage.name)
         pair = (state.params, grown.params)
         growth = Growth.into(stage, key)
-        prove_growth(self.config, self.workdir, self.stream, self.mesh, pair, growth, point, self.bar.log)
+        meshes = (spec.mesh, new.mesh)
+        prove_growth(self.config, self.workdir, self.stream, meshes, pair, growth, point, self.bar.log)
         self.write("growth", point.step, stage, from_stage=point.from_stage, seconds=time.monotonic() - start)
         return new, grown
 

@@ -15,6 +15,7 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
 from flmjax.model.loss import divisor, loss_sums, teacher_means
 from flmjax.sharding.axes import Params, path_name
+from flmjax.sharding.reshard import divides, reshard
 from flmjax.sharding.rules import Placement, batch_sharding, replicated
 from flmjax.training.state import StateSpec, TrainState
 
@@ -146,9 +147,22 @@ def jit_train_step(
 
 
 def jit_growth(old: StateSpec, new: StateSpec, growth: Growth) -> Callable[[TrainState, jax.Array], TrainState]:
-    """The jitted `growth`: (state, key) -> grown state. The old state is not donated: the certificate needs it."""
+    """The jitted `growth`: (state, key) -> grown state. The old state is not donated: the certificate needs it.
+
+    Between two meshes, which have the same devices in the same order, a leaf moves before it grows, when it is smaller;
+    a leaf that does not divide over the new mesh before it has grown moves afterwards.
+    """
+
+    def program(state: TrainState, key: jax.Array) -> TrainState:
+        moved = jax.tree.map(reshard, state, old.shardings, new.shardings)
+        grown: TrainState = grow(moved, dataclasses.replace(growth, key=key))
+        return jax.tree.map(
+            lambda x, leaf, before, after: x if divides(leaf.shape, after) else reshard(x, before, after),
+            *(grown, old.abstract, old.shardings, new.shardings),
+        )
+
     return jax.jit(
-        lambda state, key: grow(state, dataclasses.replace(growth, key=key)),
+        program,
         in_shardings=(old.shardings, replicated(old.mesh)),
         out_shardings=new.shardings,
     )
