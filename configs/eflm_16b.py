@@ -11,10 +11,15 @@ sizes: nothing grows), the second trains on. The texts come from TFDS (C4, mC4 a
         flmjax train --config=configs/eflm_16b.py --workdir=runs/eflm_16b
 Devices: 192 of 80 GB. 2304 x 2048 = 4.72M tokens an update, 1,000 updates 4.72B: 4.5 hours at the paper's 162 TFLOP/s.
 
-Argument: `cpu`, the twin of minutes on 2 cores; a single command trains its 0.7M parameters from random weights:
+Arguments, both for minutes on 2 cores; they need flmjax[data]. The teacher asks: is a Chinese sentence for beginners or
+for advanced learners?
+`cpu`, the twin of the run above, continues the twin of 16B:
+        flmjax train --config=configs/flm_101b.py:cpu,16b --workdir=runs/flm_16b_cpu
+        flmjax grow --config=configs/eflm_16b.py:cpu --source=runs/flm_16b_cpu --workdir=runs/eflm_cpu
         flmjax train --config=configs/eflm_16b.py:cpu --workdir=runs/eflm_cpu
-Is a Chinese sentence for beginners or for advanced learners? Judgement accuracy on held-out sentences is 50 % (chance)
-for some 250 steps and ends near 77 %. Needs flmjax[data].
+`scratch` trains 0.7M parameters from random weights, with pieces in place of bytes:
+        flmjax train --config=configs/eflm_16b.py:scratch --workdir=runs/eflm_scratch
+Judgement accuracy on held-out sentences is 50 % (chance) for some 250 steps and ends near 77 %.
 """
 
 from flmjax.config import (
@@ -30,8 +35,9 @@ from flmjax.config import (
 
 
 def get_config(argument: str = ""):
-    """The run of 16B; with the argument "cpu" its twin of minutes."""
-    return to_config_dict(_twin() if choose_words(argument, machine=("cpu",))["machine"] else _full())
+    """The run of 16B; the arguments "cpu" and "scratch" are small runs of minutes."""
+    runs = {None: _full, "cpu": _twin, "scratch": _from_scratch}
+    return to_config_dict(runs[choose_words(argument, size=("cpu", "scratch"))["size"]]())
 
 
 def _full() -> RunConfig:
@@ -42,7 +48,8 @@ def _full() -> RunConfig:
             num_heads=44,
             head_dim=128,
             mlp_dim=22_528,  # 4 x 5632
-            max_length=2048,  # stated, like the vocabulary
+            vocab_size=100_256,  # stated, like the length: cl100k without its control tokens
+            max_length=2048,
             base_embed_dim=256,  # stated
             init_std=1.6e-2,  # stated
             softmax_temperature=2.0,  # stated; that logits are divided by it is derived
@@ -61,13 +68,54 @@ def _full() -> RunConfig:
                 warmup_steps=50,
             ),
         ),
-        data=DataConfig(mixture="eflm_c4", vocabulary="cl100k"),
+        data=DataConfig(
+            mixture="eflm_c4",
+            vocabulary="cl100k",
+            end_id=1432,  # that of flm_101b.py: three line breaks
+        ),
         mesh=MeshConfig(replica=3, fsdp=32, tensor=2),  # 2 tensor x 96 data of the paper's 16B stage
         checkpoint=CheckpointConfig(every=100),
     )
 
 
 def _twin() -> RunConfig:
+    """The run on one CPU: the model of `flm_101b.py:cpu,16b`, whose rates are ten times the large run's."""
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=2,
+            embed_dim=88,
+            num_heads=11,
+            head_dim=8,
+            mlp_dim=352,
+            vocab_size=257,  # bytes and the end of a document
+            max_length=128,
+            base_embed_dim=88,
+            init_std=1.6e-2,
+            softmax_temperature=2.0,
+            scan_unroll=4,
+        ),
+        stages=(
+            StageConfig(
+                name="eflm",
+                steps=200,
+                batch_size=24,
+                learning_rate=4e-4,
+                final_learning_rate=6e-5,
+                warmup_steps=10,
+            ),
+        ),
+        data=DataConfig(
+            sources=("python_docs", "hsk"),
+            teachers=("hsk_levels",),
+            mixture_weights=(0.45, 0.45, 0.1),
+            vocabulary="bytes",
+        ),
+        evaluate_every=50,
+        checkpoint=CheckpointConfig(every=100),
+    )
+
+
+def _from_scratch() -> RunConfig:
     return RunConfig(
         model=ModelConfig(
             num_layers=2,

@@ -13,8 +13,14 @@ Argument: at most one word of each kind, separated by commas, for example `tpu_v
               51b: a control for the second stage, 39.64B tokens in all; the paper never trained 51B from scratch. The
               gap to the loss of the grown 51B is the benefit of growth. So few tokens are not
               enough for a good 51B, and random weights may want a longer warm-up than the grown stage's.
-    operator  zero (default) or mask, the operator of the paper (MSG). The length of the mask's ramp is not published;
-              the stage's warm-up is our choice.
+              Either ends at the rate at which the next stage would start; with sawtooth it ends at 6e-6.
+    operator  zero (default) or mask. The operator of the paper is MSG's mask; the length of its ramp is not published;
+              the stage's warm-up is our choice. zero departs from the paper: new outputs start at 0 instead of behind a
+              mask that opens.
+    border    undecayed (default) or sawtooth: the rates at which a stage ends. The paper states the rate at the start
+              of every stage, which fall (4e-4, 3.4e-4, 2e-4), and one final rate, 6e-6. undecayed: a stage decays to
+              the start of the next one, and the last one to 6e-6. sawtooth: every stage decays to 6e-6 and warms up
+              again from 0. Both readings are ours.
 
 Machines, 2048 tokens a sequence; by `flmjax plan --config=configs/flm_101b.py:MACHINE[,STAGE]`, the memory of a device
 where it is largest, and days. The paper: 21.5 days, of them 9.63 for 16B and 5.37 for 51B.
@@ -78,8 +84,8 @@ MODEL = ModelConfig(
     remat="full",  # our choice: what fits, with few microbatches
     attention="fused",  # stated: FlashAttention
 )
-STAGES = ("16b", "51b")
-# Stated: each stage has a schedule. "zero" is exact, as the paper's operator is at the first step of its ramp.
+STAGES, BORDERS = ("16b", "51b"), ("undecayed", "sawtooth")
+# Stated: each stage has a schedule of its own. Both operators are exact at the growth.
 OPERATORS = {
     "zero": GrowthConfig("zero", rate_policy="stage"),
     "mask": GrowthConfig("mask", rate_policy="stage"),
@@ -88,20 +94,21 @@ OPERATORS = {
 
 def get_config(argument: str = ""):
     """The run; `argument` has at most one word each for the machine, the stage and the operator."""
-    words = choose_words(argument, machine=(*MACHINES, "cpu"), stage=STAGES, operator=OPERATORS)
+    words = choose_words(argument, machine=(*MACHINES, "cpu"), stage=STAGES, operator=OPERATORS, border=BORDERS)
+    is_cpu = words["machine"] == "cpu"
     if words["stage"] and words["operator"]:
         raise ConfigError(
             f"operator '{words['operator']}' is not read with '{words['stage']}': a run of one stage does not grow"
         )
-    growth = OPERATORS[words["operator"] or "zero"]
-    run = _twin(growth) if words["machine"] == "cpu" else _full(growth, words["machine"] or "a800")
+    growth, is_sawtooth = OPERATORS[words["operator"] or "zero"], words["border"] == "sawtooth"
+    run = _twin(growth, is_sawtooth) if is_cpu else _full(growth, is_sawtooth, words["machine"] or "a800")
     return to_config_dict(_alone(run, STAGES.index(words["stage"])) if words["stage"] else run)
 
 
-def _full(growth: GrowthConfig, machine: str) -> RunConfig:
+def _full(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> RunConfig:
     return RunConfig(
         model=MODEL,
-        stages=_stages(growth, machine),
+        stages=_stages(growth, is_sawtooth, machine),
         data=DataConfig(
             mixture="flm_c4",  # English : Chinese 53.5 : 46.5, stated; its sources are our choice
             vocabulary="cl100k",
@@ -116,12 +123,11 @@ def _full(growth: GrowthConfig, machine: str) -> RunConfig:
     )
 
 
-def _stages(growth: GrowthConfig, machine: str) -> tuple[StageConfig, ...]:
+def _stages(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> tuple[StageConfig, ...]:
     # Stated: 6,000 steps of 2160. A TPU slice's 64 data shards do not divide 2160: the same tokens in 5,625 of 2304.
     batch, steps, warmup = (2160, 6_000, 107) if machine == "a800" else (2304, 5_625, 100)
-    # Stated: cosine to 6e-6.
-    common = {"microbatches": MACHINES[machine][1], "schedule": "cosine", "final_learning_rate": 6e-6}
-    return (
+    common = {"microbatches": MACHINES[machine][1], "schedule": "cosine"}  # stated: cosine
+    stages = (
         StageConfig(
             name="16B",
             steps=52_000,  # stated, like batch, rate and warm-up of every stage: 245.37B tokens
@@ -153,6 +159,18 @@ def _stages(growth: GrowthConfig, machine: str) -> tuple[StageConfig, ...]:
             **common,
         ),
     )
+    return _with_borders(stages, is_sawtooth)
+
+
+def _with_borders(stages: tuple[StageConfig, ...], is_sawtooth: bool) -> tuple[StageConfig, ...]:
+    """The stages with the rates at which they end, and from which their warm-ups rise: our choice, but for 6e-6."""
+    starts = [stage.learning_rate for stage in stages]
+    finals = [6e-6] * len(stages) if is_sawtooth else [*starts[1:], 6e-6]  # stated: 6e-6 at the end of the run
+    initials = [None] * len(stages) if is_sawtooth else [None, *finals[:-1]]
+    return tuple(
+        dataclasses.replace(stage, final_learning_rate=final, initial_learning_rate=initial)
+        for stage, final, initial in zip(stages, finals, initials, strict=True)
+    )
 
 
 def _with_ramp(growth: GrowthConfig, updates: int) -> GrowthConfig:
@@ -162,14 +180,14 @@ def _with_ramp(growth: GrowthConfig, updates: int) -> GrowthConfig:
 
 def _alone(run: RunConfig, index: int) -> RunConfig:
     """The stage `index` of `run` from random weights: its model (the norm's epsilon is that of the grown width)."""
-    stage = run.schedule[index]
-    config = dataclasses.replace(stage.config, growth=GrowthConfig(), **dict.fromkeys(STAGE_SIZES))
+    stage, unset = run.schedule[index], dict.fromkeys((*STAGE_SIZES, "initial_learning_rate"))
+    config = dataclasses.replace(stage.config, growth=GrowthConfig(), **unset)
     return dataclasses.replace(run, model=stage.model, stages=(config,), certificate_rows=RunConfig.certificate_rows)
 
 
-def _twin(growth: GrowthConfig) -> RunConfig:
+def _twin(growth: GrowthConfig, is_sawtooth: bool) -> RunConfig:
     """The run of 101B on one CPU in minutes; every number that differs from the large run's is our choice."""
-    run = _full(growth, "a800")
+    run = _full(growth, is_sawtooth, "a800")
     model = dataclasses.replace(
         MODEL,
         num_layers=2,  # 40 / 20
@@ -193,6 +211,7 @@ def _twin(growth: GrowthConfig) -> RunConfig:
             batch_size=24,
             learning_rate=10 * stage.learning_rate,
             final_learning_rate=10 * stage.final_learning_rate,
+            initial_learning_rate=stage.initial_learning_rate and 10 * stage.initial_learning_rate,
             warmup_steps=warmup,
             growth=_with_ramp(stage.growth, 10),
         )

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flmjax.config import SIZES, STAGE_SIZES, ConfigError, RunConfig, choose_words, from_config_dict
 from flmjax.config.validate import validate, validate_meshes
 from flmjax.data.tokenizers import named_tokenizer
+from flmjax.growth.growth import Growth
 from flmjax.model.flops import num_parameters
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.planning.cost import cost_from_scratch, saved_at_equal_tokens, stage_costs
@@ -24,7 +26,7 @@ MACHINES = ("a800", "tpu_v5p", "tpu_v4", "tpu_v6e")
 STRATEGIES = ("none", "linear", "moderate", "aggressive")
 ARGUMENTS = {
     "bilingual": ("", "my/folder"),  # the argument is a folder, no word
-    "eflm_16b": ("", "cpu"),
+    "eflm_16b": ("", "cpu", "scratch"),
     "flm_101b": (
         *MACHINES,
         *(f"{machine},{stage}" for stage in ("16b", "51b") for machine in MACHINES),
@@ -73,7 +75,7 @@ def test_every_argument_gives_a_legal_run_whose_mesh_fits_its_machine(name, argu
     if config.mesh.topology is not None:
         validate_meshes(config, parse_topology(config.mesh.topology).num_devices)
         assert config.mesh.fsdp is not None  # nothing is left to be filled in
-    elif name == "eflm_16b" and argument != "cpu":
+    elif name == "eflm_16b" and not argument:
         validate_meshes(config, 192)
 
 
@@ -146,15 +148,31 @@ def test_the_stages_of_flm_101b_are_those_of_the_papers_table():
     config = load("flm_101b", "a800")
     stages = [(s.name, s.steps, s.batch_size, s.learning_rate, s.final_learning_rate) for s in config.stages]
     assert stages == [
-        ("16B", 52_000, 2304, 4e-4, 6e-6),
-        ("51B", 8_400, 2304, 3.4e-4, 6e-6),
+        ("16B", 52_000, 2304, 4e-4, 3.4e-4),
+        ("51B", 8_400, 2304, 3.4e-4, 2e-4),
         ("101B", 6_000, 2160, 2e-4, 6e-6),
     ]
+    assert [s.final_learning_rate for s in load("flm_101b", "a800,sawtooth").stages] == [6e-6] * 3
     assert {s.schedule for s in config.stages} == {"cosine"}
     # The table counts the warm-up in samples: 4,608,000, 230,400 and 230,400, the last is no integer number of steps.
     assert [s.warmup_steps for s in config.stages] == [4_608_000 // 2304, 230_400 // 2304, -(-230_400 // 2160)]
     assert config.model.max_length == 2048
     assert [round(cost.tokens / 1e9, 2) for cost in stage_costs(config)] == [245.37, 39.64, 26.54]
+
+
+@pytest.mark.parametrize("argument", ["a800", "cpu", "tpu_v5p,mask"])
+def test_the_rate_of_flm_101b_does_not_jump_at_a_border(argument):
+    """Growth at a rate that has decayed to 6e-6 would be followed by a jump of 57 times."""
+    stages = load("flm_101b", argument).stages
+    rates = [learning_rate(stages, step) for step in range(sum(stage.steps for stage in stages))]
+    ratios = np.array(rates[1:]) / rates[:-1]
+    first = stages[0].warmup_steps
+    assert ratios[first:].min() > 0.5  # the last updates of the twin's short cosine
+    assert ratios[first:].max() < 1.01
+    sawtooth = load("flm_101b", f"{argument},sawtooth").stages
+    assert learning_rate(sawtooth, stages[0].steps - 1) < 0.02 * learning_rate(
+        sawtooth, stages[0].steps + stages[1].warmup_steps
+    )
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -185,7 +203,7 @@ def test_flm_101b_has_the_published_sizes():
 def test_a_run_of_one_size_is_that_stage_of_flm_101b(stage, index, machine):
     alone, grown = load("flm_101b", f"{machine},{stage}"), load("flm_101b", machine)
     assert alone.stage_models == (grown.stage_models[index],)
-    sizes = dict.fromkeys(("num_layers", "embed_dim", "mlp_dim", "num_heads"))
+    sizes = dict.fromkeys(("num_layers", "embed_dim", "mlp_dim", "num_heads", "initial_learning_rate"))
     assert alone.stages == (dataclasses.replace(grown.stages[index], growth=alone.stages[0].growth, **sizes),)
     for field in ("optimizer", "data", "mesh", "checkpoint", "seed"):
         assert getattr(alone, field) == getattr(grown, field)
@@ -195,7 +213,7 @@ def test_a_run_of_one_size_is_that_stage_of_flm_101b(stage, index, machine):
 
 def test_the_proxy_is_the_16b_at_width_256():
     """Like the paper's proxy it has less than 100M parameters."""
-    proxy, large = load("flm_proxy"), load("flm_101b", "16b")
+    proxy, large = load("flm_proxy"), load("flm_101b", "16b,sawtooth")
     sizes = {"embed_dim": 256, "num_heads": 2, "mlp_dim": 1024}
     (model,) = proxy.stage_models
     assert dataclasses.replace(large.model, **sizes, vocab_multiple=model.vocab_multiple) == model
@@ -205,6 +223,16 @@ def test_the_proxy_is_the_16b_at_width_256():
     assert proxy.data == large.data
     same = {"name": "16B", "microbatches": large.stages[0].microbatches}
     assert dataclasses.replace(proxy.stages[0], **same) == large.stages[0]
+
+
+@pytest.mark.parametrize("machine", ["", "cpu"])
+def test_eflm_continues_the_16b_stage_of_flm_101b(machine):
+    """One vocabulary for the line: the ids of 16B were 100,256 and end with 1432, those of eFLM were others."""
+    old, new = load("flm_101b", f"{machine},16b".strip(",")), load("eflm_16b", machine)
+    growth = Growth(old.schedule[0].model, new.schedule[0].model, new.stages[0].growth)
+    assert growth.old.vocab_size == growth.new.vocab_size
+    for field in ("vocabulary", "end_id", "end_of_document"):
+        assert getattr(old.data, field) == getattr(new.data, field)
 
 
 # ---- Tele-FLM --------------------------------------------------------------------------------------------------------

@@ -9,16 +9,39 @@ import pytest
 
 from flmjax.workdir.metrics import read_metrics
 
-CONFIG = Path(__file__).parents[1] / "configs" / "eflm_16b.py"
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def run_command(command: str, *flags: str, seconds: int = 1100) -> str:
+    """What `flmjax COMMAND FLAGS` prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    line = [sys.executable, "-m", "flmjax", command, *flags]
+    process = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=seconds)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_twin_of_eflm_continues_the_twin_of_16b(tmp_path):
+    """Teachers join a run that had text alone: growth to equal sizes, with the vocabulary of the source."""
+    source, target = f"{tmp_path}/flm", f"--workdir={tmp_path}/eflm"
+    few = ("--config.stages[0].steps=30", "--config.stages[0].warmup_steps=5", "--config.sample_tokens=0")
+    run_command("train", f"--config={CONFIGS}/flm_101b.py:cpu,16b", f"--workdir={source}", *few)
+    config = f"--config={CONFIGS}/eflm_16b.py:cpu"
+    assert "(exact)" in run_command("grow", config, f"--source={source}", target, *few)
+    run_command("train", config, target, *few)
+    before, after = (
+        [line for line in read_metrics(tmp_path / name) if line["kind"] == "validation"] for name in ("flm", "eflm")
+    )
+    assert after[-1]["judged"] > 50
+    assert after[-1]["loss/python_docs"] < before[-1]["loss"]  # no start from random weights
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_judgements_of_held_out_propositions_rise_well_above_chance(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "flmjax", "train", f"--config={CONFIG}:cpu", f"--workdir={tmp_path}/run"]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1100)
-    assert process.returncode == 0, process.stderr[-2000:]
+    run_command("train", f"--config={CONFIGS}/eflm_16b.py:scratch", f"--workdir={tmp_path}/run")
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
     accuracy = [line["judgement_accuracy"] for line in lines]
     print([f"{value:.3f}" for value in accuracy])

@@ -230,6 +230,7 @@ class ScheduleSettings(NamedTuple):
 
     learning_rate: float = 1e-3  # peak
     final_learning_rate: float = 0.0
+    initial_learning_rate: float = 0.0  # from which the warm-up rises
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     decay_fraction: float = 0.2  # "wsd": share of the steps, at the end, with decay
@@ -248,9 +249,10 @@ class StageConfig:
     mesh: StageMeshConfig = dataclasses.field(default=StageMeshConfig(), metadata=EXECUTION)
     remat: Remat | None = dataclasses.field(default=None, metadata=EXECUTION)
     attention: AttentionBackend | None = dataclasses.field(default=None, metadata=EXECUTION)
-    # Schedule of the learning rate, see ScheduleSettings. Stages that continue a schedule have None in these five.
+    # Schedule of the learning rate, see ScheduleSettings. Stages that continue a schedule have None in these six.
     learning_rate: NonNegativeFloat | None = None
     final_learning_rate: NonNegativeFloat | None = None
+    initial_learning_rate: NonNegativeFloat | None = None
     warmup_steps: NonNegativeInt | None = None
     schedule: Literal["constant", "cosine", "wsd"] | None = None
     decay_fraction: Annotated[float, Range(0, 1, open_low=True)] | None = None

@@ -197,6 +197,15 @@ def _validate_stage(s: StageConfig, path: str, num_sources: int | None) -> None:
         rates.learning_rate >= rates.final_learning_rate,
         f"{path}: learning_rate={rates.learning_rate} must be at least final_learning_rate={rates.final_learning_rate}",
     )
+    initial = rates.initial_learning_rate
+    _require(
+        rates.learning_rate >= initial,
+        f"{path}: learning_rate={rates.learning_rate} must be at least initial_learning_rate={initial}",
+    )
+    _require(
+        not initial or rates.warmup_steps > 0,
+        f"{path}.initial_learning_rate={initial} is not read without {path}.warmup_steps, whose rates rise from it",
+    )
     _validate_operator(s, f"{path}.growth")
     _validate_weights(f"{path}.mixture_weights", s.mixture_weights, num_sources)
 

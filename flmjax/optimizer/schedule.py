@@ -11,15 +11,16 @@ from flmjax.config import StageConfig
 def stage_rate(stage: StageConfig, update: int) -> float:
     """Learning rate of update 0, 1, ... of the schedule that `stage` starts; the last rate stays after the end.
 
-    A linear warm-up reaches the peak at its last update. Then "constant"; "cosine" to final_learning_rate; or "wsd":
-    constant, and linear to final_learning_rate over the last decay_fraction of the stage, at least one update. The last
-    update of "cosine" and "wsd" has final_learning_rate exactly; the only update of a stage has the peak.
+    A linear warm-up from initial_learning_rate reaches the peak at its last update. Then "constant"; "cosine" to
+    final_learning_rate; or "wsd": constant, and linear to final_learning_rate over the last decay_fraction of the
+    stage, at least one update. The last update of "cosine" and "wsd" has final_learning_rate exactly; the only update
+    of a stage has the peak.
 
     Computed on the host, in float64: a rate from the device would wait for the update that runs there.
     """
-    peak, final, warmup_steps, shape, _ = stage.schedule_settings
+    peak, final, initial, warmup_steps, shape, _ = stage.schedule_settings
     if update < warmup_steps:
-        return peak * (update + 1) / warmup_steps
+        return initial + (peak - initial) * (update + 1) / warmup_steps
     if shape == "constant" or stage.steps == 1:
         return peak
     decay = _decay_updates(stage)
