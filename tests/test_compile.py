@@ -20,7 +20,7 @@ from flmjax.hardware import A800
 from flmjax.planning import compile as compile_module
 from flmjax.planning.compile import Compiler, compile_program, teachers_of
 from flmjax.planning.topology import TooLargeError, Topology, parse_topology
-from flmjax.training import growth_point, loop
+from flmjax.training import growth_point, loop, start
 
 TINY = ModelConfig(num_layers=2, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=64, max_length=32)
 
@@ -93,7 +93,7 @@ def test_the_planned_programs_are_those_that_train(data, lowering, tmp_path, mon
 
     monkeypatch.setattr(loop, "jit_train_step", spy(loop.jit_train_step))
     monkeypatch.setattr(growth_point, "jit_growth", spy(growth_point.jit_growth))
-    loop.train(config, tmp_path / "run")
+    start.train(config, tmp_path / "run")
     small, growth, masked, _ = lowered
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
     compiler = lowering(config)

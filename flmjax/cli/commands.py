@@ -15,7 +15,7 @@ from flmjax.interrupt import raise_interrupts
 def train(config: RunConfig, workdir: Path) -> None:
     """Train the stages of a run, or resume the run of the workdir from its last checkpoint."""
     from flmjax.report.run_page import write_report
-    from flmjax.training.loop import train as run
+    from flmjax.training.start import train as run
 
     raise_interrupts()
     run(config, workdir)

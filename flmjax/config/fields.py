@@ -281,7 +281,11 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Settings of checkpoints, which are written in the background. The end of a stage is always saved."""
+    """Settings of checkpoints, which are written in the background.
+
+    The end of a stage is always saved, and so is the first update after a growth.
+    """
 
     every: PositiveInt = 100  # steps
+    every_minutes: PositiveFloat | None = None  # since the last checkpoint, beside `every`; None: no limit of time
     keep: PositiveInt = 3  # newest checkpoints

@@ -1,4 +1,4 @@
-"""A run: stages of training with growth between them, started or resumed by the same call."""
+"""A run in progress: stages of training with growth between them."""
 
 import functools
 import textwrap
@@ -11,14 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flmjax.config import ConfigError, RunConfig, Stage, to_json
-from flmjax.config.validate import validate, validate_meshes
+from flmjax.config import RunConfig, Stage, to_json
 from flmjax.data.batch import Batch, data_host, global_batch
-from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
-from flmjax.data.prepare import prepare
-from flmjax.data.prepared import META_FILE, data_warnings, with_vocabulary
-from flmjax.data.prepared_folder import discard
+from flmjax.data.prepared import data_warnings
 from flmjax.evaluation.generate import generate, prompt_ids
 from flmjax.evaluation.validation_loss import SourceSums, describe, jit_source_sums, validation_loss
 from flmjax.growth.certificate import GrowthPoint
@@ -26,16 +22,14 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tuning_flops
 from flmjax.growth.ramp import ramp_of
 from flmjax.hardware import peak_flops
-from flmjax.model.attention import check_backends
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.sharding.axes import Params
-from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import batch_sharding
 from flmjax.text_table import printable
-from flmjax.training.continuation import check_continuation, continued_stream
 from flmjax.training.growth_point import grow_into, growth_key, prove_growth
+from flmjax.training.pending import Fetched, PendingMetrics
 from flmjax.training.state import (
     ITEMS,
     StateSpec,
@@ -48,16 +42,8 @@ from flmjax.training.state import (
 )
 from flmjax.training.step import jit_train_step, nonfinite_leaves
 from flmjax.workdir.checkpoint import Checkpoints
-from flmjax.workdir.metrics import MetricsWriter, read_metrics
-from flmjax.workdir.paths import (
-    data_directory,
-    latest_whole_step,
-    locked_workdir,
-    remove_certificates,
-    stored_config,
-    write_config,
-)
-from flmjax.workdir.position import Position, newest_position
+from flmjax.workdir.metrics import MetricsWriter
+from flmjax.workdir.position import Position
 from flmjax.workdir.progress import Clock, ProgressBar
 from flmjax.workdir.starts import StartEntry
 
@@ -70,81 +56,6 @@ Update = tuple[int, TrainState, Metrics]  # updates of the run so far, state and
 
 class TrainingError(RuntimeError):
     """Training cannot continue; the message says at which step and why. The last checkpoint is intact."""
-
-
-def train(config: RunConfig, workdir: Path) -> None:
-    """Run the schedule in `workdir` to its end, from the newest checkpoint there if it has one.
-
-    Raises:
-        ConfigError: for a setting, a source or a workdir that does not fit.
-        CheckpointError: for a checkpoint that cannot be read or written.
-        GrowthError: for a growth that does not keep its claim.
-        TrainingError: after too many skipped updates in a row.
-    """
-    validate(config)
-    shapes = validate_meshes(config, jax.device_count())
-    check_backends(config, jax.devices()[0].platform)
-    with locked_workdir(workdir), StartEntry(workdir) as entry, ProgressBar(config.total_steps) as bar:
-        with bar.doing("loading"):
-            stored, position = stored_config(workdir), newest_position(workdir)
-            check_continuation(workdir, position, config)
-            step = position.step if position is not None else 0
-            bar.resume(step)
-        if step == config.total_steps and not missing_samples(config, workdir, step):
-            bar.log(f"finished at step {step:,}, nothing left to do")
-            return
-        doing = "loading the data" if is_prepared(config, workdir) else "preparing the data"
-        with bar.doing(doing), entry.time.during("data preparation"):
-            user_config, (config, stream) = config, open_stream(config, workdir, position)
-        claim = functools.partial(write_config, user_config, workdir) if stored != user_config else lambda: None
-        try:
-            with (
-                Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
-                MetricsWriter(workdir, step) as writer,
-            ):
-                if jax.process_index() == 0:
-                    remove_certificates(workdir, step)
-                meshes = [make_mesh(shape, jax.devices()) for shape in shapes]
-                run = Run(config, workdir, stream, meshes, checkpoints, writer, bar, entry, position, claim)
-                run.run_schedule()
-        except KeyboardInterrupt:
-            saved = latest_whole_step(workdir / "checkpoints")
-            on_disk = "no step is on disk yet" if saved is None else f"step {saved:,} is on disk"
-            raise KeyboardInterrupt(f"stopped at step {bar.step:,}; {on_disk}") from None
-
-
-def is_prepared(config: RunConfig, workdir: Path) -> bool:
-    """Whether the run's token files exist."""
-    return (data_directory(config, workdir) / META_FILE).exists()
-
-
-def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> tuple[RunConfig, TrainingStream]:
-    """The config with the vocabulary of its data, and the training stream, checked to fill batches and validation.
-
-    Data that this call prepared in the workdir and that are too small are removed: they would refuse the corrected
-    command, which has other sources.
-    """
-    is_new = not is_prepared(config, workdir) and config.data.directory is None
-    data = prepare(config.data, data_directory(config, workdir), mixtures=mixtures_of(config), progress=True)
-    config = with_vocabulary(config, data)
-    try:
-        stream = TrainingStream.of_run(config, data)
-        for stage in config.schedule:
-            stream.check_size(stage.config.batch_size)
-        stream.validation_rows(1)
-    except ConfigError:
-        if is_new:
-            discard(data.directory)
-        raise
-    if config.sample_tokens:
-        prompt_ids(config.sample_prompt, data.tokenizer, config.model.max_length)  # refuses one that is too long
-    return config, continued_stream(workdir, position, stream)
-
-
-def missing_samples(config: RunConfig, workdir: Path, step: int) -> bool:
-    """Whether an interrupt prevented the text sample of the stage that ended at `step`."""
-    written = {(line["kind"], line["step"]) for line in read_metrics(workdir)}
-    return config.sample_tokens > 0 and ("sample", step) not in written
 
 
 def run_stage(
@@ -205,6 +116,7 @@ class Run:
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.entry, self.time = entry, entry.time
         self.position, self.claim = position, claim
+        self.saved_at = time.monotonic()
         self.first_sample = 0 if position is None else position.first_sample
         self.stream, self.tokenizer = stream, stream.prepared.tokenizer
         self.validation = self.stream.validation_set(config.evaluation_rows)
@@ -269,20 +181,17 @@ class Run:
         ramp = ramp_of(stage)
         unmask: Any = jax.jit(ramp.at, out_shardings=spec.shardings.params) if ramp is not None else None
         rate = functools.partial(learning_rate, self.config.stages)
-        clock = Clock()
-        pending: tuple[int, Metrics] | None = None
+        clock, pending = Clock(), PendingMetrics(self.config.log_every)
         updates = self.compiled(stage, run_stage(state, spec, stage, rate, batches))
         for step, state, metrics in updates:
-            # Fetched while the next update computes.
-            if pending is not None:
-                self.log(*pending, stage, spec, clock)
-            pending = (step, metrics)
+            for update in pending.add(step, metrics):
+                self.log(update, stage, spec, clock)
             last, opened = step == stage.end, ramp is not None and step == ramp.end
-            save_due = last or step % self.config.checkpoint.every == 0
+            save_due = self.is_save_due(step, stage)
             evaluation_due = last or step % self.config.evaluate_every == 0
             if save_due or evaluation_due or opened:
-                self.log(*pending, stage, spec, clock)
-                pending = None
+                for update in pending.flush():
+                    self.log(update, stage, spec, clock)
                 if evaluation_due:
                     params = unmask(state.params, step) if step in stage.ramp else state.params
                     self.evaluate(step, params, sums_of, stage, spec.mesh)
@@ -318,12 +227,28 @@ class Run:
             with self.time.during("compilation" if self.bar.step == stage.ramp.stop else "updates"):
                 update = next(updates, None)
 
-    def log(self, step: int, metrics: Metrics, stage: Stage, spec: StateSpec, clock: Clock) -> None:
-        """Check one step's metrics, and write them if due."""
+    def is_save_due(self, step: int, stage: Stage) -> bool:
+        """Whether the state after update `step` of the run is saved.
+
+        The first update after a growth is saved too: the state before the growth has the number of the grown one.
+        """
+        settings = self.config.checkpoint
+        is_after_growth = stage.previous is not None and step == stage.start + 1
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return (
+            step == stage.end
+            or step % settings.every == 0
+            or is_after_growth
+            or (settings.every_minutes is not None and minutes >= settings.every_minutes)
+        )
+
+    def log(self, update: Fetched, stage: Stage, spec: StateSpec, clock: Clock) -> None:
+        """Check the metrics of one update, and write them if due."""
+        step, metrics, finished = update
         skipped = int(metrics["skipped_updates"])
-        clock.tick()
+        clock.tick(finished)
         if skipped:
-            leaves = nonfinite_leaves(np.asarray(metrics["finite"]), spec.abstract.params) or ["the loss"]
+            leaves = nonfinite_leaves(metrics["finite"], spec.abstract.params) or ["the loss"]
             text = f"step {step}: update skipped, not finite: {', '.join(leaves[:3])} ({skipped} in a row)"
             self.bar.log(text)
             if skipped >= self.config.optimizer.max_skipped_updates:
@@ -372,6 +297,7 @@ class Run:
         }
         with self.time.during("checkpoints"):
             self.checkpoints.save(step, to_items(state), meta)
+        self.saved_at = time.monotonic()
         self.entry.write()
 
     def grow(self, stage: Stage, spec: StateSpec, state: TrainState) -> tuple[StateSpec, TrainState]:

@@ -18,16 +18,17 @@ class Clock:
 
     def __init__(self) -> None:
         self._start: float | None = None
-        self._steps = 0
+        self._last, self._steps = 0.0, 0
 
     def restart(self) -> None:
         """Discard the steps timed so far."""
         self._start, self._steps = None, 0
 
-    def tick(self) -> None:
-        """Count a step, when its result has arrived."""
+    def tick(self, finished: float) -> None:
+        """Count a step that was complete at the time `finished` (time.monotonic)."""
+        self._last = finished
         if self._start is None:
-            self._start = time.monotonic()
+            self._start = finished
         else:
             self._steps += 1
 
@@ -35,9 +36,8 @@ class Clock:
         """Tokens per second since the last call, at `tokens` tokens a step; None if no complete step was timed."""
         if self._start is None or not self._steps:
             return None
-        now = time.monotonic()
-        rate = self._steps * tokens / max(now - self._start, 1e-9)
-        self._start, self._steps = now, 0
+        rate = self._steps * tokens / max(self._last - self._start, 1e-9)
+        self._start, self._steps = self._last, 0
         return rate
 
 

@@ -14,6 +14,7 @@ from flmjax.model.transformer import forward
 from flmjax.optimizer.adam import AdamState
 from flmjax.sharding.rules import batch_sharding
 from flmjax.training import loop
+from flmjax.training.pending import Fetched
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
 
 
@@ -64,6 +65,6 @@ def log_train(workdir, spec, metrics):
     with MetricsWriter(workdir, 0) as writer:
         run = SimpleNamespace(config=config, writer=writer, bar=bar, peak=1.0, mesh=spec.mesh, newest={})
         run.write = functools.partial(loop.Run.write, run)
-        clock = SimpleNamespace(tick=lambda: None, rate=lambda tokens: 1.0)
-        loop.Run.log(run, 1, metrics, config.schedule[0], spec, clock)
+        clock = SimpleNamespace(tick=lambda finished: None, rate=lambda tokens: 1.0)
+        loop.Run.log(run, Fetched(1, jax.device_get(metrics), 0.0), config.schedule[0], spec, clock)
     return read_metrics(workdir)
