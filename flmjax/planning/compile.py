@@ -17,7 +17,9 @@ from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.model.attention import choose
-from flmjax.planning.hlo import collectives, matmul_flops
+from flmjax.planning.exchanges import Schedule, collectives_of
+from flmjax.planning.hlo import Module
+from flmjax.planning.products import MatrixProducts
 from flmjax.planning.program import Program
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
 from flmjax.sharding.mesh import make_mesh
@@ -176,7 +178,7 @@ def compile_program(program: Any, arguments: tuple[Any, ...], topology: Topology
             raise _explained(error, topology, name, advice) from error
         seconds = time.perf_counter() - start
         warnings = stderr_text()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -184,13 +186,21 @@ def compile_program(program: Any, arguments: tuple[Any, ...], topology: Topology
         "temporaries": memory.temp_size_in_bytes,
     }
     total = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]
+    try:
+        products = MatrixProducts(Module(compiled.as_text()))
+        schedule = Schedule(products, topology.node_size)
+        matmul_flops, timelines = products.flops(), schedule.timelines()
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be priced: {error}") from error
     return Program(
         name=name,
         advice=advice,
         **sizes,
         peak=memory.peak_memory_in_bytes or total,
-        matmul_flops=matmul_flops(text),
-        collectives=tuple(collectives(text, topology.node_size)),
+        matmul_flops=matmul_flops,
+        attention_products=schedule.attention_products(),
+        collectives=tuple(collectives_of(timelines)),
+        timelines=tuple(timelines),
         rematerialisations=len(re.findall("Involuntary full rematerialization", warnings)),
         compile_seconds=seconds,
     )

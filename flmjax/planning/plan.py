@@ -104,8 +104,14 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain nested dictionary, derived figures included."""
         tree = dataclasses.asdict(self)
+        for part in (*tree["stages"], *tree["growths"]):
+            for program in (part["program"], part.get("certificate")):
+                if program is not None:
+                    del program["timelines"]  # long, and read into step.exchanges
         for stage, fields in zip(self.stages, tree["stages"], strict=True):
-            fields["step"]["seconds"] = stage.step.seconds
+            fields["step"] |= {"seconds": stage.step.seconds, "exposed": stage.step.exposed}
+            for exchange, words in zip(stage.step.exchanges, fields["step"]["exchanges"], strict=True):
+                words["exposed"] = exchange.exposed
             fields["executed_flops"] = stage.executed_flops
             fields["tflops"] = self.tflops(stage)
         return {**tree, "refusals": list(self.refusals)}

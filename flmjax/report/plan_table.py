@@ -49,9 +49,7 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("compiled in", lambda s: f"{s.program.compile_seconds:.0f} s"),
         row("step", lambda s: f"{s.step.seconds:.1f} s"),
         row("  compute", lambda s: f"{s.step.compute:.1f} s"),
-        row("  tensor traffic", lambda s: f"{s.step.tensor:.1f} s"),
-        row("  data traffic", lambda s: f"{s.step.data:.1f} s"),
-        row("    hidden by compute", lambda s: f"{s.step.hidden:.1f} s"),
+        *_traffic_rows(stages),
         row("TFLOP/s a device", lambda s: f"{plan.tflops(s):.0f}"),
         row("tokens", lambda s: short(s.cost.tokens)),
         row("zettaFLOPs", lambda s: f"{s.cost.flops / 1e21:.4g}"),
@@ -64,6 +62,18 @@ def stage_rows(plan: Plan) -> list[Row]:
             row("  days", lambda s: f"{s.published.days:.2f}" if s.published else "-"),
             row("  tokens", lambda s: short(s.published.tokens) if s.published else "-"),
         ]
+    return rows
+
+
+def _traffic_rows(stages: Sequence[StagePlan]) -> list[Row]:
+    """Rows of the seconds of exchanges, tensor and data apart: those that the device waits for, and hidden ones."""
+    rows: list[Row] = []
+    for name, is_tensor in (("tensor", True), ("data", False)):
+        times = [stage.step.traffic(is_tensor) for stage in stages]
+        rows.append([f"  {name} traffic, exposed", *(f"{seconds - hidden:.1f} s" for seconds, hidden in times)])
+        rows.append(["    hidden by compute", *(f"{hidden:.1f} s" for _, hidden in times)])
+    if any(stage.step.untold for stage in stages):
+        rows.append(["  exposed, not told by the program", *(f"{stage.step.untold:.1f} s" for stage in stages)])
     return rows
 
 
@@ -116,6 +126,12 @@ def closing(plan: Plan) -> list[str]:
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
     lines.append(_chip_words(plan.chip))
+    if any(stage.step.untold for stage in plan.stages):
+        steps = ", ".join(f"{stage.step.seconds - stage.step.untold:.1f} s" for stage in plan.stages)
+        lines.append(
+            "not told by the program: the compiler fused these exchanges with matrix products, and they are counted as "
+            f"if nothing hid them; with all of them hidden, steps would take {steps}"
+        )
     programs = [stage.program for stage in plan.stages] + [growth.program for growth in plan.growths]
     if any(program.temporaries > program.peak for program in programs):
         lines.append("temporaries are not all alive at once: the peak is the memory that a device must hold")
