@@ -263,7 +263,7 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
     [
         (
             ["--config.mesh.topology=a900:24x8"],
-            r"'a900:24x8' is not a known machine; choices: .*a800:NODESx8.*v5p:4x8x8",
+            r"'a900:24x8' is not a known machine; choices: .*a800:HOSTSx8.*v5p:4x8x8",
         ),
         (["--config.mesh.topology=a800:24x4"], "is not a known machine"),
         (["--config.mesh.topology=v5p:8x8"], "is not a known machine"),

@@ -1,19 +1,20 @@
 """Data sheets, and the time of a step by hand."""
 
 import dataclasses
+import re
+from importlib import metadata
 
 import pytest
 
-from flmjax.config import (
-    MeshShape,
-    ModelConfig,
-)
-from flmjax.hardware import A800, Chip, chip_of
+from flmjax.config import ConfigError, MeshShape, ModelConfig
+from flmjax.hardware import A800, Chip, GiB, chip_of
 from flmjax.planning.exchanges import Collective, Schedule, Timeline, Transfer, Work
 from flmjax.planning.hlo import Module
 from flmjax.planning.products import MatrixProducts
 from flmjax.planning.roofline import Assumptions, fused_attention_flops, link_bandwidth, step_time
-from flmjax.planning.topology import parse_topology
+from flmjax.planning.topology import devices_of, parse_topology
+from flmjax.sharding import mesh as mesh_module
+from flmjax.sharding.mesh import check_slices
 
 TINY = ModelConfig(num_layers=2, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=64, max_length=32)
 
@@ -200,16 +201,89 @@ def test_a_ring_has_the_network_ports_of_its_members_in_a_node(group, in_node, r
 # ---- machines --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a100:1x8", "a800:24x8", "v4:4x8x8", "v5p:4x8x8", "v5e:16x16", "v6e:16x16"])
+MACHINES = {  # devices, devices in a node or a slice, bfloat16 TFLOP/s and GiB of a device
+    "a100:1x8": (8, 8, 312, 80),
+    "a800:24x8": (192, 8, 312, 80),
+    "h100:16x8": (128, 8, 989, 79.1),
+    "h200:2x8": (16, 8, 989, 141),
+    "b200:2x8": (16, 8, 2250, 178.4),
+    "gb200:36x4": (144, 72, 2500, 184.3),
+    "v4:4x8x8": (256, 256, 275, 32),
+    "v5p:4x8x8": (256, 256, 459, 95),
+    "v5e:16x16": (256, 256, 197, 16),
+    "v6e:16x16": (256, 256, 918, 32),
+    "v7x:4x4x8": (256, 256, 1153.5, 96),
+    "v5p:4x8x8*2": (512, 256, 459, 95),
+    "v7x:2x2x1*4": (32, 8, 1153.5, 96),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
 def test_machines_have_data_sheets(name):
     topology = parse_topology(name)
-    assert (topology.chip.inter_node is None) == (topology.platform == "tpu")
-    assert 0.9 * topology.chip.memory < topology.usable < topology.chip.memory
-    assert topology.num_devices == {"a100": 8, "a800": 192}.get(name.split(":")[0], 256)
+    chip = topology.chip
+    figures = (topology.num_devices, topology.node_size, chip.bfloat16 / 1e12, pytest.approx(chip.memory / GiB, 1e-3))
+    assert figures == MACHINES[name]
+    assert 0.9 * chip.memory < topology.usable < chip.memory
+    assert chip.inter_node < chip.intra_node < chip.bandwidth
+    assert topology.slices == topology.num_devices // topology.node_size or topology.platform == "cuda"
+
+
+@pytest.mark.parametrize(
+    "name", ["h100:2x4", "gb200:2x8", "a800:2x8*2", "v5p:2x2", "v5p:2x2x2*0", "v5p:2x2x2*", "h100"]
+)
+def test_a_shape_that_a_machine_does_not_have_is_refused(name):
+    with pytest.raises(ConfigError, match=r"is not a known machine; choices: .*h100:HOSTSx8.*gb200:HOSTSx4.*v7x:4x4x8"):
+        parse_topology(name)
+
+
+def test_every_pod_has_its_size():
+    with pytest.raises(ConfigError, match=r"'v7x:32x32x32\*2' has 32768 chips; a pod of v7x has 9216"):
+        parse_topology("v7x:32x32x32*2")
 
 
 def test_unknown_figures_of_a_chip_are_none():
-    h100 = chip_of("NVIDIA H100 80GB HBM3")
-    assert type(h100) is Chip
-    assert (h100.memory, h100.bandwidth, h100.intra_node, h100.inter_node) == (None,) * 4
+    pcie = chip_of("NVIDIA H100 PCIe")
+    assert type(pcie) is Chip
+    assert (pcie.memory, pcie.bandwidth, pcie.intra_node, pcie.inter_node) == (None,) * 4
     assert chip_of("a stranger") is None
+    assert [chip_of(f"NVIDIA {name}").kind for name in ("GB200", "B200")] == ["GB200", "B200"]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_compiler_of_another_version_is_refused(monkeypatch, platform):
+    """libtpu 0.0.52 compiled for minutes, and jaxlib 0.10.2 could not read its programs (RET_CHECK, async-update)."""
+    package, asked = {"cuda": ("jax-cuda12-plugin", "<=0.10.2,>=0.10.2"), "tpu": ("libtpu", "==0.0.42.*")}[platform]
+    versions = {"jax": "0.10.2", package: "0.0.52"}
+    monkeypatch.setattr(metadata, "version", versions.__getitem__)
+    lines = [
+        "numpy>=2",
+        'libtpu==0.0.42.*; extra == "tpu"',
+        'jax-cuda12-plugin[with-cuda]<=0.10.2,>=0.10.2; extra == "cuda12"',
+    ]
+    monkeypatch.setattr(metadata, "requires", {"jax": lines}.__getitem__)
+    words = f"^{package} 0.0.52 does not belong to jax 0.10.2; pip install '{re.escape(package + asked)}'$"
+    with pytest.raises(ConfigError, match=words):
+        devices_of(parse_topology({"cuda": "a800:1x8", "tpu": "v5e:2x4"}[platform]))
+
+
+def test_only_the_replica_axis_crosses_slices():
+    check_slices(MeshShape(4, 2, 1), 2)
+    with pytest.raises(
+        ConfigError, match=r"^mesh\.replica=3 is not a multiple of the 2 slices .*; mesh\.replica=2 would$"
+    ):
+        check_slices(MeshShape(3, 2, 1), 2)
+
+
+def test_slices_lie_along_replica_in_any_order_of_devices(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+        slice_index: int
+
+    devices = [Device(i, i % 2) for i in range(8)]
+    monkeypatch.setattr(mesh_module, "Mesh", lambda devices, *_, **__: devices)
+    mesh = mesh_module.make_mesh(MeshShape(4, 2, 1), devices)
+    assert [[device.id for device in row.flat] for row in mesh] == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    with pytest.raises(ConfigError, match=r"mesh\.replica=1 is not"):
+        mesh_module.make_mesh(MeshShape(1, 8, 1), devices)

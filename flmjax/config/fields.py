@@ -279,6 +279,8 @@ class RunConfig:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=EXECUTION)
     checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=EXECUTION)
+    # Whether the compilers of GPUs and TPUs are told to run exchanges between devices behind computation.
+    overlap_collectives: bool = dataclasses.field(default=True, metadata=EXECUTION)
     # Steps between lines of training metrics.
     log_every: PositiveInt = dataclasses.field(default=10, metadata=EXECUTION)
     # Steps between evaluations; the end of a stage is always evaluated.
@@ -314,7 +316,7 @@ class RunConfig:
             model = resize(model, stage.growth.family, **sizes) if index else dataclasses.replace(model, **sizes)
             previous = schedule[-1] if schedule else None
             start = previous.end if previous else 0
-            layout = Layout(self.mesh, model.remat, model.attention, stage.microbatches)
+            layout = Layout(self.mesh, model.remat, model.attention, stage.microbatches, self.overlap_collectives)
             schedule.append(Stage(index, stage, model, layout, start, start + stage.steps, previous))
         return tuple(schedule)
 
@@ -340,6 +342,7 @@ class Layout(NamedTuple):
     remat: Remat
     attention: AttentionBackend
     microbatches: int
+    overlap_collectives: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

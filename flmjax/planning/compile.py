@@ -22,7 +22,7 @@ from flmjax.planning.hlo import Module
 from flmjax.planning.products import MatrixProducts
 from flmjax.planning.program import Program
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
-from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.mesh import check_slices, make_mesh
 from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.stderr import captured_stderr
 from flmjax.training.state import StateSpec, state_spec
@@ -52,6 +52,7 @@ class Compiler:
         self.config = config
         self.topology = topology
         self.mesh_shape: MeshShape = validate_mesh(config, topology.num_devices)
+        check_slices(self.mesh_shape, topology.slices)
         teachers, self.assumptions = teachers_of(config.data)
         self.batch_kind = BatchKind.of(config.data, teachers)
         with captured_stderr():  # backends report the devices that this machine lacks
@@ -76,7 +77,7 @@ class Compiler:
         spec, size = self.spec(stage), stage.config.batch_size
         batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(self.mesh))
         return compile_program(
-            jit_train_step(spec, stage.layout.microbatches, ramp_of(stage)),
+            jit_train_step(spec, stage.layout.microbatches, ramp_of(stage), stage.layout.overlap_collectives),
             (spec.abstract, batch, np.float32(0)),
             self.topology,
             name=f"stages[{stage.index}] ({stage.name})",

@@ -237,6 +237,8 @@ def estimates(config: RunConfig, topology: Topology) -> list[Candidate]:
     candidates = []
     steps = [stage.steps for stage in cost.stage_costs(config)]
     for mesh in meshes(config, topology.num_devices):
+        if mesh.replica % topology.slices:
+            continue
         for remat in typing.get_args(Remat):  # those that recompute less first
             counts, days = [], 0.0
             for stage, updates in zip(config.schedule, steps, strict=True):

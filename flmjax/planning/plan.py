@@ -68,6 +68,7 @@ class Plan:
         usable: bytes of a device that a program can use.
         saved: share of FLOPs that the schedule saves at equal tokens.
         saved_days: share of days that it saves at equal tokens and speed.
+        compiler_options: names of XLA's options that the steps are compiled with.
         remarks: on programs that fit but could be faster, and on costs that are not in the plan.
     """
 
@@ -84,6 +85,7 @@ class Plan:
     saved: float
     saved_days: float
     remarks: tuple[str, ...]
+    compiler_options: tuple[str, ...] = ()
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from flmjax.config import ConfigError, MeshShape, RunConfig, Stage
-from flmjax.hardware import GiB
+from flmjax.hardware import GiB, compiler_options
 from flmjax.model.flops import flops_per_token
 from flmjax.planning import cost
 from flmjax.planning.compile import Compiler
@@ -12,7 +12,7 @@ from flmjax.planning.cost import Machine, Published
 from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import fused_attention_flops, peak_rate, step_time
-from flmjax.planning.topology import parse_topology
+from flmjax.planning.topology import XLA_PLATFORMS, parse_topology
 
 TILE_ROWS = {"bfloat16": 16, "float32": 8}  # of a TPU's tile; shards of incomplete tiles cannot be scattered
 
@@ -58,6 +58,7 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
         saved=cost.saved_at_equal_tokens([stage.cost.flops for stage in stages], scratch),
         saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
         remarks=(*remarks(config, compiler.mesh_shape, topology.platform), *compiler.assumptions),
+        compiler_options=tuple(compiler_options(XLA_PLATFORMS[topology.platform], config.overlap_collectives)),
     )
 
 

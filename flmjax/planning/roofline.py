@@ -216,10 +216,10 @@ def peak_rate(chip: Chip, model: ModelConfig) -> float:
 
 
 def link_bandwidth(chip: PlannableChip, exchange: Collective) -> float:
-    """Bandwidth of a ring in bytes/s: of intra-node links (a TPU has no others), or of its members' network ports.
+    """Bandwidth of a ring in bytes/s: of the links in a node or a slice of TPUs, or of its members' network ports.
 
     Example: a ring with 4 members in every node of A800s has 4 x 25 = 100 GB/s; one in a single node has NVLink's 200.
     """
-    if exchange.in_node == exchange.group or chip.inter_node is None:
+    if exchange.in_node == exchange.group:
         return chip.intra_node
     return min(exchange.in_node * chip.inter_node, chip.intra_node)

@@ -125,7 +125,12 @@ def closing(plan: Plan) -> list[str]:
         lines.append(PAPER)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
-    lines.append(_chip_words(plan.chip))
+    lines.append(_chip_words(plan.chip, plan.platform))
+    if plan.is_exact and plan.compiler_options:
+        lines.append(f"steps are compiled, here and in training, with {', '.join(plan.compiler_options)}")
+        lines[-1] += "; --config.overlap_collectives=False leaves them out"
+    elif plan.is_exact:
+        lines.append("overlap_collectives=False: steps are compiled without options that hide exchanges")
     if any(stage.step.untold for stage in plan.stages):
         steps = ", ".join(f"{stage.step.seconds - stage.step.untold:.1f} s" for stage in plan.stages)
         lines.append(
@@ -144,11 +149,13 @@ def closing(plan: Plan) -> list[str]:
     return [*lines, *plan.refusals]
 
 
-def _chip_words(chip: PlannableChip) -> str:
+def _chip_words(chip: PlannableChip, platform: str) -> str:
     """The figures of the chip that a plan's times and energy follow from."""
-    links = f"{chip.intra_node / 1e9:.0f} GB/s of ICI along an axis"
-    if chip.inter_node is not None:
-        links = f"{chip.intra_node / 1e9:.0f} GB/s of NVLink in a node, {chip.inter_node / 1e9:.0f} GB/s between nodes"
+    inside, outside = {
+        "cuda": ("of NVLink in a node", "between nodes"),
+        "tpu": ("of ICI along an axis", "between slices"),
+    }[platform]
+    links = f"{chip.intra_node / 1e9:.0f} GB/s {inside}, {chip.inter_node / 1e9:.3g} GB/s {outside}"
     watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W"
     speeds = f"{chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM"
     return f"{chip.kind}, a device: {speeds}, {links}{watts}"
@@ -187,8 +194,8 @@ def _exchanges(plan: Plan, programs: Sequence[Program]) -> list[Row]:
     amounts: dict[tuple[str, str], list[float]] = {}
     for i, program in enumerate(programs):
         for exchange in program.collectives:
-            link = "in node" if exchange.in_node == exchange.group else "network"
-            link = "torus" if plan.chip.inter_node is None else link
+            inside = {"cuda": "in node", "tpu": "torus"}[plan.platform]
+            link = inside if exchange.in_node == exchange.group else "network"
             amounts.setdefault((exchange.kind, link), [0.0] * len(programs))[i] += exchange.bytes
     shown = {key: sent for key, sent in amounts.items() if max(sent) > 1e8}  # less: norms of gradients, sums of losses
     return [[f"{kind}, {link}", *(f"{n / 1e9:.1f} GB" for n in sent)] for (kind, link), sent in shown.items()]
