@@ -198,6 +198,29 @@ def test_a_ring_has_the_network_ports_of_its_members_in_a_node(group, in_node, r
     assert link_bandwidth(A800, Collective("all-gather", "bf16", group, 1, in_node, 1, 1e9, 1)) == rate
 
 
+SLICES = """HloModule m, num_partitions=8
+
+ENTRY %main (x: f32[4,4]) -> f32[4,4] {
+  %recv = (f32[32], u32[], token[]) recv(%after), frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.9_0"}
+  %send = (f32[32], u32[], token[]) send(%y, %after), frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.9_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %x = f32[4,4] parameter(0)
+  %d = f32[4,4] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = (f32[32], token[]) recv-done(%recv)
+  %e = f32[4,4] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %end = token[] send-done(%send)
+}
+"""  # noqa: E501
+
+
+def test_between_slices_of_tpus_a_send_starts_and_its_recv_ends():
+    (timeline,) = Schedule(MatrixProducts(Module(SLICES)), node_size=2).timelines()
+    (transfer,) = timeline.transfers
+    assert transfer.collective == Collective("all-reduce", "f32", 4, 2, 1, 1, 2 * 3 / 4 * 32 * 4, 32 * 4)
+    assert (transfer.start, transfer.stop, len(timeline.work)) == (0, 1, 2)
+    chip = parse_topology("v5p:2x2x1*4").chip
+    assert link_bandwidth(chip, transfer.collective) == 6.25e9
+
+
 # ---- machines --------------------------------------------------------------------------------------------------------
 
 

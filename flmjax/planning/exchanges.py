@@ -2,7 +2,8 @@
 
 An asynchronous collective is two instructions of one computation, a start and a done. The text of a compiled program
 has the order of its schedule, so that what stands between both is computed while the bytes are under way; it cannot
-depend on them. A synchronous collective has nothing between.
+depend on them. A synchronous collective has nothing between. Between slices of TPUs a collective is a send and a recv
+with one rendezvous, which end with the recv-done.
 """
 
 import collections
@@ -154,12 +155,18 @@ class Schedule:
                     continue
                 if chain:
                     self._chains.add(chain[0])
-                if operation.endswith("-start"):
+                if operation == "send":
+                    starts[_rendezvous(instruction)] = len(transfers)
+                elif operation.endswith("-start"):
                     starts[instruction.name] = len(transfers)
                 transfers.append(Transfer(collective, len(work), len(work), is_told and not chain))
             elif operation.endswith(("-update", "-done")) and instruction.operands[0] in starts:
                 index = starts[instruction.name] = starts[instruction.operands[0]]
                 if not _is_synchronous(self.module.computations[computation][instruction.operands[0]]):
+                    transfers[index] = dataclasses.replace(transfers[index], stop=len(work))
+            elif operation == "recv-done":
+                recv = self.module.computations[computation][instruction.operands[0]]
+                if (index := starts.get(_rendezvous(recv), -1)) >= 0:
                     transfers[index] = dataclasses.replace(transfers[index], stop=len(work))
             else:
                 one = self._work(computation, instruction)
@@ -186,6 +193,8 @@ class Schedule:
                 for one in self.module.computations.get(name, {}).values()
             ]
             return next((one for one in inner if one is not None), None)
+        if instruction.operation == "send":
+            return self._between_slices(instruction)
         kind, is_start = instruction.operation.removesuffix("-start"), instruction.operation.endswith("-start")
         shapes = list(instruction.shapes)
         if kind not in KINDS or not shapes:
@@ -205,6 +214,22 @@ class Schedule:
         in_node = max(1, min(sum(d // self.node_size == g[0] // self.node_size for d in g) for g in groups))
         stride = min((abs(g[1] - g[0]) for g in groups if len(g) > 1 and g[1] != g[0]), default=0)
         return Collective(kind, shapes[0][0], len(group), stride, in_node, 1, sent, size)
+
+    def _between_slices(self, send: Instruction) -> Collective | None:
+        """The collective between slices of TPUs that a send starts; None for other sends."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.line)
+        if kind is None:
+            return None
+        name, size = kind[1].lower().replace("_", "-"), num_bytes(send.shapes[0])
+        n = max(2, self.module.num_partitions // self.node_size)
+        share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "reduce-scatter": (n - 1) / n}
+        return Collective(name, send.shapes[0][0], n, self.node_size, 1, 1, size * share.get(name, 1), size)
+
+
+def _rendezvous(instruction: Instruction) -> str:
+    """The name that a send and its recv have in common; "" for other instructions."""
+    match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.line)
+    return match[1] if match else ""
 
 
 def _is_synchronous(start: Instruction) -> bool:

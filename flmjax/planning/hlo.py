@@ -119,7 +119,7 @@ class Module:
     def _counts(self, name: str) -> bool:
         """Whether a computation has, or calls, something to count: a matrix product, a kernel or a collective."""
         return any(
-            instruction.operation in ("dot", "convolution", "custom-call")
+            instruction.operation in ("dot", "convolution", "custom-call", "send")
             or instruction.operation.removesuffix("-start") in KINDS
             or any(other in self.computations and self._counts(other) for _, other in instruction.called())
             for instruction in self.computations[name].values()
