@@ -227,7 +227,10 @@ def test_json_and_page_hold_the_same_numbers(tmp_path):
     path = write_plan(plan, tmp_path / "new")
     tree = json.loads((tmp_path / "new" / "plan.json").read_text())
     assert [stage["program"]["peak"] for stage in tree["stages"]] == [50 * GiB, 75 * GiB]
-    assert tree["stages"][0]["step"]["seconds"] == 10.0
+    step = tree["stages"][0]["step"]
+    assert (step["seconds"], step["tensor"]) == (10.0, {"exposed": 0.75, "hidden": 0.25})
+    assert step["data"] == {"exposed": 0.75, "hidden": 1.25}
+    assert [exchange["exposed"] for exchange in step["exchanges"]] == [0.75, 0.75]
     assert tree["stages"][0]["executed_flops"] == 1.1e15
     assert tree["refusals"] == list(plan.refusals)
     page = path.read_text()

@@ -17,6 +17,7 @@ _CALLED = re.compile(
     r"\b(condition|body|calls|to_apply|true_computation|false_computation|branch_computations|async_computation|"
     r"called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
+_KERNEL = re.compile(r'custom_call_target="(__cublas|__cudnn|tpu_custom_call)')
 _COPIES = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier")
 _CALLS = ("call", "fusion", "custom-call", "async-start")  # operations whose to_apply is executed, not a sum's
 
@@ -119,7 +120,8 @@ class Module:
     def _counts(self, name: str) -> bool:
         """Whether a computation has, or calls, something to count: a matrix product, a kernel or a collective."""
         return any(
-            instruction.operation in ("dot", "convolution", "custom-call", "send")
+            instruction.operation in ("dot", "convolution", "send")
+            or _KERNEL.search(instruction.line)
             or instruction.operation.removesuffix("-start") in KINDS
             or any(other in self.computations and self._counts(other) for _, other in instruction.called())
             for instruction in self.computations[name].values()
@@ -203,8 +205,8 @@ class Module:
             return None
         if instruction.operation in _COPIES:
             return self._source(computation, instruction.operands[0])
-        if instruction.operation in _CALLS and (result := self._result(dict(instruction.called()).get("calls", ""))):
-            return result
+        if instruction.operation in ("fusion", "call"):
+            return self._result(next((name for _, name in instruction.called()), "")) or (computation, instruction)
         if instruction.operation == "get-tuple-element":
             index = instruction.integer(r"index=(\d+)")
             source = self._source(computation, instruction.operands[0])

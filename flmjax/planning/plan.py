@@ -111,7 +111,10 @@ class Plan:
                 if program is not None:
                     del program["timelines"]  # long, and read into step.exchanges
         for stage, fields in zip(self.stages, tree["stages"], strict=True):
-            fields["step"] |= {"seconds": stage.step.seconds, "exposed": stage.step.exposed}
+            fields["step"] |= {"seconds": stage.step.seconds, "untold": stage.step.untold}
+            for name, is_tensor in (("tensor", True), ("data", False)):
+                seconds, hidden = stage.step.traffic(is_tensor)
+                fields["step"][name] = {"exposed": seconds - hidden, "hidden": hidden}
             for exchange, words in zip(stage.step.exchanges, fields["step"]["exchanges"], strict=True):
                 words["exposed"] = exchange.exposed
             fields["executed_flops"] = stage.executed_flops
