@@ -1,4 +1,4 @@
-"""Growth at full size, compiled for its devices on a machine without them."""
+"""Growth at full size, and steps of small models, compiled for their devices on a machine without them."""
 
 import json
 import subprocess
@@ -86,3 +86,141 @@ def test_the_step_of_101b_fits_a_v5p_pod(compilers):
     # A layer's 12 width^2 are multiplied with four times, but for the MLP's second product, which nothing needs again.
     by_hand = 2304 * 2048 * (80 * (2 * 4 * 12 - 2 * 4) * 10240**2 + 3 * 2 * 100_256 * 10240)
     assert program["matmul_flops"] * 256 == pytest.approx(by_hand, rel=0.01)
+
+
+# ---- FLOPs of small steps, and the options of the compilers ----------------------------------------------------------
+
+SMALL = """
+import dataclasses, json, sys
+import jax
+from flmjax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
+from flmjax.hardware import compiler_options
+from flmjax.model.flops import flops_per_token
+from flmjax.planning.compile import Compiler
+from flmjax.planning.topology import XLA_PLATFORMS, parse_topology
+
+for topology, mesh, attention, remat, microbatches, sizes, batch in json.loads(sys.argv[1]):
+    default = {"num_layers": 2, "embed_dim": 256, "num_heads": 2, "mlp_dim": 1024, "vocab_size": 512, "max_length": 256}
+    model = ModelConfig(**{**default, **sizes}, head_dim=128, dtype="bfloat16", remat=remat, attention=attention)
+    stage = StageConfig(batch_size=batch, microbatches=microbatches)
+    config = RunConfig(model=model, stages=(stage,), mesh=MeshConfig(*mesh))
+    compiler = Compiler(config, parse_topology(topology))
+    assert compiler.is_exact
+    program = compiler.step(config.schedule[0])
+    result = {**dataclasses.asdict(program), "model": flops_per_token(model, model.max_length)}
+    print("RESULT", json.dumps(result), flush=True)
+device = compiler.mesh.devices.flat[0]
+x = jax.ShapeDtypeStruct((8, 8), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+names = compiler_options(XLA_PLATFORMS[compiler.topology.platform])
+for name in (*names, "xla_unheard_of"):
+    try:
+        jax.jit(lambda x: x + 1, compiler_options={name: True}).lower(x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        print("REFUSED", error)
+assert names
+"""
+
+
+def small_steps(compilers, cases):
+    """Programs of small steps, and the compiler's refusals of options."""
+    cases = [(*case, {}, 16)[:7] if len(case) == 5 else case for case in cases]
+    command = [sys.executable, "-c", SMALL, json.dumps(cases)]
+    result = subprocess.run(command, env=compilers, capture_output=True, text=True, timeout=1100)
+    lines = result.stdout.splitlines()
+    programs = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+    assert len(programs) == len(cases), result.stderr[-2000:]
+    return programs, [line for line in lines if line.startswith("REFUSED")]
+
+
+def executed_by_hand(mesh, attention, remat, sizes=None, batch=16):
+    """(FLOPs of matrix products, products of fused attention) of one device in a step."""
+    sizes = {
+        "num_layers": 2,
+        "embed_dim": 256,
+        "num_heads": 2,
+        "mlp_dim": 1024,
+        "vocab_size": 512,
+        "max_length": 256,
+    } | (sizes or {})
+    width, heads, length = sizes["embed_dim"], 128 * sizes["num_heads"], sizes["max_length"]
+    tokens = batch * length
+    matrices = 2 * tokens * (4 * width * heads + 2 * width * sizes["mlp_dim"])
+    scores = 2 * 2 * tokens * length * heads * 5 / 8 if attention == "plain" else 0  # later keys are left out in part
+    forward = {"none": matrices + scores, "dots": matrices + 2 * scores, "full": 2 * (matrices + scores)}[remat]
+    spared = 2 * tokens * width * sizes["mlp_dim"] if remat == "full" else 0  # nothing needs the MLP's second product
+    layer = forward + 2 * (matrices + scores) - spared
+    head = 3 * 2 * tokens * sizes["vocab_size"] * width
+    flops = (sizes["num_layers"] * layer + head) / (mesh[0] * mesh[1] * mesh[2])
+    kernels = 0 if attention == "plain" else (7 if remat == "none" else 9) * sizes["num_layers"]
+    return flops, kernels
+
+
+def check_small_steps(programs, cases):
+    for program, case in zip(programs, cases, strict=True):
+        mesh, attention, remat, microbatches = case[1:5]
+        flops, kernels = executed_by_hand(mesh, attention, remat, *case[5:])
+        assert program["matmul_flops"] == pytest.approx(flops, rel=0.02), case
+        assert program["attention_products"] == kernels * microbatches, case
+
+
+FIRST = {
+    "gpu": [("h100:1x8", (2, 2, 2), "fused", "full", 2)],
+    "tpu": [("v7x:2x2x1", (1, 4, 2), "plain", "full", 2)],
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("platform", FIRST)
+def test_flops_and_options_of_a_small_step(platform, compilers):
+    """The compiler knows each option that steps are compiled with, and refuses others."""
+    programs, refused = small_steps(compilers, FIRST[platform])
+    check_small_steps(programs, FIRST[platform])
+    assert len(refused) == 1
+    assert "No such compile option: 'xla_unheard_of'" in refused[0]
+
+
+SEVERAL = [
+    ("a100:1x8", (1, 8, 1), "plain", "dots", 1),
+    ("a800:2x8", (2, 4, 2), "plain", "full", 2),
+    ("h200:1x8", (1, 2, 4), "fused", "none", 1, {"num_heads": 4}, 16),
+    ("b200:1x8", (1, 4, 2), "fused", "dots", 2),
+    ("gb200:2x4", (1, 4, 2), "fused", "full", 1),
+    ("v4:2x2x2", (2, 4, 1), "plain", "none", 1),
+    ("v5e:2x4", (1, 4, 2), "fused", "dots", 2),
+    ("v5p:2x2x2", (1, 8, 1), "plain", "dots", 2),
+    ("v6e:2x4", (2, 2, 2), "fused", "full", 1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_flops_of_small_steps_on_every_machine(compilers):
+    programs, _ = small_steps(compilers, SEVERAL)
+    check_small_steps(programs, SEVERAL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_flops_of_collective_matrix_products(compilers):
+    """A TPU writes products with gathered weights as loops over u32[] counters, with windowed convolutions in them.
+
+    A plan of this model printed 212 TFLOP executed a device, of 350 that the model needs.
+    """
+    sizes = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "mlp_dim": 16384, "vocab_size": 100_352}
+    sizes |= {"max_length": 2048, "norm": "rmsnorm", "position": "rope", "bias": False}
+    case = ("v5p:2x4x4", (1, 32, 1), "fused", "full", 1, sizes, 128)
+    (program,), _ = small_steps(compilers, [case])
+    check_small_steps([program], [case])
+    assert program["model"] * 128 * 2048 / 32 == pytest.approx(350e12, rel=0.01)
+    assert program["matmul_flops"] == pytest.approx(407e12, rel=0.01)  # and 20e12 in attention
+
+
+@pytest.mark.timeout(600)
+def test_between_slices_only_gradients_are_exchanged(compilers):
+    """Two slices of 4 chips are the two replicas; what is gathered and scattered stays inside a slice."""
+    (program,), _ = small_steps(compilers, [("v5e:2x2*2", (2, 2, 2), "fused", "full", 1)])
+    across = [exchange for exchange in program["collectives"] if exchange["in_node"] < exchange["group"]]
+    assert {exchange["kind"] for exchange in across} == {"all-reduce"}
+    parameters = 2 * 12 * 256**2 + 512 * 256
+    sent = 2 * (2 - 1) / 2 * parameters / 4  # by each device of a slice, of its share
+    assert sent * 2 < sum(exchange["bytes"] for exchange in across) < 1.1 * sent * 4  # in bfloat16 or float32

@@ -12,6 +12,7 @@ from flmjax.config import (
     DataConfig,
     GrowthConfig,
     MeshConfig,
+    MeshShape,
     ModelConfig,
     RunConfig,
     StageConfig,
@@ -20,7 +21,9 @@ from flmjax.hardware import A800
 from flmjax.planning import compile as compile_module
 from flmjax.planning.compile import Compiler, compile_program, teachers_of
 from flmjax.planning.topology import TooLargeError, Topology, parse_topology
-from flmjax.training import growth_point, loop, start
+from flmjax.sharding.mesh import make_mesh
+from flmjax.training import growth_point, loop, start, step
+from flmjax.training.state import state_spec
 
 TINY = ModelConfig(num_layers=2, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=64, max_length=32)
 
@@ -157,6 +160,37 @@ def test_a_mixture_that_is_not_registered_is_refused():
         ConfigError, match=r"data\.mixture: there is no Task or Mixture 'eflm_c5'; did you mean eflm_c4"
     ):
         teachers_of(DataConfig(mixture="eflm_c5"))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_planned_step_has_the_compiler_options_of_training(lowering, monkeypatch, overlap):
+    """XLA refuses an option that it does not know: both compile with the options of compiler_options."""
+    seen = []
+
+    def options(*arguments):
+        seen.append(arguments)
+        return {"xla_unheard_of": True}
+
+    monkeypatch.setattr(step, "compiler_options", options)
+    config = RunConfig(
+        model=dataclasses.replace(TINY, vocab_size=64),
+        stages=(StageConfig(batch_size=8),),
+        mesh=MeshConfig(2, 2, 2),
+        overlap_collectives=overlap,
+    )
+    monkeypatch.setattr(compile_module, "compile_program", lambda program, arguments, *_, **__: (program, arguments))
+    program, arguments = lowering(config).step(config.schedule[0])
+    for call in (lambda: program.lower(*arguments).compile(), lambda: next(one_update(config, program, arguments))):
+        with pytest.raises(Exception, match="No such compile option: 'xla_unheard_of'"):
+            call()
+    assert seen == [("cpu", overlap)] * 2
+
+
+def one_update(config, program, arguments):
+    """The first update of a stage as training makes it, with the abstract state's zeros."""
+    state, batch, _ = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), arguments)
+    spec = state_spec(config.schedule[0].model, config.optimizer, make_mesh(MeshShape(2, 2, 2), jax.devices()))
+    return loop.run_stage(state, spec, config.schedule[0], lambda _: 1e-3, iter([batch]))
 
 
 # ---- refusals of compilers -------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ ARGUMENTS = {
         "cpu,mask",
     ),
     "flm_proxy": ("",),
+    "growth_7b": ("", "h100_8", "h100_64", "v5e_64", "v6e_64"),
     "growth_strategies": STRATEGIES,
     "quickstart": ("", "bilingual"),
     "tele_flm_52b": ("", "52b"),

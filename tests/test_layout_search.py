@@ -137,7 +137,7 @@ def test_no_layout_that_may_fit_is_an_error():
 
 
 def program(peak: float, name: str) -> Program:
-    return Program(name, "take more", 0, 0, 0, 0, int(peak * GiB), 1e12, (), 0, 0.0)
+    return Program(name, "take more", 0, 0, 0, 0, int(peak * GiB), 1e14, (), 0, 0.0)
 
 
 class FakeCompiler:

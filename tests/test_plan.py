@@ -10,6 +10,7 @@ import pytest
 
 from flmjax import cli
 from flmjax.config import (
+    ConfigError,
     GrowthConfig,
     MeshConfig,
     MeshShape,
@@ -21,11 +22,11 @@ from flmjax.config.validate import stage_mesh
 from flmjax.hardware import A800, GiB
 from flmjax.planning import planner
 from flmjax.planning.cost import Bill, StageCost
-from flmjax.planning.hlo import Collective
+from flmjax.planning.exchanges import Collective
 from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
-from flmjax.planning.planner import make_plan, remarks
+from flmjax.planning.planner import check_flops, make_plan, remarks
 from flmjax.planning.program import Program
-from flmjax.planning.roofline import StepTime
+from flmjax.planning.roofline import ExchangeTime, StepTime
 from flmjax.report.plan_page import plan_figure, write_plan
 from flmjax.report.plan_table import plan_table
 
@@ -44,6 +45,10 @@ def program(peak: float, name: str = "a program", advice: str = "take less", **f
     return Program(**{**values, "collectives": (exchange,), **fields})
 
 
+TENSOR = ExchangeTime("all-gather", "bf16", 4, 1, 4, True, 1.0, 0.25, 0.0)
+DATA = ExchangeTime("all-gather", "bf16", 16, 4, 2, False, 2.0, 1.25, 0.0)
+
+
 def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
     """A plan of stages whose steps have these peaks, in GiB."""
     names = [f"s{i}" for i in range(len(peaks))]
@@ -59,7 +64,7 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
             program=program(peak, f"stages[{i}] ({name})", f"take stages[{i}].microbatches=3"),
             attention_flops=1e14,
             model_flops=1e17,
-            step=StepTime(8.0, 1.0, 2.0, 1.5, 0.5),
+            step=StepTime(8.0, 0.5, (TENSOR, DATA)),
             bill=bill,
             published=None,
         )
@@ -105,8 +110,10 @@ def test_the_table_has_a_row_for_each_figure():
     text = plan_table(plan_of(50.0, 60.0))
     lines = {line.strip().split("  ")[0]: line.split() for line in text.splitlines() if line}
     assert lines["step"] == ["step", "10.0", "s", "10.0", "s"]
-    assert lines["data traffic"][2:4] == ["2.0", "s"]
-    assert lines["hidden by compute"][3:5] == ["1.5", "s"]
+    assert lines["tensor traffic, exposed"][3:5] == ["0.8", "s"]
+    assert lines["data traffic, exposed"][3:5] == ["0.8", "s"]
+    assert re.findall(r"hidden by compute +(\S+) s", text) == ["0.2", "1.2"]
+    assert "not told" not in text
     assert lines["TFLOP/s a device"][-1] == f"{1e21 / 10 / 10 / 8 / 1e12:.0f}"
     assert lines["all-gather, network"][-2:] == ["5.0", "GB"]
     assert lines["dollars"] == ["dollars", "-", "-"]
@@ -116,6 +123,33 @@ def test_the_table_has_a_row_for_each_figure():
     assert "bytes, memory and times are not those of the machine" in unknown
     assert "pip install 'flmjax[plan-gpu]'" in unknown
     assert "unknown" in unknown
+
+
+def test_what_the_program_does_not_tell_is_said_in_words():
+    plan = plan_of(50.0, 60.0)
+    untold = StepTime(8.0, 0.5, (TENSOR, dataclasses.replace(DATA, hidden=0.0, untold=2.0)))
+    text = plan_table(dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], step=untold),)))
+    assert re.search(r"exposed, not told by the program +2\.0 s", text)
+    assert re.search(r"^step +11\.2 s", text, re.MULTILINE)
+    assert "counted as if nothing hid them; with all of them hidden, steps would take 9.2 s" in text
+
+
+def test_a_program_that_was_counted_wrong_is_refused(monkeypatch):
+    """A 7B model on v5p: loops with an unsigned counter counted once made 495 TFLOP/s on a chip of 459."""
+
+    class Wrong(FakeCompiler):
+        def step(self, stage):
+            return program(3.5, f"step of {stage.name}", collectives=(), matmul_flops=1e6)
+
+    monkeypatch.setattr(planner, "Compiler", Wrong)
+    with pytest.raises(ConfigError, match=r"^step of small: 1e\+06 FLOPs were counted in its program, .* needs 4\.\d"):
+        make_plan(THREE_STAGES, None)
+    amounts = {"executed": 467e12, "needed": 350e12, "rate": 459e12}
+    check_flops("a step", **amounts, seconds=1.02)
+    with pytest.raises(ConfigError, match=r"^a step: 4\.67e\+14 FLOP/s a device exceed the chip's peak of 4\.59e\+14"):
+        check_flops("a step", **amounts, seconds=1.0)
+    with pytest.raises(ConfigError, match="were counted"):
+        check_flops("a step", **{**amounts, "executed": 212e12}, seconds=10.0)
 
 
 def test_temporaries_over_the_peak_are_explained():
@@ -200,7 +234,10 @@ def test_json_and_page_hold_the_same_numbers(tmp_path):
     path = write_plan(plan, tmp_path / "new")
     tree = json.loads((tmp_path / "new" / "plan.json").read_text())
     assert [stage["program"]["peak"] for stage in tree["stages"]] == [50 * GiB, 75 * GiB]
-    assert tree["stages"][0]["step"]["seconds"] == 10.0
+    step = tree["stages"][0]["step"]
+    assert (step["seconds"], step["tensor"]) == (10.0, {"exposed": 0.75, "hidden": 0.25})
+    assert step["data"] == {"exposed": 0.75, "hidden": 1.25}
+    assert [exchange["exposed"] for exchange in step["exchanges"]] == [0.75, 0.75]
     assert tree["stages"][0]["executed_flops"] == 1.1e15
     assert tree["refusals"] == list(plan.refusals)
     page = path.read_text()
@@ -236,7 +273,7 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
     [
         (
             ["--config.mesh.topology=a900:24x8"],
-            r"'a900:24x8' is not a known machine; choices: .*a800:NODESx8.*v5p:4x8x8",
+            r"'a900:24x8' is not a known machine; choices: .*a800:HOSTSx8.*v5p:4x8x8",
         ),
         (["--config.mesh.topology=a800:24x4"], "is not a known machine"),
         (["--config.mesh.topology=v5p:8x8"], "is not a known machine"),

@@ -179,7 +179,7 @@ class MeshConfig:
     replica: PositiveInt = 1
     fsdp: PositiveInt | None = None
     tensor: PositiveInt = 1
-    topology: str | None = None  # the machine that `flmjax plan` compiles for: a800:24x8, v5p:4x8x8 ...
+    topology: str | None = None  # the machine that `flmjax plan` compiles for: a800:24x8, v5p:4x8x8*2 ...
 
 
 @dataclasses.dataclass(frozen=True)

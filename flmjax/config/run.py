@@ -32,6 +32,8 @@ class RunConfig:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=EXECUTION)
     checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=EXECUTION)
+    # Whether the compilers of GPUs and TPUs are told to run exchanges between devices behind computation.
+    overlap_collectives: bool = dataclasses.field(default=True, metadata=EXECUTION)
     # Steps between lines of training metrics.
     log_every: PositiveInt = dataclasses.field(default=10, metadata=EXECUTION)
     # Steps between evaluations; the end of a stage is always evaluated.
@@ -74,6 +76,7 @@ class RunConfig:
                 stage.remat or self.model.remat,
                 stage.attention or self.model.attention,
                 stage.microbatches,
+                self.overlap_collectives,
             )
             model = dataclasses.replace(model, remat=layout.remat, attention=layout.attention)
             schedule.append(Stage(index, stage, model, layout, start, start + stage.steps, previous))
@@ -101,6 +104,7 @@ class Layout(NamedTuple):
     remat: Remat
     attention: AttentionBackend
     microbatches: int
+    overlap_collectives: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,12 @@ from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.model.attention import choose
-from flmjax.planning.hlo import collectives, matmul_flops
+from flmjax.planning.exchanges import Schedule, collectives_of
+from flmjax.planning.hlo import Module
+from flmjax.planning.products import MatrixProducts
 from flmjax.planning.program import Program
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, devices_of
-from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.mesh import check_slices, make_mesh
 from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.stderr import captured_stderr
 from flmjax.training.state import StateSpec, state_spec
@@ -59,7 +61,9 @@ class Compiler:
 
     def mesh_shape(self, stage: Stage) -> MeshShape:
         """Devices along each mesh axis of a stage; raises ConfigError for a mesh that does not fit the machine."""
-        return stage_mesh(self.config, stage, self.topology.num_devices)
+        mesh = stage_mesh(self.config, stage, self.topology.num_devices)
+        check_slices(mesh, self.topology.slices, stage.setting_of("mesh"))
+        return mesh
 
     def spec(self, stage: Stage) -> StateSpec:
         """The abstract training state of a stage."""
@@ -75,7 +79,7 @@ class Compiler:
         spec, size = self.spec(stage), stage.config.batch_size
         batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(spec.mesh))
         return compile_program(
-            jit_train_step(spec, stage.layout.microbatches, ramp_of(stage)),
+            jit_train_step(spec, stage.layout.microbatches, ramp_of(stage), stage.layout.overlap_collectives),
             (spec.abstract, batch, np.float32(0)),
             self.topology,
             name=f"stages[{stage.index}] ({stage.name})",
@@ -178,7 +182,7 @@ def compile_program(program: Any, arguments: tuple[Any, ...], topology: Topology
             raise _explained(error, topology, name, advice) from error
         seconds = time.perf_counter() - start
         warnings = stderr_text()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -186,13 +190,21 @@ def compile_program(program: Any, arguments: tuple[Any, ...], topology: Topology
         "temporaries": memory.temp_size_in_bytes,
     }
     total = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]
+    try:
+        products = MatrixProducts(Module(compiled.as_text()))
+        schedule = Schedule(products, topology.node_size)
+        matmul_flops, timelines = products.flops(), schedule.timelines()
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be priced: {error}") from error
     return Program(
         name=name,
         advice=advice,
         **sizes,
         peak=memory.peak_memory_in_bytes or total,
-        matmul_flops=matmul_flops(text),
-        collectives=tuple(collectives(text, topology.node_size)),
+        matmul_flops=matmul_flops,
+        attention_products=schedule.attention_products(),
+        collectives=tuple(collectives_of(timelines)),
+        timelines=tuple(timelines),
         rematerialisations=len(re.findall("Involuntary full rematerialization", warnings)),
         compile_seconds=seconds,
     )

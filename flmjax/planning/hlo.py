@@ -1,135 +1,266 @@
-"""Bytes that collectives move and FLOPs of matrix multiplications, read from the text of a compiled program (HLO).
-
-A loop's body is counted as often as it runs, which the cost analysis of the compiler does not do.
-"""
+"""The text of a compiled program (XLA's HLO) as computations of instructions, and how often each of them runs."""
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
 
-import numpy as np
-
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+
+# The name of an instruction, its shape, its operation; then come its operands in parentheses, and its attributes.
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _CALLED = re.compile(
-    r"(body|calls|to_apply|true_computation|false_computation|branch_computations|async_computation|"
-    r"called_computations)=\{?([%\w.\-, ]+)"
+    r"\b(condition|body|calls|to_apply|true_computation|false_computation|branch_computations|async_computation|"
+    r"called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
+_KERNEL = re.compile(r'custom_call_target="(__cublas|__cudnn|tpu_custom_call)')
+_COPIES = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier")
+_CALLS = ("call", "fusion", "custom-call", "async-start")  # operations whose to_apply is executed, not a sum's
 
 Shape = tuple[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of a program that are alike.
+class Instruction:
+    """A line of a computation.
 
     Attributes:
-        kind: XLA's name of it.
-        dtype: of the array that is moved.
-        group: number of devices that exchange with each other.
-        stride: between neighbours in a group; 1 along the mesh's last axis, 0 without a neighbour.
-        in_node: members of a group in one node, of the group that is spread the widest.
-        count: executions in a step.
-        bytes: sent by a device in a step, on a ring of n devices: (n - 1) / n of a gathered or scattered array, twice
-            that of a reduced one, all of a permuted one.
-        largest: bytes of the largest result.
+        name, operation: in XLA's words, as in %add.3 and "add".
+        shapes: dtype and sizes of the arrays of the result, those of a tuple in order.
+        operands: names of instructions of the same computation.
+        line: the text.
+        is_root: whether its result is the computation's.
     """
 
-    kind: str
-    dtype: str
-    group: int
-    stride: int
-    in_node: int
-    count: int
-    bytes: float
-    largest: int
+    name: str
+    operation: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    line: str
+    is_root: bool
+
+    def called(self) -> Iterator[tuple[str, str]]:
+        """(attribute, computation) of every computation that the instruction executes."""
+        for key, several, one in _CALLED.findall(self.line):
+            if key != "to_apply" or self.operation in _CALLS:
+                yield from ((key, word.strip().lstrip("%")) for word in (several or one).split(","))
+
+    def integer(self, pattern: str) -> int | None:
+        """The number that the pattern's group matches in the line; None without a match."""
+        match = re.search(pattern, self.line)
+        return int(match[1]) if match else None
 
 
-def collectives(text: str, node_size: int) -> list[Collective]:
-    """Collectives of a program, those that are alike as one.
+Place = tuple[str, Instruction]  # a computation's name, and an instruction in it
 
-    Args:
-        text: of the program after compilation.
-        node_size: consecutive devices in a node.
+
+class Module:
+    """A compiled program.
+
+    Attributes:
+        computations: instructions by name, of each computation by name, in the order of the schedule.
+        entry: name of the computation that the program starts with.
+        num_partitions: devices of the program.
     """
-    totals: dict[tuple[str, str, int, int, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
-    partitions = re.search(r"num_partitions=(\d+)", text)
-    all_devices = [list(range(int(partitions[1]) if partitions else 1))]
-    for computation, times, line in _executed(text):
-        match = _COLLECTIVE.search(line)
-        if match is None:
-            continue
-        kind, shapes = match[2], _shapes(match[1])
-        if not shapes:
-            continue
-        if match[3] and kind != "all-reduce":  # (operands, results, contexts)
-            shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
-            shapes = shapes[len(shapes) // 2 :] if len(shapes) > 1 else shapes
-        groups = _groups(line) or all_devices
-        group = groups[0]
-        size, n = sum(map(_num_bytes, shapes)), max(len(group), 2)
-        if kind == "all-reduce" and "reduce-scatter" in computation:  # the form of TPU programs
-            kind, sent = "reduce-scatter", size * (n - 1) / n
-        else:
-            share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
-            sent = size * share.get(kind, (n - 1) / n)
-        # Of the group that is spread the widest: all wait for it.
-        in_node = max(1, min(sum(d // node_size == g[0] // node_size for d in g) for g in groups))
-        stride = min((abs(g[1] - g[0]) for g in groups if len(g) > 1 and g[1] != g[0]), default=0)
-        entry = totals[kind, shapes[0][0], len(group), stride, in_node]
-        entry[0] += times
-        entry[1] += times * sent
-        entry[2] = max(entry[2], size)
-    return [Collective(*key, int(count), sent, int(largest)) for key, (count, sent, largest) in sorted(totals.items())]
 
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self.num_partitions = int(partitions[1]) if partitions else 1
+        current: dict[str, Instruction] | None = None
+        for line in text.splitlines():
+            if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+                current = self.computations[match[2]] = {}
+                self.entry = match[2] if match[1] else self.entry
+            elif line.rstrip() == "}":  # "}}," ends a kernel's attributes, not a computation
+                current = None
+            elif current is not None and (match := _INSTRUCTION.match(line)):
+                operands = re.findall(r"%([\w.\-]+)", _before_parenthesis(match[5]))
+                shapes = tuple(_shapes(match[3]))
+                current[match[2]] = Instruction(match[2], match[4], shapes, tuple(operands), line, bool(match[1]))
+        self._callers: dict[str, list[Place]] = collections.defaultdict(list)
+        for computation, instructions in self.computations.items():
+            for instruction in instructions.values():
+                for _, name in instruction.called():
+                    self._callers[name].append((computation, instruction))
 
-def matmul_flops(text: str) -> float:
-    """FLOPs of every matrix multiplication that a device executes, 2 M N K each; custom kernels are not counted.
+    def called(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        """(Computation, number of executions) for each computation that one execution of an instruction executes.
 
-    Example: a loop that runs 7 times over a product of (6, 10) and (10, 10) has 7 x 2 x 6 x 10 x 10 = 8,400 FLOPs.
+        Raises:
+            ValueError: for a loop whose number of iterations cannot be read, if there is something to count in it.
+        """
+        for key, name in instruction.called():
+            if key != "condition" and name in self.computations and self._counts(name):
+                yield name, self.trips(instruction) if key == "body" else 1
 
-    Raises:
-        ValueError: for a multiplication whose contracted sizes cannot be read.
-    """
-    total = 0.0
-    shape_of: dict[str, dict[str, Shape]] = {}
-    for computation, times, line in _executed(text):
-        if computation not in shape_of:
-            shape_of[computation] = {}
-        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)", line)
-        if match is None:
-            continue
-        shapes = _shapes(match[2].split(")")[0] if match[2].startswith("(") else match[2].split("(")[0])
-        if shapes:
-            shape_of[computation][match[1]] = shapes[0]
-        if re.search(r" (dot|convolution)\(|custom_call_target=\"__cublas", line):
-            total += times * 2 * _products(line, shapes[0][1], shape_of[computation])
-    return total
+    def executions(self) -> dict[str, int]:
+        """Number of executions of every computation that has, or calls, a matrix product or a collective.
 
+        Raises:
+            ValueError: as `called`.
+        """
+        times: dict[str, int] = {}
 
-def _products(line: str, result: tuple[int, ...], shape_of: dict[str, Shape]) -> int:
-    """Scalar products of a matrix multiplication, M N K."""
-    names = re.findall(r"%([\w.\-]+)", line.split("(", 1)[1])[:2]
-    left, right = (shape_of[name][1] if name in shape_of else None for name in (*names, "", "")[:2])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line)
-    if labels and left is not None and right is not None:
-        # TPU programs write a product as a convolution. A spatial axis is contracted (the result's size is 1), an axis
-        # of the batch or an axis of one factor alone: each has as many products as the largest of the three sizes.
-        sizes = [dict(zip(*pair, strict=True)) for pair in zip(labels.groups(), (left, right, result), strict=True)]
-        spatial = [max(size.get(name, 1) for size in sizes) for name in labels[1] if name.isdigit()]
-        return sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"] * math.prod(spatial)
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
-    contracted = contracted or re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', line)
-    if contracted is None or left is None:
-        raise ValueError(f"no contracted sizes in {line.strip()[:200]}")
-    return math.prod(result) * math.prod(left[int(i)] for i in re.findall(r"\d+", contracted[1]))
+        def visit(name: str, count: int) -> None:
+            times[name] = times.get(name, 0) + count
+            for instruction in self.computations[name].values():
+                for other, inner in self.called(instruction):
+                    visit(other, count * inner)
+
+        visit(self.entry, 1)
+        return times
+
+    @functools.cache  # noqa: B019 - a module lives as long as the reading of one program
+    def _counts(self, name: str) -> bool:
+        """Whether a computation has, or calls, something to count: a matrix product, a kernel or a collective."""
+        return any(
+            instruction.operation in ("dot", "convolution", "send")
+            or _KERNEL.search(instruction.line)
+            or instruction.operation.removesuffix("-start") in KINDS
+            or any(other in self.computations and self._counts(other) for _, other in instruction.called())
+            for instruction in self.computations[name].values()
+        )
+
+    # ---- loops -------------------------------------------------------------------------------------------------------
+
+    def trips(self, loop: Instruction) -> int:
+        """Iterations of a `while`: from its line, or from its counter's start, step and limit.
+
+        The lines of TPU programs, and of loops that a GPU's compiler changed late, do not have the number. Example:
+        collective matrix products of a TPU count to 16 in steps of 2, which are 8 iterations.
+
+        Raises:
+            ValueError: naming the loop, when they cannot be read.
+        """
+        if (known := loop.integer(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')) is not None:
+            return known
+        called = dict(loop.called())
+        trips = self._counted_trips(called.get("condition", ""), called.get("body", ""))
+        if trips is None:
+            raise ValueError(f"the number of iterations of loop %{loop.name} cannot be read from the compiled program")
+        return trips
+
+    def _counted_trips(self, condition: str, body: str) -> int | None:
+        """Iterations of a loop `for (i = start; i < limit; i += step)`; None for a loop of another form."""
+        test = self._result(condition)
+        if test is None or test[1].operation != "compare":
+            return None
+        direction = re.search(r"direction=(\w+)", test[1].line)
+        sign = direction[1] if direction else ""
+        left, right = (self._source(test[0], name) for name in test[1].operands)
+        if self._integer(left) is not None:  # limit > i
+            left, right, sign = right, left, {"GT": "LT", "GE": "LE", "NE": "NE"}.get(sign, "")
+        counter, limit = self._state_index(left), self._integer(right)
+        if counter is None or limit is None or sign not in ("LT", "LE", "NE"):
+            return None
+        start, step = self._integer(self._initial(body, counter)), self._step(body, counter)
+        if start is None or step is None or step <= 0:
+            return None
+        return max(0, -(-(limit - start + (sign == "LE")) // step))
+
+    def _step(self, body: str, index: int) -> int | None:
+        """What an iteration adds to element `index` of a loop's state."""
+        add = self._element(self._result(body), index)
+        if add is None or add[1].operation != "add":
+            return None
+        terms = [self._source(add[0], name) for name in add[1].operands]
+        for counter, step in (terms, terms[::-1]):
+            if self._state_index(counter) == index:
+                return self._integer(step)
+        return None
+
+    def _integer(self, place: Place | None) -> int | None:
+        """The integer that an instruction always has; None if it has none, or it cannot be told."""
+        if place is None:
+            return None
+        if place[1].operation == "constant":
+            return place[1].integer(r"constant\((-?\d+)\)")
+        index = self._state_index(place)
+        if index is None or not self._is_constant(place[0], index):
+            return None
+        return self._integer(self._initial(place[0], index))
+
+    def _is_constant(self, computation: str, index: int) -> bool:
+        """Whether the loop of a body or condition changes element `index` of its state in no iteration."""
+        caller = self.caller(computation)
+        if caller is None or caller[1].operation != "while":
+            return False
+        return self._state_index(self._element(self._result(dict(caller[1].called())["body"]), index)) == index
+
+    def _initial(self, computation: str, index: int) -> Place | None:
+        """Element `index` of a loop's state before the first iteration, of the loop of a body or condition."""
+        caller = self.caller(computation)
+        return None if caller is None else self._element(self._source(caller[0], caller[1].operands[0]), index)
+
+    def _source(self, computation: str, name: str) -> Place | None:
+        """The instruction whose value `name` has, through copies, fusions, calls and tuples."""
+        instruction = self.computations[computation].get(name)
+        if instruction is None:
+            return None
+        if instruction.operation in _COPIES:
+            return self._source(computation, instruction.operands[0])
+        if instruction.operation in ("fusion", "call"):
+            return self._result(next((name for _, name in instruction.called()), "")) or (computation, instruction)
+        if instruction.operation == "get-tuple-element":
+            index = instruction.integer(r"index=(\d+)")
+            source = self._source(computation, instruction.operands[0])
+            element = None if index is None else self._element(source, index)
+            return element or (computation, instruction)
+        if instruction.operation == "parameter" and (caller := self.caller(computation)):
+            number = instruction.integer(r"parameter\((\d+)\)")
+            if caller[1].operation in _CALLS and number is not None:
+                return self._source(caller[0], caller[1].operands[number])
+        return computation, instruction
+
+    def _element(self, source: Place | None, index: int) -> Place | None:
+        """Element `index` of a tuple; of a loop's result, if no iteration changes it, that before the loop."""
+        if source is None:
+            return None
+        computation, instruction = source
+        if instruction.operation == "tuple":
+            return self._source(computation, instruction.operands[index])
+        if instruction.operation == "while":
+            body = dict(instruction.called())["body"]
+            return self._initial(body, index) if self._is_constant(body, index) else None
+        return None
+
+    def _result(self, computation: str) -> Place | None:
+        """The source of a computation's result."""
+        instructions = self.computations.get(computation, {}).values()
+        root = next((instruction for instruction in instructions if instruction.is_root), None)
+        return None if root is None else self._source(computation, root.name)
+
+    def _state_index(self, place: Place | None) -> int | None:
+        """Index of the element of its loop's state that an instruction reads; None for other instructions."""
+        if place is None or place[1].operation != "get-tuple-element":
+            return None
+        state = self._source(place[0], place[1].operands[0])
+        is_state = state is not None and state[1].operation == "parameter"
+        return place[1].integer(r"index=(\d+)") if is_state else None
+
+    def caller(self, computation: str) -> Place | None:
+        """The one instruction that executes a computation; None if there are several."""
+        callers = self._callers[computation]
+        return callers[0] if len(callers) == 1 else None
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _before_parenthesis(text: str) -> str:
+    """The text up to the parenthesis that closes an opened one."""
+    depth = 1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return text[: match.start()]
+    return text
 
 
 def _shapes(text: str) -> list[Shape]:
@@ -137,78 +268,6 @@ def _shapes(text: str) -> list[Shape]:
     return [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in shapes if dtype in BYTES]
 
 
-def _num_bytes(shape: Shape) -> int:
+def num_bytes(shape: Shape) -> int:
+    """Bytes of an array."""
     return BYTES[shape[0]] * math.prod(shape[1])
-
-
-def _executed(text: str) -> Iterator[tuple[str, float, str]]:
-    """(computation, number of executions, line) of every line that is executed."""
-    computations, entry = _computations(text)
-    times: dict[str, float] = collections.defaultdict(float)
-
-    def visit(name: str, count: float) -> None:
-        times[name] += count
-        for line in computations[name]:
-            trips = _trips(line, computations) if " while(" in line else 1
-            for key, called in _CALLED.findall(line):
-                if key == "to_apply" and not re.search(r" (call|fusion|custom-call)\(", line):
-                    continue  # the sum of a reduction
-                for other in (word.strip().lstrip("%") for word in called.split(",")):
-                    if other in computations:
-                        visit(other, count * (trips if key == "body" else 1))
-
-    visit(entry, 1.0)
-    for name, count in times.items():
-        for line in computations[name]:
-            yield name, count, line
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(lines of every computation, the name of the entry computation)."""
-    computations: dict[str, list[str]] = {}
-    current, entry = None, ""
-    for line in text.splitlines():
-        if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            current = match[2]
-            computations[current] = []
-            entry = current if match[1] else entry
-        elif line.rstrip() == "}":  # "}}," ends a kernel's attributes, not a computation
-            current = None
-        elif current is not None:
-            computations[current].append(line)
-    return computations, entry
-
-
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Trip count of a loop: from its line, or (TPU) the constant that its condition compares with."""
-    if known := re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', line):
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = computations.get(condition[1], []) if condition else []
-    return max((int(n) for other in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", other)), default=1)
-
-
-def _groups(line: str) -> list[list[int]]:
-    """Devices of every group of an exchange; groups have three spellings, pairs a fourth."""
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        return _iota(match[2], match[3]).reshape(_numbers(match[1])).tolist()
-    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-    if match := re.search(mesh, line):
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        devices = _iota(match[2] or ",".join(map(str, axes.values())), match[3]).reshape(list(axes.values()))
-        used = [i for i, name in enumerate(axes) if f"'{name}'" in match[4]]
-        moved = np.moveaxis(devices, used, range(-len(used), 0))
-        return moved.reshape(-1, math.prod(devices.shape[i] for i in used)).tolist()
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line):
-        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
-    return []
-
-
-def _iota(sizes: str, order: str | None) -> np.ndarray:
-    shape = _numbers(sizes)
-    devices = np.arange(math.prod(shape)).reshape(shape)
-    return devices.transpose(_numbers(order)) if order else devices
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]

@@ -77,6 +77,7 @@ class Plan:
         usable: bytes of a device that a program can use.
         saved: share of FLOPs that the schedule saves at equal tokens.
         saved_days: share of days that it saves at equal tokens and speed.
+        compiler_options: names of XLA's options that the steps are compiled with.
         remarks: on programs that fit but could be faster, and on costs that are not in the plan.
     """
 
@@ -92,6 +93,7 @@ class Plan:
     saved: float
     saved_days: float
     remarks: tuple[str, ...]
+    compiler_options: tuple[str, ...] = ()
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -112,8 +114,17 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain nested dictionary, derived figures included."""
         tree = dataclasses.asdict(self)
+        for part in (*tree["stages"], *tree["growths"]):
+            for program in (part["program"], part.get("certificate")):
+                if program is not None:
+                    del program["timelines"]  # long, and read into step.exchanges
         for stage, fields in zip(self.stages, tree["stages"], strict=True):
-            fields["step"]["seconds"] = stage.step.seconds
+            fields["step"] |= {"seconds": stage.step.seconds, "untold": stage.step.untold}
+            for name, is_tensor in (("tensor", True), ("data", False)):
+                seconds, hidden = stage.step.traffic(is_tensor)
+                fields["step"][name] = {"exposed": seconds - hidden, "hidden": hidden}
+            for exchange, words in zip(stage.step.exchanges, fields["step"]["exchanges"], strict=True):
+                words["exposed"] = exchange.exposed
             fields["executed_flops"] = stage.executed_flops
             fields["tflops"] = self.tflops(stage)
         return {**tree, "refusals": list(self.refusals)}

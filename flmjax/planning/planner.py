@@ -3,17 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from flmjax.config import MeshShape, RunConfig, Stage
+from flmjax.config import ConfigError, MeshShape, RunConfig, Stage
 from flmjax.config.validate import validate_meshes
-from flmjax.hardware import GiB
+from flmjax.hardware import GiB, compiler_options
 from flmjax.model.flops import flops_per_token
 from flmjax.planning import cost
 from flmjax.planning.compile import Compiler
 from flmjax.planning.cost import Machine, Published
 from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
 from flmjax.planning.program import Program
-from flmjax.planning.roofline import fused_attention_flops, growth_time, step_time
-from flmjax.planning.topology import parse_topology
+from flmjax.planning.roofline import fused_attention_flops, growth_time, peak_rate, step_time
+from flmjax.planning.topology import XLA_PLATFORMS, parse_topology
 
 TILE_ROWS = {"bfloat16": 16, "float32": 8}  # of a TPU's tile; shards of incomplete tiles cannot be scattered
 
@@ -59,6 +59,7 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
         saved=cost.saved_at_equal_tokens([stage.cost.flops for stage in stages], scratch),
         saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
         remarks=(*remarks(config, meshes, topology.platform), *compiler.assumptions),
+        compiler_options=tuple(compiler_options(XLA_PLATFORMS[topology.platform], config.overlap_collectives)),
     )
 
 
@@ -67,7 +68,8 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
     program, attention = compiler.step(stage), compiler.attention(stage)
     settings, model = stage.config, stage.model
     tokens = settings.batch_size * model.max_length
-    attention_flops = 0.0 if attention == "plain" else fused_attention_flops(model, tokens / machine.devices)
+    kernels = program.attention_products
+    attention_flops = fused_attention_flops(model, tokens / machine.devices / stage.layout.microbatches, kernels)
     step = step_time(
         model,
         compiler.topology.chip,
@@ -75,10 +77,20 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
         tokens=tokens / machine.devices,
         matmul_flops=program.matmul_flops,
         attention_flops=attention_flops,
+        attention_products=kernels,
         state_bytes=program.aliased,
-        collectives=program.collectives,
+        timelines=program.timelines,
     )
     stage_cost = cost.stage_cost(stage)
+    model_flops = tokens * flops_per_token(model, model.max_length)
+    if compiler.is_exact:
+        check_flops(
+            program.name,
+            executed=program.matmul_flops + attention_flops,
+            needed=model_flops / machine.devices,
+            rate=peak_rate(compiler.topology.chip, model),
+            seconds=step.seconds,
+        )
     return StagePlan(
         cost=stage_cost,
         batch_size=settings.batch_size,
@@ -88,11 +100,30 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
         attention=attention,
         program=program,
         attention_flops=attention_flops,
-        model_flops=tokens * flops_per_token(model, model.max_length),
+        model_flops=model_flops,
         step=step,
         bill=cost.bill(machine, stage_cost.steps * step.seconds / 86_400),
         published=published,
     )
+
+
+def check_flops(name: str, *, executed: float, needed: float, rate: float, seconds: float) -> None:
+    """Refuse a step whose FLOPs were miscounted: fewer than the model's, or more in a second than the chip's peak.
+
+    Args:
+        executed, needed: FLOPs of one device in the program, and of the model without recomputation.
+        rate: peak FLOP/s of the chip.
+
+    Raises:
+        ConfigError: naming the step.
+    """
+    if executed < 0.98 * needed:
+        raise ConfigError(
+            f"{name}: {executed:.4g} FLOPs were counted in its program, but its model needs {needed:.4g} a device; the "
+            "program was not read correctly, and its time is not known"
+        )
+    if (most := max(executed, needed) / seconds) > rate:
+        raise ConfigError(f"{name}: {most:.4g} FLOP/s a device exceed the chip's peak of {rate:.4g}; its time is wrong")
 
 
 def growth_plan(compiler: Compiler, stage: Stage, is_last: bool, log: Log) -> GrowthPlan:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from flmjax.hardware import GiB, PlannableChip
-from flmjax.planning.hlo import Collective
+from flmjax.planning.exchanges import Collective, Timeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,9 @@ class Program:
         arguments, outputs, aliased, temporaries: bytes; aliased outputs take the place of their arguments.
         peak: most bytes in use at once, as the compiler counts them.
         matmul_flops: FLOPs of the executed matrix products, recomputed ones included.
+        attention_products: of the executed kernels of fused attention, in the unit of exchanges.Work.attention.
         collectives: exchanges with other devices.
+        timelines: the schedules of the computations that have collectives.
         rematerialisations: "involuntary" ones in the partitioner's warnings: arrays gathered completely to be cut anew.
         compile_seconds: time of lowering and compilation.
     """
@@ -32,6 +34,8 @@ class Program:
     collectives: tuple[Collective, ...]
     rematerialisations: int
     compile_seconds: float
+    attention_products: float = 0.0
+    timelines: tuple[Timeline, ...] = ()
 
     def fits(self, usable: float) -> bool:
         """Whether the peak is at most `usable` bytes."""

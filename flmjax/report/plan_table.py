@@ -50,9 +50,7 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("compiled in", lambda s: f"{s.program.compile_seconds:.0f} s"),
         row("step", lambda s: f"{s.step.seconds:.1f} s"),
         row("  compute", lambda s: f"{s.step.compute:.1f} s"),
-        row("  tensor traffic", lambda s: f"{s.step.tensor:.1f} s"),
-        row("  data traffic", lambda s: f"{s.step.data:.1f} s"),
-        row("    hidden by compute", lambda s: f"{s.step.hidden:.1f} s"),
+        *_traffic_rows(stages),
         row("TFLOP/s a device", lambda s: f"{plan.tflops(s):.0f}"),
         row("tokens", lambda s: short(s.cost.tokens)),
         row("zettaFLOPs", lambda s: f"{s.cost.flops / 1e21:.4g}"),
@@ -65,6 +63,18 @@ def stage_rows(plan: Plan) -> list[Row]:
             row("  days", lambda s: f"{s.published.days:.2f}" if s.published else "-"),
             row("  tokens", lambda s: short(s.published.tokens) if s.published else "-"),
         ]
+    return rows
+
+
+def _traffic_rows(stages: Sequence[StagePlan]) -> list[Row]:
+    """Rows of the seconds of exchanges, tensor and data apart: those that the device waits for, and hidden ones."""
+    rows: list[Row] = []
+    for name, is_tensor in (("tensor", True), ("data", False)):
+        times = [stage.step.traffic(is_tensor) for stage in stages]
+        rows.append([f"  {name} traffic, exposed", *(f"{seconds - hidden:.1f} s" for seconds, hidden in times)])
+        rows.append(["    hidden by compute", *(f"{hidden:.1f} s" for _, hidden in times)])
+    if any(stage.step.untold for stage in stages):
+        rows.append(["  exposed, not told by the program", *(f"{stage.step.untold:.1f} s" for stage in stages)])
     return rows
 
 
@@ -116,7 +126,18 @@ def closing(plan: Plan) -> list[str]:
         lines.append(PAPER)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
-    lines.append(_chip_words(plan.chip))
+    lines.append(_chip_words(plan.chip, plan.platform))
+    if plan.is_exact and plan.compiler_options:
+        lines.append(f"steps are compiled, here and in training, with {', '.join(plan.compiler_options)}")
+        lines[-1] += "; --config.overlap_collectives=False leaves them out"
+    elif plan.is_exact:
+        lines.append("overlap_collectives=False: steps are compiled without options that hide exchanges")
+    if any(stage.step.untold for stage in plan.stages):
+        steps = ", ".join(f"{stage.step.seconds - stage.step.untold:.1f} s" for stage in plan.stages)
+        lines.append(
+            "not told by the program: the compiler fused these exchanges with matrix products, and they are counted as "
+            f"if nothing hid them; with all of them hidden, steps would take {steps}"
+        )
     programs = [stage.program for stage in plan.stages] + [growth.program for growth in plan.growths]
     if any(program.temporaries > program.peak for program in programs):
         lines.append("temporaries are not all alive at once: the peak is the memory that a device must hold")
@@ -129,11 +150,13 @@ def closing(plan: Plan) -> list[str]:
     return [*lines, *plan.refusals]
 
 
-def _chip_words(chip: PlannableChip) -> str:
+def _chip_words(chip: PlannableChip, platform: str) -> str:
     """The figures of the chip that a plan's times and energy follow from."""
-    links = f"{chip.intra_node / 1e9:.0f} GB/s of ICI along an axis"
-    if chip.inter_node is not None:
-        links = f"{chip.intra_node / 1e9:.0f} GB/s of NVLink in a node, {chip.inter_node / 1e9:.0f} GB/s between nodes"
+    inside, outside = {
+        "cuda": ("of NVLink in a node", "between nodes"),
+        "tpu": ("of ICI along an axis", "between slices"),
+    }[platform]
+    links = f"{chip.intra_node / 1e9:.0f} GB/s {inside}, {chip.inter_node / 1e9:.3g} GB/s {outside}"
     watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W"
     speeds = f"{chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM"
     return f"{chip.kind}, a device: {speeds}, {links}{watts}"
@@ -172,8 +195,8 @@ def _exchanges(plan: Plan, programs: Sequence[Program]) -> list[Row]:
     amounts: dict[tuple[str, str], list[float]] = {}
     for i, program in enumerate(programs):
         for exchange in program.collectives:
-            link = "in node" if exchange.in_node == exchange.group else "network"
-            link = "torus" if plan.chip.inter_node is None else link
+            inside = {"cuda": "in node", "tpu": "torus"}[plan.platform]
+            link = inside if exchange.in_node == exchange.group else "network"
             amounts.setdefault((exchange.kind, link), [0.0] * len(programs))[i] += exchange.bytes
     shown = {key: sent for key, sent in amounts.items() if max(sent) > 1e8}  # less: norms of gradients, sums of losses
     return [[f"{kind}, {link}", *(f"{n / 1e9:.1f} GB" for n in sent)] for (kind, link), sent in shown.items()]

@@ -13,6 +13,7 @@ from flmjax.config import ModelConfig
 from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
+from flmjax.hardware import compiler_options
 from flmjax.model.loss import divisor, loss_sums, teacher_means
 from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.reshard import divides, reshard
@@ -132,17 +133,19 @@ def train_step(
 
 
 def jit_train_step(
-    spec: StateSpec, microbatches: int, ramp: Ramp | None = None
+    spec: StateSpec, microbatches: int, ramp: Ramp | None = None, overlap_collectives: bool = True
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted train_step: (state, batch, learning_rate) -> (state, metrics). The state is donated.
 
-    The other arguments of train_step are fixed; see there.
+    The other arguments of train_step are fixed; see there. overlap_collectives is that of the RunConfig.
     """
+    options = compiler_options(spec.mesh.devices.flat[0].platform, overlap_collectives)
     return jax.jit(
         functools.partial(train_step, spec=spec, microbatches=microbatches, ramp=ramp),
         in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),
         out_shardings=(spec.shardings, replicated(spec.mesh)),
         donate_argnums=0,
+        compiler_options=options or None,
     )
 
 
