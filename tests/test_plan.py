@@ -10,6 +10,7 @@ import pytest
 
 from flmjax import cli
 from flmjax.config import (
+    CheckpointConfig,
     ConfigError,
     GrowthConfig,
     MeshConfig,
@@ -21,9 +22,10 @@ from flmjax.config import (
 from flmjax.config.validate import stage_mesh
 from flmjax.hardware import A800, GiB
 from flmjax.planning import planner
+from flmjax.planning.calendar import Calendar, Operation
 from flmjax.planning.cost import Bill, StageCost
 from flmjax.planning.exchanges import Collective
-from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
+from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, Saves, StagePlan
 from flmjax.planning.planner import check_flops, make_plan, remarks
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import ExchangeTime, StepTime
@@ -66,6 +68,8 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
             model_flops=1e17,
             step=StepTime(8.0, 0.5, (TENSOR, DATA)),
             bill=bill,
+            evaluations=Evaluations(program(peak / 2, f"the evaluation of s{i}"), seconds=20.0, number=11),
+            saves=Saves(1.2e12, 3, pause=0.5, written=120.0, interval=2500.0, best=900.0, restart=800.0),
             published=None,
         )
         for i, (name, peak) in enumerate(zip(names, peaks, strict=True))
@@ -83,6 +87,9 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
         stages=tuple(stages),
         growths=tuple(growths),
         total=bill,
+        calendar=Calendar(pure=7.0, expected=7.5, percentile=8.25, failures=2.0),
+        expected=dataclasses.replace(bill, days=7.5),
+        operation=Operation(hours_between_failures=100.0),
         saved=0.5,
         saved_days=0.4,
         remarks=("so it is",),
@@ -118,6 +125,9 @@ def test_the_table_has_a_row_for_each_figure():
     assert lines["all-gather, network"][-2:] == ["5.0", "GB"]
     assert lines["dollars"] == ["dollars", "-", "-"]
     assert "saved at equal loss: not measured" in text
+    assert "calendar: 7.0 days of steps; 7.5 days expected" in text
+    assert "2.0 failures; 90 of 100 runs take at most 8.2 days" in text
+    assert lines["would lose least"][-2:] == ["15", "min"]
     assert "\nso it is\n" in f"{text}\n"
     unknown = plan_table(plan_of(50.0, exact=False))
     assert "bytes, memory and times are not those of the machine" in unknown
@@ -175,6 +185,9 @@ class FakeCompiler:
     def step(self, stage):
         return program(3.5, f"step of {stage.name}", collectives=())
 
+    def evaluation(self, stage):
+        return program(3.5, f"evaluation of {stage.name}", collectives=())
+
     def growth(self, stage):
         return program(3.5, f"growth into {stage.name}", collectives=())
 
@@ -197,7 +210,8 @@ def test_a_plan_has_every_program_of_a_run(monkeypatch):
     lines = []
     plan = make_plan(THREE_STAGES, None, lines.append)
     assert [growth.certificate is not None for growth in plan.growths] == [False, True]
-    assert [one.name for one in plan.programs[3:]] == [
+    assert [one.name for one in plan.programs] == [
+        *(f"{kind} of {name}" for name in ("small", "middle", "large") for kind in ("step", "evaluation")),
         "growth into middle",
         "growth into large",
         "certificate of large",
@@ -205,8 +219,32 @@ def test_a_plan_has_every_program_of_a_run(monkeypatch):
     steps = [stage.bill.days * 86_400 / stage.step.seconds for stage in plan.stages]
     assert steps == pytest.approx([100, 150, 150])  # updates that tune the growth take as long
     size = "  peak 3.5 GiB a device, compiled in 1 s"
-    assert lines[-4:] == ["certificate of that growth", size, "step of large", size]
+    assert lines[-6:] == ["certificate of that growth", size, "step of large", size, "evaluation of large", size]
     assert plan.remarks[-1] == "an assumption"
+    # Evaluated and saved after every 100 updates.
+    assert [stage.evaluations.number for stage in plan.stages] == [1, 1, 1]
+    for stage in plan.stages:
+        assert stage.saves.bytes == 12 * stage.cost.parameters
+        assert stage.saves.interval == pytest.approx(100 * stage.step.seconds)
+    assert plan.operation.hours_between_failures == 24 / (8 * 1e-3)
+    assert plan.calendar.pure == pytest.approx(sum(stage.bill.days for stage in plan.stages))
+    assert plan.calendar.pure < plan.calendar.expected
+    assert plan.expected.days == plan.calendar.expected
+
+
+def test_more_failures_take_more_days(monkeypatch):
+    monkeypatch.setattr(planner, "Compiler", FakeCompiler)
+    long = dataclasses.replace(
+        THREE_STAGES,
+        stages=tuple(dataclasses.replace(stage, steps=10**7) for stage in THREE_STAGES.stages),
+        checkpoint=CheckpointConfig(every=10**7, every_minutes=30),
+    )
+    rare, often = (make_plan(long, 2.0, hours_between_failures=hours) for hours in (1000, 10))
+    assert often.calendar.failures > 50 * rare.calendar.failures
+    assert often.calendar.pure == rare.calendar.pure < rare.calendar.expected < often.calendar.expected
+    assert {stage.saves.interval for stage in often.stages} == {1800.0}
+    assert often.expected.dollars == pytest.approx(often.calendar.expected * 24 * 8 * 2)
+    assert "a failure in 10 hours" in plan_table(often)
 
 
 def test_remarks_name_the_stage_and_the_work_outside_the_plan():
@@ -215,9 +253,8 @@ def test_remarks_name_the_stage_and_the_work_outside_the_plan():
     stages = (StageConfig("small", growth=learned), StageConfig("large", growth=learned, embed_dim=10_240, num_heads=4))
     config = RunConfig(model=model, stages=stages)
     gpu, tpu = (list(remarks(config, [MeshShape(1, 64, 1)] * 2, platform)) for platform in ("cuda", "tpu"))
-    tuned, evaluations = gpu
+    (tuned,) = gpu
     assert tuned.startswith("large: of 107 updates 7 tune its growth; ")
-    assert "evaluations" in evaluations
     assert tpu[1:] == gpu
     assert re.match(
         r"small: over fsdp=64 a shard has 88 of 5632 rows of a matrix, not a multiple of 16: .*; "
@@ -294,6 +331,8 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--config.mesh.tensor=0"], "mesh.tensor=0 must be positive"),
         (["--cost-only", "--tflops=0"], "--tflops=0 must be a positive number"),
         (["--cost-only", "--tflops=inf"], "--tflops=inf must be"),
+        (["--hours-between-failures=0"], "--hours-between-failures=0 must be a positive number"),
+        (["--cost-only", "--hours-between-failures=9"], "--hours-between-failures=9 is not read with --cost-only"),
         (["--price=nan"], "--price=nan must be"),
         (["--tflops=100"], "--tflops=100 is read with --cost-only alone"),
         (["--search-layout", "--price=2"], "--price=2 is not read with --search-layout"),

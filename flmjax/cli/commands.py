@@ -55,6 +55,7 @@ def plan(
     config: RunConfig,
     price: float | None,
     tflops: float | None,
+    hours_between_failures: float | None,
     cost_only: bool,
     search_layout: bool,
     output: str | None,
@@ -71,7 +72,10 @@ def plan(
         refusals.append(f"--tflops={tflops:g} is read with --cost-only alone; a plan estimates the speed")
     if price is not None and search_layout:
         refusals.append(f"--price={price:g} is not read with --search-layout: the fewest days are the cheapest")
-    for flag, value in (("price", price), ("tflops", tflops)):
+    if hours_between_failures is not None and (cost_only or search_layout):
+        refusals.append(f"--hours-between-failures={hours_between_failures:g} is not read with {chosen[0]}")
+    numbers = {"price": price, "tflops": tflops, "hours-between-failures": hours_between_failures}
+    for flag, value in numbers.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             refusals.append(f"--{flag}={value:g} must be a positive number")
     if refusals:
@@ -87,7 +91,7 @@ def plan(
     if search_layout:
         print(layout_table(search_layouts(config, log), [stage.name for stage in config.stages]), flush=True)
         return
-    run_plan = make_plan(config, price, log)
+    run_plan = make_plan(config, price, log, hours_between_failures)
     print(plan_table(run_plan), flush=True)
     if output is not None:
         from flmjax.report.plan_page import write_plan

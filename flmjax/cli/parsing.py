@@ -65,7 +65,8 @@ USAGES = {
     "train": f"{FILE_FLAGS} {WORKDIR.flag}",
     "prepare": f"{FILE_FLAGS} {WORKDIR.flag} [--inspect=N]",
     "grow": f"[{CONFIG.flag}] [{OVERRIDE.flag} ...] --source=WORKDIR ({WORKDIR.flag} [--weights-only] | --dry-run)",
-    "plan": f"{FILE_FLAGS} [--output=DIR | --search-layout | --cost-only [--tflops=N]] [--price=DOLLARS]",
+    "plan": f"{FILE_FLAGS} [--output=DIR | --search-layout | --cost-only [--tflops=N]] [--price=DOLLARS] "
+    "[--hours-between-failures=N]",
     "report": f"{WORKDIR.flag} [{WORKDIR.flag} ...] [--output=DIR]",
 }
 # The flags of each command beside --config and --workdir.
@@ -80,6 +81,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     "plan": (
         Option("output", "DIR", "folder for plan.json and plan.html", is_folder=True),
         Option("price", "DOLLARS", "price of a device-hour; default: 1 for A800s, none for other chips", float),
+        Option("hours-between-failures", "N", "mean time between failures; default: one in 1,000 device-days", float),
         Option("search-layout", None, "search mesh, microbatches and remat; the best estimates are compiled"),
         Option("cost-only", None, "compile nothing: FLOPs, days and price by arithmetic alone"),
         Option("tflops", "N", "with --cost-only: model TFLOP/s of one device", float),

@@ -13,6 +13,7 @@ import numpy as np
 from flmjax.config import ConfigError, DataConfig, MeshShape, RunConfig, Stage
 from flmjax.config.validate import legal_microbatches, stage_mesh
 from flmjax.data.batch import BatchKind, abstract_batch
+from flmjax.evaluation.validation_loss import jit_source_sums
 from flmjax.growth.certificate import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
@@ -86,6 +87,24 @@ class Compiler:
             advice=self._step_advice(stage),
         )
 
+    def evaluation(self, stage: Stage) -> Program:
+        """The program of an evaluation on a stage's microbatch; raises as `step`.
+
+        The moments are in memory beside it and are counted as arguments.
+        """
+        spec, rows = self.spec(stage), stage.config.batch_size // stage.layout.microbatches
+        sharding = batch_sharding(spec.mesh)
+        batch = abstract_batch(self.batch_kind, rows, stage.model.max_length, sharding)
+        sources = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
+        program = compile_program(
+            jit_source_sums(stage.model, spec.mesh, self.config.data.num_sources or 1),
+            (spec.abstract.params, batch, sources),
+            self.topology,
+            name=f"the evaluation of stages[{stage.index}] ({stage.name})",
+            advice=self._step_advice(stage),
+        )
+        return _beside(program, spec.abstract.opt_state)
+
     def _step_advice(self, stage: Stage) -> str:
         if stage.layout.remat != "full":
             return f"take {stage.setting_of('remat')}='full'"
@@ -132,11 +151,13 @@ class Compiler:
             name=f"the certificate of growth {stage.previous.name} -> {stage.name}",
             advice=f"take certificate_rows={fewest}" if rows > fewest else MORE_DEVICES,
         )
-        moments = sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves((old.abstract.opt_state, new.abstract.opt_state))
-        )
-        return dataclasses.replace(program, arguments=program.arguments + moments, peak=program.peak + moments)
+        return _beside(program, (old.abstract.opt_state, new.abstract.opt_state))
+
+
+def _beside(program: Program, arrays: Any) -> Program:
+    """The program with abstract arrays that are in memory beside it counted as its arguments."""
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    return dataclasses.replace(program, arguments=program.arguments + size, peak=program.peak + size)
 
 
 def teachers_of(data: DataConfig) -> tuple[bool, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from flmjax.model.flops import block_matrices, num_parameters
 from flmjax.planning import cost
 from flmjax.planning.compile import Compiler
 from flmjax.planning.exchanges import Collective, Timeline, Transfer
-from flmjax.planning.planner import growth_plan, stage_plan
+from flmjax.planning.planner import compile_step, growth_plan
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import fused_attention_flops, step_time
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, parse_topology
@@ -181,13 +181,13 @@ def fit(stage: Stage, layout: StageLayout, compiler: Compiler, log: Log) -> Stag
         larger = dataclasses.replace(layout, microbatches=count)
         applied = with_layouts(compiler.config, {stage.index: larger}).schedule[stage.index]
         try:
-            planned = stage_plan(compiler, applied, machine)
-            log(f"  {count} microbatches: {planned.program.peak / GiB:.1f} GiB, {planned.step.seconds:.1f} s a step")
-            _require_fit(planned.program, topology)
+            step = compile_step(compiler, applied, machine)
+            log(f"  {count} microbatches: {step.program.peak / GiB:.1f} GiB, {step.time.seconds:.1f} s a step")
+            _require_fit(step.program, topology)
         except TooLargeError as error:
             refusal = error
             continue
-        return dataclasses.replace(larger, seconds=planned.step.seconds, peak=planned.program.peak)
+        return dataclasses.replace(larger, seconds=step.time.seconds, peak=step.program.peak)
     raise refusal
 
 

@@ -5,9 +5,46 @@ from typing import Any
 
 from flmjax.config import MeshShape, Remat
 from flmjax.hardware import PlannableChip
+from flmjax.planning.calendar import Calendar, Operation
 from flmjax.planning.cost import Bill, Published, StageCost
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import StepTime
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of a stage.
+
+    Attributes:
+        program: sums of the loss over one batch, beside the training state.
+        seconds: of one evaluation of all its batches.
+        number: in the stage.
+    """
+
+    program: Program
+    seconds: float
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Saves:
+    """The checkpoints of a stage, in bytes and seconds.
+
+    Attributes:
+        bytes: of one checkpoint. kept: number of checkpoints on disk.
+        pause: of the run for a save. written: until the save is complete on disk.
+        interval: of work between two saves, by the settings.
+        best: interval that loses the least time, never shorter than a save takes.
+        restart: from a failure until the run works again.
+    """
+
+    bytes: float
+    kept: int
+    pause: float
+    written: float
+    interval: float
+    best: float
+    restart: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +60,7 @@ class StagePlan:
         model_flops: of all devices, by FLOPS_CONVENTION.
         step: estimated time.
         bill: of all updates of the stage at the estimated step time.
+        evaluations, saves: pauses of the stage.
         published: the paper's figures of the stage; None for other stages than the paper's.
     """
 
@@ -37,6 +75,8 @@ class StagePlan:
     model_flops: float
     step: StepTime
     bill: Bill
+    evaluations: Evaluations
+    saves: Saves
     published: Published | None
 
     @property
@@ -75,6 +115,9 @@ class Plan:
         topology, platform, chip, devices: of the machine.
         is_exact: False where programs were compiled for fake CPU devices: bytes and times are not the machine's.
         usable: bytes of a device that a program can use.
+        total: bill of the steps alone.
+        calendar: days with evaluations, growths, saves and failures. expected: bill of its expected days.
+        operation: assumptions of the calendar.
         saved: share of FLOPs that the schedule saves at equal tokens.
         saved_days: share of days that it saves at equal tokens and speed.
         compiler_options: names of XLA's options that the steps are compiled with.
@@ -90,6 +133,9 @@ class Plan:
     stages: tuple[StagePlan, ...]
     growths: tuple[GrowthPlan, ...]
     total: Bill
+    calendar: Calendar
+    expected: Bill
+    operation: Operation
     saved: float
     saved_days: float
     remarks: tuple[str, ...]
@@ -97,8 +143,8 @@ class Plan:
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """All programs: the steps, then each growth with its certificate."""
-        steps = (stage.program for stage in self.stages)
+        """All programs: the steps and evaluations, then each growth with its certificate."""
+        steps = (program for stage in self.stages for program in (stage.program, stage.evaluations.program))
         return (*steps, *(program for growth in self.growths for program in growth.programs))
 
     @property
@@ -114,7 +160,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain nested dictionary, derived figures included."""
         tree = dataclasses.asdict(self)
-        for part in (*tree["stages"], *tree["growths"]):
+        for part in (*tree["stages"], *(stage["evaluations"] for stage in tree["stages"]), *tree["growths"]):
             for program in (part["program"], part.get("certificate")):
                 if program is not None:
                     del program["timelines"]  # long, and read into step.exchanges

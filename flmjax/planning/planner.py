@@ -1,18 +1,22 @@
 """Planning of a run: every training step and every growth is compiled for the machine, then priced."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from flmjax.config import ConfigError, MeshShape, RunConfig, Stage
 from flmjax.config.validate import validate_meshes
 from flmjax.hardware import GiB, compiler_options
-from flmjax.model.flops import flops_per_token
+from flmjax.model.flops import flops_per_token, num_parameters
 from flmjax.planning import cost
+from flmjax.planning.calendar import SECONDS_A_DAY, Operation, Phase, best_interval, calendar
+from flmjax.planning.calendar import hours_between_failures as default_hours
 from flmjax.planning.compile import Compiler
 from flmjax.planning.cost import Machine, Published
-from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
+from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, Saves, StagePlan
 from flmjax.planning.program import Program
-from flmjax.planning.roofline import fused_attention_flops, growth_time, peak_rate, step_time
+from flmjax.planning.roofline import StepTime, fused_attention_flops, growth_time, peak_rate, step_time
 from flmjax.planning.topology import XLA_PLATFORMS, parse_topology
 
 TILE_ROWS = {"bfloat16": 16, "float32": 8}  # of a TPU's tile; shards of incomplete tiles cannot be scattered
@@ -20,12 +24,15 @@ TILE_ROWS = {"bfloat16": 16, "float32": 8}  # of a TPU's tile; shards of incompl
 Log = Callable[[str], None]
 
 
-def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None) -> Plan:
+def make_plan(
+    config: RunConfig, price: float | None, log: Log = lambda _: None, hours_between_failures: float | None = None
+) -> Plan:
     """Compile every step and every growth of a run for its mesh.topology.
 
     Args:
         price: dollars for a device-hour; None: the paper's for A800s, otherwise unknown.
         log: called with a line before and after each compilation.
+        hours_between_failures: mean time between failures of the machine; None: that of published large runs.
 
     Raises:
         ConfigError: for a machine, a mesh or a size that does not fit, and without cuDNN where the config needs it.
@@ -36,14 +43,19 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
     meshes = validate_meshes(config, topology.num_devices)
     compiler = Compiler(config, topology)
     machine = cost.machine_of(topology.chip, topology.num_devices, price)
+    operation = Operation(hours_between_failures or default_hours(topology.num_devices))
     stages, growths = [], []
     for stage, published in zip(config.schedule, cost.published(costs), strict=True):
         if stage.previous is not None:
             growths.append(growth_plan(compiler, stage, is_last=stage is config.schedule[-1], log=log))
         log(f"step of {stage.name}")
-        stages.append(stage_plan(compiler, stage, machine, published))
-        log(f"  {_size(stages[-1].program)}")
+        step = compile_step(compiler, stage, machine)
+        log(f"  {_size(step.program)}")
+        log(f"evaluation of {stage.name}")
+        stages.append(stage_plan(compiler, stage, machine, step, operation, published))
+        log(f"  {_size(stages[-1].evaluations.program)}")
     last = stages[-1]
+    days = calendar(list(_phases(stages, growths)), _seconds(stages), operation)
     scratch = cost.cost_from_scratch(config)
     days_from_scratch = last.bill.days * scratch / last.cost.flops
     return Plan(
@@ -55,7 +67,10 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
         usable=topology.usable,
         stages=tuple(stages),
         growths=tuple(growths),
-        total=cost.bill(machine, sum(stage.bill.days for stage in stages)),
+        total=cost.bill(machine, days.pure),
+        calendar=days,
+        expected=cost.bill(machine, days.expected),
+        operation=operation,
         saved=cost.saved_at_equal_tokens([stage.cost.flops for stage in stages], scratch),
         saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
         remarks=(*remarks(config, meshes, topology.platform), *compiler.assumptions),
@@ -63,14 +78,24 @@ def make_plan(config: RunConfig, price: float | None, log: Log = lambda _: None)
     )
 
 
-def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Published | None = None) -> StagePlan:
-    """Compile the training step of a stage, and price the stage; raises as make_plan."""
+class StepPlan(NamedTuple):
+    """The training step of a stage; FLOPs are those of one device, but model_flops those of all devices."""
+
+    program: Program
+    attention: str
+    attention_flops: float
+    model_flops: float
+    time: StepTime
+
+
+def compile_step(compiler: Compiler, stage: Stage, machine: Machine) -> StepPlan:
+    """Compile the training step of a stage, and estimate its time; raises as make_plan."""
     program, attention = compiler.step(stage), compiler.attention(stage)
-    settings, model = stage.config, stage.model
-    tokens = settings.batch_size * model.max_length
+    model = stage.model
+    tokens = stage.config.batch_size * model.max_length
     kernels = program.attention_products
     attention_flops = fused_attention_flops(model, tokens / machine.devices / stage.layout.microbatches, kernels)
-    step = step_time(
+    time = step_time(
         model,
         compiler.topology.chip,
         compiler.mesh_shape(stage),
@@ -81,7 +106,6 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
         state_bytes=program.aliased,
         timelines=program.timelines,
     )
-    stage_cost = cost.stage_cost(stage)
     model_flops = tokens * flops_per_token(model, model.max_length)
     if compiler.is_exact:
         check_flops(
@@ -89,22 +113,92 @@ def stage_plan(compiler: Compiler, stage: Stage, machine: Machine, published: Pu
             executed=program.matmul_flops + attention_flops,
             needed=model_flops / machine.devices,
             rate=peak_rate(compiler.topology.chip, model),
-            seconds=step.seconds,
+            seconds=time.seconds,
         )
+    return StepPlan(program, attention, attention_flops, model_flops, time)
+
+
+def stage_plan(
+    compiler: Compiler,
+    stage: Stage,
+    machine: Machine,
+    step: StepPlan,
+    operation: Operation,
+    published: Published | None = None,
+) -> StagePlan:
+    """Compile the evaluation of a stage, and price the stage; raises as make_plan."""
+    stage_cost = cost.stage_cost(stage)
     return StagePlan(
         cost=stage_cost,
-        batch_size=settings.batch_size,
+        batch_size=stage.config.batch_size,
         mesh=compiler.mesh_shape(stage),
         remat=stage.layout.remat,
         microbatches=stage.layout.microbatches,
-        attention=attention,
-        program=program,
-        attention_flops=attention_flops,
-        model_flops=model_flops,
-        step=step,
-        bill=cost.bill(machine, stage_cost.steps * step.seconds / 86_400),
+        attention=step.attention,
+        program=step.program,
+        attention_flops=step.attention_flops,
+        model_flops=step.model_flops,
+        step=step.time,
+        bill=cost.bill(machine, stage_cost.steps * step.time.seconds / SECONDS_A_DAY),
+        evaluations=evaluations(compiler, stage, machine),
+        saves=saves(compiler, stage, step, operation),
         published=published,
     )
+
+
+def evaluations(compiler: Compiler, stage: Stage, machine: Machine) -> Evaluations:
+    """Compile the evaluation of a stage, and estimate its time; raises as make_plan."""
+    config, program, model = compiler.config, compiler.evaluation(stage), stage.model
+    rows = stage.config.batch_size // stage.layout.microbatches
+    tokens = rows * model.max_length / machine.devices
+    kernels = program.attention_products
+    time = step_time(
+        model,
+        compiler.topology.chip,
+        compiler.mesh_shape(stage),
+        tokens=tokens,
+        matmul_flops=program.matmul_flops,
+        attention_flops=fused_attention_flops(model, tokens, kernels),
+        attention_products=kernels,
+        state_bytes=0.0,
+        timelines=program.timelines,
+        passes=1,
+    )
+    every = config.evaluate_every
+    number = stage.end // every - stage.start // every + (stage.end % every > 0)
+    return Evaluations(program, -(-config.evaluation_rows // rows) * time.seconds, number)
+
+
+def saves(compiler: Compiler, stage: Stage, step: StepPlan, operation: Operation) -> Saves:
+    """The checkpoints of a stage: parameters and both moments in float32."""
+    config, devices = compiler.config, compiler.topology.num_devices
+    size = 12.0 * num_parameters(stage.model)
+    pause, written = size / devices / operation.host_link, size / operation.storage
+    intervals = [config.checkpoint.every * step.time.seconds, 60 * (config.checkpoint.every_minutes or math.inf)]
+    return Saves(
+        bytes=size,
+        kept=config.checkpoint.keep,
+        pause=pause,
+        written=written,
+        interval=min(intervals),
+        best=max(best_interval(pause, operation.seconds_between_failures), written),
+        restart=operation.restart + written + step.program.compile_seconds,
+    )
+
+
+def _seconds(stages: Sequence[StagePlan]) -> float:
+    """Seconds of all steps."""
+    return sum(stage.bill.days for stage in stages) * SECONDS_A_DAY
+
+
+def _phases(stages: Sequence[StagePlan], growths: Sequence[GrowthPlan]) -> Iterator[Phase]:
+    """The work of every stage, evaluations and the growth into it included, with its saves and restarts."""
+    for stage, growth in zip(stages, (None, *growths), strict=True):
+        work = stage.cost.steps * stage.step.seconds + stage.evaluations.number * stage.evaluations.seconds
+        work += sum(program.compile_seconds for program in (stage.program, stage.evaluations.program))
+        if growth is not None:
+            work += growth.seconds + sum(program.compile_seconds for program in growth.programs)
+        yield Phase(work, min(stage.saves.interval, work), stage.saves.pause, stage.saves.restart)
 
 
 def check_flops(name: str, *, executed: float, needed: float, rate: float, seconds: float) -> None:
@@ -155,7 +249,6 @@ def remarks(config: RunConfig, meshes: Sequence[MeshShape], platform: str) -> It
             )
     if lines := cost.tuning_words(cost.stage_costs(config)):
         yield f"{', '.join(lines)}; each is counted as a step, and their program is not compiled"
-    yield "days are without pauses, evaluations and saves; the program of an evaluation is not compiled"
 
 
 def _size(program: Program) -> str:

@@ -147,11 +147,13 @@ def step_time(
     attention_products: float,
     state_bytes: float,
     timelines: Sequence[Timeline],
+    passes: int | None = None,
     assumed: Assumptions = Assumptions(),
 ) -> StepTime:
-    """Time of one update on one device; all devices do the same.
+    """Time of one update, or of one batch of an evaluation, on one device; all devices do the same.
 
     Args:
+        passes: over a layer; None: those of an update, which remat decides.
         tokens: of an update, divided by all devices.
         matmul_flops, timelines: from the program of one device.
         attention_flops: of kernels that the program's text does not show, on one device; 0 where attention is plain.
@@ -160,7 +162,7 @@ def step_time(
     """
     product = 1 / (peak_rate(chip, model) * assumed.matmul)  # seconds of a FLOP
     kernel = attention_flops / (peak_rate(chip, model) * assumed.attention)
-    passes = {"none": 3, "dots": 3, "full": 4}[model.remat]
+    passes = {"none": 3, "dots": 3, "full": 4}[model.remat] if passes is None else passes
     between = assumed.bytes_per_token * model.embed_dim * passes * model.num_layers * tokens
     compute = matmul_flops * product + kernel + between / (chip.bandwidth * assumed.memory)
     per_product = kernel / attention_products if attention_products else 0.0

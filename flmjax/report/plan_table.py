@@ -55,6 +55,13 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("tokens", lambda s: short(s.cost.tokens)),
         row("zettaFLOPs", lambda s: f"{s.cost.flops / 1e21:.4g}"),
         row("days", lambda s: f"{s.bill.days:.2f}"),
+        row("evaluation: peak", lambda s: gib(s.evaluations.program.peak)),
+        row(f"  fits {gib(plan.usable)}", lambda s: _fits(plan, s.evaluations.program)),
+        row("  number x time", lambda s: f"{s.evaluations.number} x {s.evaluations.seconds:.0f} s"),
+        row("checkpoint", lambda s: f"{s.saves.bytes / 1e9:,.0f} GB"),
+        row("  pause / written in", lambda s: f"{s.saves.pause:.1f} / {s.saves.written:.0f} s"),
+        row("  every", lambda s: f"{s.saves.interval / 60:.0f} min"),
+        row("  would lose least", lambda s: f"{s.saves.best / 60:.0f} min"),
         *bill_rows([s.bill for s in stages]),
     ]
     if any(stage.published for stage in stages):
@@ -124,6 +131,7 @@ def closing(plan: Plan) -> list[str]:
     lines = [totals(costs, plan.total)]
     if [stage.cost.name for stage in plan.stages if stage.published] == list(cost.STAGES):
         lines.append(PAPER)
+    lines += calendar_lines(plan)
     lines += savings(plan.saved, plan.saved_days) if len(plan.stages) > 1 else []
     lines.append(str(Assumptions()))
     lines.append(_chip_words(plan.chip, plan.platform))
@@ -148,6 +156,23 @@ def closing(plan: Plan) -> list[str]:
             "partitioned for as many CPU devices; bytes, memory and times are not those of the machine"
         )
     return [*lines, *plan.refusals]
+
+
+def calendar_lines(plan: Plan) -> list[str]:
+    """Lines on the days that a run takes with everything that is not a step."""
+    days, operation, bill = plan.calendar, plan.operation, plan.expected
+    largest = max(stage.saves.bytes * stage.saves.kept for stage in plan.stages)
+    return [
+        f"calendar: {days.pure:.1f} days of steps; {days.expected:.1f} days expected with evaluations, growths, saves "
+        f"and {days.failures:.1f} failures; 90 of 100 runs take at most {days.percentile:.1f} days (simulated)",
+        f"expected: {bill.device_hours:,.0f} device-hours, {_or_dash(bill.dollars, ',.0f')} dollars, "
+        f"{_or_dash(bill.megawatt_hours, '.1f')} MWh, {_or_dash(bill.tonnes_co2e, '.1f')} tCO2e",
+        f"assumed: a failure in {operation.hours_between_failures:.0f} hours (--hours-between-failures; default: one "
+        f"in 1,000 device-days, between those of Llama 3 405B and OPT-175B); {operation.restart / 60:.0f} minutes "
+        "until a run restarts, then the checkpoint is read and the step compiled; "
+        f"storage {operation.storage / 1e9:.0f} GB/s, {operation.host_link / 1e9:.0f} GB/s from a device to its host; "
+        f"at most {largest / 1e12:.2f} TB of checkpoints",
+    ]
 
 
 def _chip_words(chip: PlannableChip, platform: str) -> str:
