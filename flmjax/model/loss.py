@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
-from flmjax.model.transformer import Transformer, mask_padding
+from flmjax.model.layers import operands_of_float32_sum
+from flmjax.model.transformer import Transformer, cast_table, mask_padding
 from flmjax.sharding.axes import Params
 from flmjax.sharding.rules import Placement, constrain
 
@@ -80,7 +81,7 @@ def _features(
     placement: Placement | None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """States (B, L, D) and the table (V, D) whose product are the logits."""
+    """States (B, L, D) and the float32 table (V, D); see Transformer.features."""
     model: Any = Transformer(config, placement, deterministic=dropout_key is None)
     return model.apply(
         {"params": params},
@@ -170,9 +171,8 @@ def _logit_difference(
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     x_BLD, table_VD = jax.lax.stop_gradient((x_BLD, table_VD))
     # Pinned like the embedding's lookup: every vocab shard looks up the rows that it holds, and no table is gathered.
-    marks_B2D = constrain(
-        placement, constrain(placement, table_VD, "vocab", None)[marks_B2], "batch", None, None
-    ).astype(dtype)
+    rows_B2D = cast_table(table_VD, x_BLD.dtype, placement)[marks_B2]
+    marks_B2D = constrain(placement, rows_B2D, "batch", None, None).astype(dtype)
     # A sum of products, not a matrix multiplication: an accelerator would round the float32 factors of that.
     return jnp.sum(x_BLD.astype(dtype) * (marks_B2D[:, :1] - marks_B2D[:, 1:]), axis=-1)
 
@@ -188,7 +188,7 @@ def cross_entropy_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of weight * (logsumexp(logits) - logits[target]), and the sum of each sequence (B,), which has no gradient.
 
-    logits = x table^T in at least float32.
+    logits = x table^T in at least float32, of the float32 table in the dtype of x.
 
     The gradient of a sum needs nothing but the logits. The forward pass of a derivative therefore computes it too,
     chunk by chunk along the length: the logits are never stored and never computed twice.
@@ -214,7 +214,7 @@ def _backward(
     scales: tuple[jax.Array, jax.Array],
 ) -> Any:
     (dx_BLD, dtable_VD), (scale, _) = gradients, scales
-    return (dx_BLD * scale).astype(dx_BLD.dtype), (dtable_VD * scale).astype(config.dtype), None, None
+    return (dx_BLD * scale).astype(dx_BLD.dtype), dtable_VD * scale, None, None
 
 
 cross_entropy_sum.defvjp(_forward, _backward)
@@ -230,6 +230,7 @@ def _over_chunks(
     derivative: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     """((sum, sums (B,)), (gradient of x, gradient of the table) or None), computed chunk by chunk along the length."""
+    table_VD = cast_table(table_VD, config.dtype, placement)
     chunks = _num_chunks(x_BLD.shape[0], x_BLD.shape[1], table_VD.shape[0], placement)
 
     def split(x_BL: jax.Array) -> jax.Array:
@@ -279,7 +280,8 @@ def _chunk(
     # The barrier makes XLA compute it once: fused into both products below, it would be computed again for each tile.
     d_BLV = jax.lax.optimization_barrier(constrain(placement, d_BLV, "batch", None, "vocab"))
     dx_BLD = constrain(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
-    dtable_DV = jnp.einsum("bld,blv->dv", x_BLD, d_BLV).astype(dtype)
+    factors = operands_of_float32_sum(placement, x_BLD, d_BLV)
+    dtable_DV = jnp.einsum("bld,blv->dv", *factors, preferred_element_type=dtype)
     return loss_B, dx_BLD, constrain(placement, dtable_DV, None, "vocab")
 
 
