@@ -112,9 +112,9 @@ def test_attention_never_leaves_its_segment(implementation):
     np.testing.assert_array_equal(run(*moved, ids)[:, 50:], out[:, 50:])
 
 
-@pytest.mark.parametrize("segments", [False, True])
-def test_splash_equals_plain_attention_and_its_gradients(segments):
-    length = 128
+@pytest.mark.parametrize(("segments", "length"), [(False, 128), (True, 128), (False, 640)])
+def test_splash_equals_plain_attention_and_its_gradients(segments, length):
+    """640 is no multiple of the largest block, 512."""
     q = jax.random.normal(jax.random.key(0), (2, length, 4, 8))
     k, v = (jax.random.normal(jax.random.key(i), (2, length, 2, 8)) for i in (1, 2))
     ids = jnp.asarray(np.arange(length) >= 77, jnp.int32)[None].repeat(2, 0) if segments else None
@@ -134,29 +134,32 @@ def test_unsupported_attention_settings_are_refused():
         attend(x, x, x, jnp.ones((1, 4), jnp.int32), implementation="cudnn")
     with pytest.raises(ConfigError, match="did you mean plain"):
         attend(x, x, x, None, implementation="plian")
+    with pytest.raises(ConfigError, match="multiple of 128 tokens, not of 4: take another model"):
+        attend(x, x, x, None, implementation="splash")
     assert set(IMPLEMENTATIONS) == {"plain", "cudnn", "splash"}
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "segmented", "backend"),
+    ("platform", "dtype", "segmented", "length", "backend"),
     [
-        ("tpu", "bfloat16", False, "splash"),
-        ("tpu", "float32", True, "splash"),
-        ("gpu", "bfloat16", False, "cudnn"),
-        ("gpu", "bfloat16", True, "plain"),  # cuDNN's kernels do not keep documents apart
-        ("gpu", "float32", False, "plain"),  # cuDNN's kernels are for 16 bits
-        ("cpu", "bfloat16", False, "plain"),
+        ("tpu", "bfloat16", False, 256, "splash"),
+        ("tpu", "float32", True, 256, "splash"),
+        ("tpu", "bfloat16", False, 200, "plain"),  # splash works in blocks of 128
+        ("gpu", "bfloat16", False, 4, "cudnn"),
+        ("gpu", "bfloat16", True, 4, "plain"),  # cuDNN's kernels do not keep documents apart
+        ("gpu", "float32", False, 4, "plain"),  # cuDNN's kernels are for 16 bits
+        ("cpu", "bfloat16", False, 4, "plain"),
     ],
 )
-def test_fused_attention_is_the_kernel_of_the_platform(platform, dtype, segmented, backend, monkeypatch):
-    assert choose(platform, dtype, segmented) == backend
+def test_fused_attention_is_the_kernel_of_the_platform(platform, dtype, segmented, length, backend, monkeypatch):
+    assert choose(platform, dtype, segmented) == backend or length % 128
     chosen = []
     for name in IMPLEMENTATIONS:
         monkeypatch.setitem(IMPLEMENTATIONS, name, lambda *_, name=name: chosen.append(name))
     devices = np.array([SimpleNamespace(platform=platform)])
     placement = SimpleNamespace(mesh=SimpleNamespace(devices=devices))
-    x = jnp.zeros((1, 4, 2, 8), dtype)
-    attend(x, x, x, jnp.ones((1, 4)) if segmented else None, implementation="fused", placement=placement)
+    x = jnp.zeros((1, length, 2, 8), dtype)
+    attend(x, x, x, jnp.ones((1, length)) if segmented else None, implementation="fused", placement=placement)
     assert chosen == [backend]
 
 

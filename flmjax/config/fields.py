@@ -64,6 +64,8 @@ class ModelConfig:
     output_multiplier: PositiveFloat = 1.0
     softmax_temperature: PositiveFloat = 1.0  # logits are divided by it
     dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    # Training minimises cross-entropy plus z_loss x logsumexp(logits)^2 a target (PaLM, section 5: 1e-4); 0: off.
+    z_loss: NonNegativeFloat = 0.0
     init_std: PositiveFloat = 0.02
     base_embed_dim: PositiveInt | None = None  # muP's base width (model/mup.py); None: standard parametrisation
     # mlp_dim, and num_heads x head_dim, of muP's base model; None: in proportion to embed_dim. Growth fills them in.

@@ -1,5 +1,6 @@
 """Causal attention behind one function. Every backend honours segment ids or refuses them."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -9,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flmjax.config import ConfigError, RunConfig, nearest
-from flmjax.sharding.rules import Placement
+from flmjax.config import ConfigError, ModelConfig, RunConfig, nearest
+from flmjax.sharding.rules import Placement, platform_of
 
 # Score of a key that the query must not see. It is finite, so that no query has -inf scores alone (NaN after softmax).
 MASKED = -1e30
+# Splash attention computes in blocks of tokens; the smallest is a TPU's number of lanes.
+SPLASH_BLOCKS = (512, 256, 128)
 
 
 def attend(
@@ -33,17 +36,20 @@ def attend(
         q_BLHK: queries, positions applied. k_BLGK, v_BLGK: keys and values.
         segment_ids_BL: number of the document that each token of a packed sequence belongs to, or None.
         implementation: "plain", "cudnn" (GPU), "splash" (TPU; on other platforms interpreted, which is slow), or
-            "fused", the backend that `choose` returns for the platform.
+            "fused", the backend that `choose` returns for the platform; "plain" where that is splash, and the length
+            is no multiple of 128.
         placement: the activations' sharding (sharding.rules.Placement); splash runs under a shard_map over its mesh.
 
     Returns:
         (B, L, H, K) in the queries' dtype.
 
     Raises:
-        ConfigError: for an unknown backend, or one that cannot honour segment ids.
+        ConfigError: for an unknown backend, or one that cannot honour segment ids or the length.
     """
     if implementation == "fused":
-        implementation = choose(_platform(placement), q_BLHK.dtype, segment_ids_BL is not None)
+        implementation = choose(platform_of(placement), q_BLHK.dtype, segment_ids_BL is not None)
+        if implementation == "splash" and q_BLHK.shape[1] % SPLASH_BLOCKS[-1]:
+            implementation = "plain"
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"attention='{implementation}'{nearest(implementation, ('fused', *IMPLEMENTATIONS))}")
     return IMPLEMENTATIONS[implementation](q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, placement)
@@ -62,6 +68,11 @@ def choose(platform: str, dtype: str | np.dtype[Any], segmented: bool) -> str:
     return "plain"
 
 
+def with_plain_attention(config: ModelConfig) -> ModelConfig:
+    """The model for sequences of any length on any platform: same parameters, attention without a fused kernel."""
+    return dataclasses.replace(config, attention="plain")
+
+
 def check_backends(config: RunConfig, platform: str) -> None:
     """Refuse a run with a stage whose cuDNN attention cannot compute on the devices, or in the model's dtype.
 
@@ -76,11 +87,6 @@ def check_backends(config: RunConfig, platform: str) -> None:
             raise ConfigError(f"{setting}='cudnn' needs an NVIDIA GPU; the devices are '{platform}': take 'fused'")
         if jnp.dtype(dtype).itemsize != 2:
             raise ConfigError(f"{setting}='cudnn' computes in 16 bits, but model.dtype='{dtype}': take 'fused'")
-
-
-def _platform(placement: Placement | None) -> str:
-    """Platform of the target devices; when compiling ahead of time they are not the local ones."""
-    return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
 
 
 def _plain(
@@ -143,7 +149,13 @@ def _splash(
     segment_ids_BL: jax.Array | None,
     placement: Placement | None,
 ) -> jax.Array:
-    kernel = functools.partial(_splash_local, interpret=_platform(placement) != "tpu")
+    length = q_BLHK.shape[1]
+    if length % SPLASH_BLOCKS[-1]:
+        raise ConfigError(
+            f"attention='splash' needs sequences of a multiple of {SPLASH_BLOCKS[-1]} tokens, not of {length}: take "
+            "another model.max_length, or 'fused'"
+        )
+    kernel = functools.partial(_splash_local, interpret=platform_of(placement) != "tpu")
     if placement is None:
         return kernel(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
     heads, kv_heads = placement.spec("batch", None, "heads", None), placement.spec("batch", None, "kv_heads", None)
@@ -166,7 +178,7 @@ def _splash_local(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     L, H, K = q_BLHK.shape[1:]
-    block = min(512, L)
+    block = next(size for size in SPLASH_BLOCKS if L % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -179,7 +191,8 @@ def _splash_local(
     mask = masks.MultiHeadMask([masks.CausalMask((L, L))] * H)
     attention = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     repeats = H // k_BLGK.shape[2]
-    q, k, v = (x.swapaxes(1, 2) for x in (q_BLHK / math.sqrt(K), k_BLGK, v_BLGK))
+    scaled_BLHK = q_BLHK.astype(jnp.promote_types(q_BLHK.dtype, jnp.float32)) / math.sqrt(K)
+    q, k, v = (x.swapaxes(1, 2) for x in (scaled_BLHK.astype(q_BLHK.dtype), k_BLGK, v_BLGK))
     k, v = (jnp.repeat(x, repeats, axis=1) for x in (k, v))
     if segment_ids_BL is None:
         out = jax.vmap(attention)(q, k, v)

@@ -2,29 +2,26 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from flmjax.config import ModelConfig
 from flmjax.model.attention import attend
 from flmjax.model.mup import scaling_of
 from flmjax.model.positions import Rotation, rotate
 from flmjax.sharding.axes import LeafAxes, declare
-from flmjax.sharding.rules import Placement, constrain
+from flmjax.sharding.rules import Placement, constrain, platform_of
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "swiglu": nn.silu,  # of the gate
 }
-
-
-DotDimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
-Precision = jax.lax.PrecisionLike
 
 
 class Norm(nn.Module):
@@ -38,6 +35,7 @@ class Norm(nn.Module):
     last: bool = (
         False  # whether it is the model's last norm, whose parameters have the roles output_scale, output_shift
     )
+    factor: float = 1.0  # the result is multiplied by it
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -53,78 +51,100 @@ class Norm(nn.Module):
         if c.norm == "layernorm" and c.bias:
             shift = declare(nn.initializers.zeros, embed=prefix + "shift")
             x = x + self.param("bias", shift, (c.embed_dim,), jnp.float32)
-        return x.astype(c.dtype)
+        return (x * self.factor).astype(c.dtype)
 
 
-def projection(
-    config: ModelConfig,
-    placement: Placement | None,
-    name: str,
-    inputs: dict[str, int],
-    outputs: dict[str, int],
-    **roles: str,
-) -> nn.DenseGeneral:
-    """Linear layer from named input axes to named output axes, with biases if the config has them.
+class Linear(nn.Module):
+    """Product with a kernel from named input axes to named output axes, plus biases if the config has them.
 
-    Args:
+    Parameters and their gradients are float32; the product takes operands in config.dtype.
+
+    Attributes:
         inputs, outputs: size of each axis by name, in the order of dimensions.
         roles: role of an output axis where it is not "write".
     """
-    reads, writes = dict.fromkeys(inputs, "read"), {**dict.fromkeys(outputs, "write"), **roles}
-    std = scaling_of(
-        config, LeafAxes(("layers", *reads, *writes), ("stack", *reads.values(), *writes.values()))
-    ).init_std
-    return nn.DenseGeneral(
-        features=tuple(outputs.values()),
-        axis=tuple(range(-len(inputs), 0)),
-        use_bias=config.bias,
-        kernel_init=declare(nn.initializers.normal(std), **reads, **writes),
-        bias_init=declare(nn.initializers.zeros, **writes),
-        dot_general=single_cpu_dot if placement is not None and placement.is_single_cpu else None,
-        dtype=config.dtype,
-        param_dtype=jnp.float32,
-        name=name,
-    )
+
+    config: ModelConfig
+    placement: Placement | None
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+    roles: Mapping[str, str] = FrozenDict()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (..., outputs) in config.dtype for x (..., inputs)."""
+        c = self.config
+        reads, writes = dict.fromkeys(self.inputs, "read"), {**dict.fromkeys(self.outputs, "write"), **self.roles}
+        axes = LeafAxes(("layers", *reads, *writes), ("stack", *reads.values(), *writes.values()))
+        normal = nn.initializers.normal(scaling_of(c, axes).init_std)
+        inputs, outputs = tuple(self.inputs.values()), tuple(self.outputs.values())
+
+        def as_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return normal(key, (math.prod(inputs), math.prod(outputs)), dtype).reshape(shape)
+
+        kernel = self.param("kernel", declare(as_matrix, **reads, **writes), (*inputs, *outputs), jnp.float32)
+        y = product(x.astype(c.dtype), kernel, len(inputs), self.placement)
+        if not c.bias:
+            return y
+        bias = self.param("bias", declare(nn.initializers.zeros, **writes), outputs, jnp.float32)
+        # Added in float32, so that its gradient is a float32 sum.
+        return (y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))).astype(c.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def single_cpu_dot(
-    x: jax.Array, kernel: jax.Array, dimensions: DotDimensions, precision: Precision, preferred_element_type: Any = None
-) -> jax.Array:
-    """lax.dot_general of DenseGeneral with a kernel gradient that is fast on XLA's CPU backend.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, kernel: jax.Array, contracted: int, placement: Placement | None = None) -> jax.Array:
+    """Product of x (..., inputs) and a float32 kernel (inputs, outputs), computed in the dtype of x.
 
-    That backend has a fast routine for products of rows with columns alone. The gradient therefore transposes the
-    smaller factor in memory first; a barrier keeps XLA from folding the transpose back. The gradient of a 256 x 1024
-    kernel takes half the time.
+    The gradient of the kernel is a product with float32 results: the gradient of a cast kernel would be rounded to the
+    dtype of x before it is summed over devices and microbatches.
+
+    Args:
+        contracted: number of input axes.
+        placement: XLA's backend for a single CPU has a fast routine for products of rows with columns alone. For the
+            gradient of the kernel the smaller factor is then transposed in memory first; a barrier keeps XLA from
+            folding the transpose back. The gradient of a 256 x 1024 kernel takes half the time.
     """
-    return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type)
+    return jnp.tensordot(x, kernel.astype(x.dtype), contracted)
 
 
-def _single_cpu_forward(x: jax.Array, kernel: jax.Array, *static_args: Any) -> Any:
-    return single_cpu_dot(x, kernel, *static_args), (x, kernel)
+def _product_forward(x: jax.Array, kernel: jax.Array, contracted: int, placement: Placement | None) -> Any:
+    return product(x, kernel, contracted, placement), (x, kernel)
 
 
-def _single_cpu_backward(
-    dimensions: DotDimensions,
-    precision: Precision,
-    preferred_element_type: Any,
-    factors: tuple[jax.Array, jax.Array],
-    g: jax.Array,
+def _product_backward(
+    contracted: int, placement: Placement | None, factors: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = factors
-    contracted = len(dimensions[0][0])  # the last axes of x with the first axes of the kernel
-    inputs, outputs = math.prod(kernel.shape[:contracted]), math.prod(kernel.shape[contracted:])
-    x_TI, g_TO, kernel_IO = x.reshape(-1, inputs), g.reshape(-1, outputs), kernel.reshape(inputs, outputs)
-    in_memory = jax.lax.optimization_barrier
-    if inputs <= outputs:
-        dkernel_IO = jnp.matmul(in_memory(x_TI.T), g_TO, precision=precision)
+    tokens = tuple(range(x.ndim - contracted))
+    output_axes = tuple(range(len(tokens), g.ndim)), tuple(range(contracted, kernel.ndim))
+    dx = jnp.tensordot(g, kernel.astype(x.dtype), output_axes)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    x, g = operands_of_float32_sum(placement, x, g)
+    if placement is not None and placement.is_single_cpu:
+        inputs, outputs = math.prod(kernel.shape[:contracted]), math.prod(kernel.shape[contracted:])
+        x_TI, g_TO, in_memory = x.reshape(-1, inputs), g.reshape(-1, outputs), jax.lax.optimization_barrier
+        if inputs <= outputs:
+            dkernel = jnp.matmul(in_memory(x_TI.T), g_TO, preferred_element_type=dtype)
+        else:
+            dkernel = in_memory(jnp.matmul(in_memory(g_TO.T), x_TI, preferred_element_type=dtype)).T
+        dkernel = dkernel.reshape(kernel.shape)
     else:
-        dkernel_IO = in_memory(jnp.matmul(in_memory(g_TO.T), x_TI, precision=precision)).T
-    dx_TI = jnp.matmul(g_TO, kernel_IO.T, precision=precision)
-    return dx_TI.reshape(x.shape), dkernel_IO.reshape(kernel.shape)
+        dkernel = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=dtype)
+    return dx, dkernel.astype(kernel.dtype)
 
 
-single_cpu_dot.defvjp(_single_cpu_forward, _single_cpu_backward)
+product.defvjp(_product_forward, _product_backward)
+
+
+def operands_of_float32_sum(placement: Placement | None, *factors: jax.Array) -> Sequence[jax.Array]:
+    """Factors of a product whose preferred_element_type is float32: on CPUs cast to float32.
+
+    XLA's CPU backend refuses such a product of bfloat16 factors if its result is transposed: "Unsupported element type
+    for DotThunk::Execute: BF16 x BF16 = F32".
+    """
+    if platform_of(placement) != "cpu":
+        return factors
+    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in factors]
 
 
 class Attention(nn.Module):
@@ -140,9 +160,9 @@ class Attention(nn.Module):
         embed = {"embed": c.embed_dim}
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         kv_heads = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        q_BLHK = projection(c, self.placement, "query", embed, heads, head_dim="query")(x_BLD)
-        k_BLGK = projection(c, self.placement, "key", embed, kv_heads, head_dim="key")(x_BLD)
-        v_BLGK = projection(c, self.placement, "value", embed, kv_heads)(x_BLD)
+        q_BLHK = Linear(c, self.placement, embed, heads, {"head_dim": "query"}, name="query")(x_BLD)
+        k_BLGK = Linear(c, self.placement, embed, kv_heads, {"head_dim": "key"}, name="key")(x_BLD)
+        v_BLGK = Linear(c, self.placement, embed, kv_heads, name="value")(x_BLD)
         if rotation is not None:
             q_BLHK = rotate(q_BLHK, rotation.query_cos, rotation.query_sin)
             k_BLGK = rotate(k_BLGK, rotation.key_cos, rotation.key_sin)
@@ -152,7 +172,7 @@ class Attention(nn.Module):
         v_BLGK = constrain(self.placement, v_BLGK, "batch", None, "kv_heads", None)
         o_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, implementation=c.attention, placement=self.placement)
         o_BLHK = constrain(self.placement, o_BLHK, "batch", None, "heads", None)
-        return projection(c, self.placement, "output", heads, embed)(o_BLHK)
+        return Linear(c, self.placement, heads, embed, name="output")(o_BLHK)
 
 
 class Mlp(nn.Module):
@@ -167,10 +187,35 @@ class Mlp(nn.Module):
         c = self.config
         embed, mlp = {"embed": c.embed_dim}, {"mlp": c.mlp_dim}
         activation = ACTIVATIONS[c.activation]
-        h_BLF = projection(c, self.placement, "up", embed, mlp)(x_BLD)
+        h_BLF = Linear(c, self.placement, embed, mlp, name="up")(x_BLD)
         if c.activation == "swiglu":
-            h_BLF = activation(projection(c, self.placement, "gate", embed, mlp)(x_BLD)) * h_BLF
+            gate_BLF = Linear(c, self.placement, embed, mlp, name="gate")(x_BLD)
+            h_BLF = in_float32(lambda gate, h: activation(gate) * h)(gate_BLF, h_BLF)
         else:
-            h_BLF = activation(h_BLF)
+            h_BLF = in_float32(activation)(h_BLF)
         h_BLF = constrain(self.placement, h_BLF, "batch", None, "mlp")
-        return projection(c, self.placement, "down", mlp, embed)(h_BLF)
+        return Linear(c, self.placement, mlp, embed, name="down")(h_BLF)
+
+
+def in_float32(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Elementwise `f` computed in at least float32, constants included; the result has the dtype of the first argument.
+
+    Of arguments with 16 bits the derivative keeps nothing else: `f` is computed again.
+    """
+
+    def computed(*x: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(x[0].dtype, jnp.float32)
+        if dtype == x[0].dtype:
+            return f(*x)
+        return jax.checkpoint(lambda *x: f(*(y.astype(dtype) for y in x)).astype(x[0].dtype))(*x)
+
+    return computed
+
+
+def dropout_of(config: ModelConfig, deterministic: bool) -> Callable[[jax.Array], jax.Array]:
+    """Dropout of activations in config.dtype; the factor 1 / (1 - rate) is applied in at least float32."""
+    dropout, dtype = (
+        nn.Dropout(config.dropout, deterministic=deterministic),
+        jnp.promote_types(config.dtype, jnp.float32),
+    )
+    return lambda x: dropout(x.astype(dtype)).astype(x.dtype)

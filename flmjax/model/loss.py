@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from flmjax.config import ModelConfig
-from flmjax.model.transformer import Transformer, mask_padding
+from flmjax.model.layers import operands_of_float32_sum
+from flmjax.model.transformer import Transformer, cast_table, mask_padding
 from flmjax.sharding.axes import Params
 from flmjax.sharding.rules import Placement, constrain
 
@@ -32,15 +33,16 @@ def loss_sums(
         dropout_key: None switches dropout off.
 
     Returns:
-        The sum over all sequences, in at least float32, which training minimises, and a dictionary of sums: "loss" (the
-        same sum), "weight" of the targets, "bytes" of text; if the batch has marks, also the sums of `teacher_sums`.
+        The sum that training minimises, in at least float32: cross-entropy plus config.z_loss. And a dictionary of sums
+        over all sequences: "loss" (cross-entropy alone), "weight" of the targets, "bytes" of text; if the batch has
+        marks, also the sums of `teacher_sums`.
     """
     x_BLD, table_VD = _features(params, batch, config, placement, dropout_key)
-    loss, loss_B = cross_entropy_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
-    sums = {"loss": loss, "weight": jnp.sum(batch["weights"]), "bytes": jnp.sum(batch["bytes"])}
+    objective, loss_B = training_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
+    sums = {"loss": jnp.sum(loss_B), "weight": jnp.sum(batch["weights"]), "bytes": jnp.sum(batch["bytes"])}
     if "marks" in batch:
         sums |= teacher_sums(x_BLD, table_VD, loss_B, batch, placement)
-    return loss, sums
+    return objective, sums
 
 
 def source_sums(
@@ -64,7 +66,7 @@ def source_sums(
         the number of decisive targets with a weight, and "correct", as in teacher_sums.
     """
     x_BLD, table_VD = _features(params, batch, config, placement)
-    _, loss_B = cross_entropy_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
+    _, loss_B = training_sum(x_BLD, table_VD, batch["targets"], batch["weights"], config, placement)
     sums_B = {"loss": loss_B, "weight": jnp.sum(batch["weights"], axis=1), "bytes": batch["bytes"]}
     if "marks" in batch:
         judged_BL, correct_BL = _judgements(x_BLD, table_VD, batch, placement)
@@ -80,7 +82,7 @@ def _features(
     placement: Placement | None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """States (B, L, D) and the table (V, D) whose product are the logits."""
+    """States (B, L, D) and the float32 table (V, D); see Transformer.features."""
     model: Any = Transformer(config, placement, deterministic=dropout_key is None)
     return model.apply(
         {"params": params},
@@ -170,15 +172,14 @@ def _logit_difference(
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     x_BLD, table_VD = jax.lax.stop_gradient((x_BLD, table_VD))
     # Pinned like the embedding's lookup: every vocab shard looks up the rows that it holds, and no table is gathered.
-    marks_B2D = constrain(
-        placement, constrain(placement, table_VD, "vocab", None)[marks_B2], "batch", None, None
-    ).astype(dtype)
+    rows_B2D = cast_table(table_VD, x_BLD.dtype, placement)[marks_B2]
+    marks_B2D = constrain(placement, rows_B2D, "batch", None, None).astype(dtype)
     # A sum of products, not a matrix multiplication: an accelerator would round the float32 factors of that.
     return jnp.sum(x_BLD.astype(dtype) * (marks_B2D[:, :1] - marks_B2D[:, 1:]), axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy_sum(
+def training_sum(
     x_BLD: jax.Array,
     table_VD: jax.Array,
     targets_BL: jax.Array,
@@ -186,9 +187,11 @@ def cross_entropy_sum(
     config: ModelConfig,
     placement: Placement | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of weight * (logsumexp(logits) - logits[target]), and the sum of each sequence (B,), which has no gradient.
+    """Sum that training minimises, and the cross-entropy of each sequence (B,), which has no gradient.
 
-    logits = x table^T in at least float32.
+    Both are sums of weight * (logsumexp(logits) - logits[target]); the first one has also the terms
+    weight * config.z_loss * logsumexp(logits)^2 (PaLM, arXiv 2204.02311, section 5), which keep log Z near 0.
+    logits = x table^T in at least float32, of the float32 table in the dtype of x.
 
     The gradient of a sum needs nothing but the logits. The forward pass of a derivative therefore computes it too,
     chunk by chunk along the length: the logits are never stored and never computed twice.
@@ -214,10 +217,10 @@ def _backward(
     scales: tuple[jax.Array, jax.Array],
 ) -> Any:
     (dx_BLD, dtable_VD), (scale, _) = gradients, scales
-    return (dx_BLD * scale).astype(dx_BLD.dtype), (dtable_VD * scale).astype(config.dtype), None, None
+    return (dx_BLD * scale).astype(dx_BLD.dtype), dtable_VD * scale, None, None
 
 
-cross_entropy_sum.defvjp(_forward, _backward)
+training_sum.defvjp(_forward, _backward)
 
 
 def _over_chunks(
@@ -229,7 +232,11 @@ def _over_chunks(
     placement: Placement | None,
     derivative: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """((sum, sums (B,)), (gradient of x, gradient of the table) or None), computed chunk by chunk along the length."""
+    """((sum to minimise, cross-entropies (B,)), (gradient of x, gradient of the table) or None).
+
+    All are computed chunk by chunk along the length.
+    """
+    table_VD = cast_table(table_VD, config.dtype, placement)
     chunks = _num_chunks(x_BLD.shape[0], x_BLD.shape[1], table_VD.shape[0], placement)
 
     def split(x_BL: jax.Array) -> jax.Array:
@@ -237,14 +244,18 @@ def _over_chunks(
 
     def body(totals: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
         x_BLD, targets_BL, weights_BL = part
-        loss_B, dx, dtable_DV = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
-        return (totals[0] + loss_B, totals[1] + dtable_DV if derivative else None), dx
+        losses, dx, dtable_DV = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
+        return (jax.tree.map(jnp.add, totals[0], losses), totals[1] + dtable_DV if derivative else None), dx
 
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    start: Any = (jnp.zeros(len(x_BLD), dtype), jnp.zeros(table_VD.shape[::-1], dtype) if derivative else None)
+    zeros_B = jnp.zeros(len(x_BLD), dtype)
+    start: Any = (
+        (zeros_B, zeros_B if config.z_loss else None),
+        jnp.zeros(table_VD.shape[::-1], dtype) if derivative else None,
+    )
     parts = (split(x_BLD), split(targets_BL), split(weights_BL))
-    (loss_B, dtable_DV), dx = jax.lax.scan(body, start, parts)
-    losses = jnp.sum(loss_B), loss_B
+    ((loss_B, z_loss_B), dtable_DV), dx = jax.lax.scan(body, start, parts)
+    losses = jnp.sum(loss_B) if z_loss_B is None else jnp.sum(loss_B + z_loss_B), loss_B
     if not derivative:
         return losses, None
     return losses, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dtable_DV.T)
@@ -258,10 +269,11 @@ def _chunk(
     config: ModelConfig,
     placement: Placement | None,
     derivative: bool,
-) -> tuple[jax.Array, Any, Any]:
-    """Loss sums (B,) of one chunk, and their gradients with respect to x and to the table (transposed), or None.
+) -> tuple[tuple[jax.Array, jax.Array | None], Any, Any]:
+    """((cross-entropies (B,), z-losses (B,) or None), gradient of x, gradient of the table, transposed) of one chunk.
 
-    The gradient with respect to the logits is d = (softmax - one-hot) * weight; x and the table get d times the other.
+    The gradient with respect to the logits is d = (softmax * (1 + 2 z_loss logsumexp) - one-hot) * weight; x and the
+    table get d times the other.
     """
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     logits_BLV = jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=dtype)
@@ -270,17 +282,21 @@ def _chunk(
     exp_BLV = jnp.exp(logits_BLV - top_BL1)
     sum_BL1 = jnp.sum(exp_BLV, axis=-1, keepdims=True)
     target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    loss_B = jnp.sum(weights_BL * (jnp.log(sum_BL1) + top_BL1)[..., 0] - weights_BL * target_BL, axis=1)
+    log_sum_BL1 = jnp.log(sum_BL1) + top_BL1
+    loss_B = jnp.sum(weights_BL * log_sum_BL1[..., 0] - weights_BL * target_BL, axis=1)
+    z_loss_B = config.z_loss * jnp.sum(weights_BL * jnp.square(log_sum_BL1[..., 0]), axis=1) if config.z_loss else None
     if not derivative:
-        return loss_B, None, None
+        return (loss_B, z_loss_B), None, None
     is_target_BLV = jnp.arange(table_VD.shape[0]) == targets_BL[..., None]
     weights_BL1 = weights_BL[..., None].astype(dtype)
-    d_BLV = (exp_BLV * (weights_BL1 / sum_BL1) - jnp.where(is_target_BLV, weights_BL1, 0)).astype(x_BLD.dtype)
+    slope_BL1 = weights_BL1 * (1 + 2 * config.z_loss * log_sum_BL1) if config.z_loss else weights_BL1
+    d_BLV = (exp_BLV * (slope_BL1 / sum_BL1) - jnp.where(is_target_BLV, weights_BL1, 0)).astype(x_BLD.dtype)
     # The barrier makes XLA compute it once: fused into both products below, it would be computed again for each tile.
     d_BLV = jax.lax.optimization_barrier(constrain(placement, d_BLV, "batch", None, "vocab"))
     dx_BLD = constrain(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
-    dtable_DV = jnp.einsum("bld,blv->dv", x_BLD, d_BLV).astype(dtype)
-    return loss_B, dx_BLD, constrain(placement, dtable_DV, None, "vocab")
+    factors = operands_of_float32_sum(placement, x_BLD, d_BLV)
+    dtable_DV = jnp.einsum("bld,blv->dv", *factors, preferred_element_type=dtype)
+    return (loss_B, z_loss_B), dx_BLD, constrain(placement, dtable_DV, None, "vocab")
 
 
 def _num_chunks(rows: int, length: int, vocabulary: int, placement: Placement | None) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from flmjax.config import ModelConfig
-from flmjax.model.attention import MASKED
-from flmjax.model.layers import Attention, Mlp, Norm
+from flmjax.model.attention import MASKED, with_plain_attention
+from flmjax.model.layers import Attention, Mlp, Norm, dropout_of
 from flmjax.model.mup import scaling_table
 from flmjax.model.positions import Rotation, rotation
 from flmjax.sharding.axes import AxesTree, Params, axes_of, declare
@@ -38,7 +39,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Returns (B, L, D) and None: nn.scan expects a carry and a result to stack, and there is nothing to stack."""
         c = self.config
-        dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        dropout = dropout_of(c, self.deterministic)
 
         def normed(name: str, x_BLD: jax.Array) -> jax.Array:
             # The shard is normalised before it is gathered in config.dtype: the other order would gather float32.
@@ -71,9 +72,10 @@ class Transformer(nn.Module):
     def features(
         self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None, positions_BL: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Final hidden states (B, L, D), multipliers included, and the output table (V, D), both in config.dtype.
+        """Final hidden states (B, L, D) in config.dtype, multipliers included, and the output table (V, D) in float32.
 
-        The logits are the product of both; a loss may compute it in chunks.
+        The logits are the product of the states and the table in config.dtype (`cast_table`); a loss may compute it in
+        chunks, and computes the gradient of the table in float32.
 
         Raises:
             ValueError: for sequences longer than the table of learned positions (the lookup would repeat its last row).
@@ -90,29 +92,29 @@ class Transformer(nn.Module):
             positions_BL = jnp.arange(tokens_BL.shape[1])[None]
         table_shape = (c.padded_vocab_size, c.embed_dim)
         table_VD = self.param("embedding", declare(normal, vocab="index", embed="write"), table_shape, jnp.float32)
-        # Rows are gathered over fsdp and the vocabulary stays sharded, else the lookup rematerialises the table.
-        table_VD = constrain(self.placement, table_VD.astype(c.dtype), "vocab", None)
-        x_BLD = constrain(self.placement, table_VD[tokens_BL], *GATHERED) * jnp.asarray(table["input"].forward, c.dtype)
+        rows_BLD = constrain(self.placement, lookup(table_VD, tokens_BL, c.dtype, self.placement), *GATHERED)
+        # Multiplied, and positions added, in float32: a factor such as 1 / 44 would be rounded by 0.1 %.
+        x_BLD = rows_BLD.astype(jnp.promote_types(c.dtype, jnp.float32)) * table["input"].forward
         if not c.is_rotary:
             init = declare(normal, length="index", embed="write")
-            positions_CD = self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)
-            x_BLD = x_BLD + positions_CD.astype(c.dtype)[positions_BL]
-        x_BLD = constrain(self.placement, x_BLD, *RESIDUAL)
-        x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
+            x_BLD = x_BLD + self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)[positions_BL]
+        x_BLD = constrain(self.placement, x_BLD.astype(c.dtype), *RESIDUAL)
+        x_BLD = dropout_of(c, self.deterministic)(x_BLD)
         x_BLD, _ = self._layers()(x_BLD, rotation(c, positions_BL), segment_ids_BL)
-        x_BLD = constrain(self.placement, Norm(c, last=True, name="final_norm")(x_BLD), *RESIDUAL)
-        x_BLD = constrain(self.placement, x_BLD, *GATHERED) * jnp.asarray(table["output"].forward, c.dtype)
+        final_norm = Norm(c, last=True, factor=table["output"].forward, name="final_norm")
+        x_BLD = constrain(self.placement, constrain(self.placement, final_norm(x_BLD), *RESIDUAL), *GATHERED)
         if c.tied_embedding:
             return x_BLD, table_VD
         by_word = _transposed(nn.initializers.normal(table["output"].init_std))
         head_DV = self.param("head", declare(by_word, embed="read", vocab="write"), table_shape[::-1], jnp.float32)
-        return x_BLD, head_DV.astype(c.dtype).T
+        return x_BLD, head_DV.T
 
     def __call__(
         self, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None = None, positions_BL: jax.Array | None = None
     ) -> jax.Array:
         """Logits (B, L, V) in at least float32. Padded ids have the logit -1e30, so that their probability is 0."""
         x_BLD, table_VD = self.features(tokens_BL, segment_ids_BL, positions_BL)
+        table_VD = cast_table(table_VD, self.config.dtype, self.placement)
         logits_BLV = jnp.einsum(
             "bld,vd->blv", x_BLD, table_VD, preferred_element_type=jnp.promote_types(x_BLD.dtype, jnp.float32)
         )
@@ -134,6 +136,37 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(c, self.placement, self.deterministic, name="layers")
+
+
+def cast_table(table_VD: jax.Array, dtype: DTypeLike, placement: Placement | None) -> jax.Array:
+    """The table (V, D) in `dtype`: rows gathered over fsdp, the vocabulary still sharded.
+
+    Without the pin a lookup would rematerialise the table.
+    """
+    return constrain(placement, table_VD.astype(dtype), "vocab", None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VD: jax.Array, ids_BL: jax.Array, dtype: DTypeLike, placement: Placement | None = None) -> jax.Array:
+    """Rows (B, L, D) of a float32 table in `dtype`.
+
+    The gradient of the table is a float32 sum: in bfloat16 the row of an id that occurs 65,536 times would stop growing
+    at 256 times its gradient.
+    """
+    return cast_table(table_VD, dtype, placement)[ids_BL]
+
+
+def _lookup_forward(table_VD: jax.Array, ids_BL: jax.Array, dtype: DTypeLike, placement: Placement | None) -> Any:
+    return lookup(table_VD, ids_BL, dtype, placement), (table_VD, ids_BL)
+
+
+def _lookup_backward(dtype: DTypeLike, placement: Placement | None, residuals: Any, rows_BLD: jax.Array) -> Any:
+    table_VD, ids_BL = residuals
+    rows_BLD = constrain(placement, rows_BLD.astype(table_VD.dtype), *GATHERED)
+    return constrain(placement, jnp.zeros_like(table_VD).at[ids_BL].add(rows_BLD), "vocab", None), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _transposed(init: jax.nn.initializers.Initializer) -> Callable[..., jax.Array]:
@@ -182,7 +215,8 @@ def abstract_params(config: ModelConfig) -> tuple[Params, AxesTree]:
 
 def _init(config: ModelConfig, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, min(8, config.max_length)), jnp.int32)
-    params: Params = Transformer(config).init(key, tokens, method="features")["params"]
+    model = Transformer(with_plain_attention(config))  # the tokens are fewer than a fused kernel's blocks
+    params: Params = model.init(key, tokens, method="features")["params"]
     return params
 
 

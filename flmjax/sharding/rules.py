@@ -60,6 +60,11 @@ def constrain(placement: Placement | None, x: jax.Array, *names: str | None) -> 
     return x if placement is None else placement.constrain(x, *names)
 
 
+def platform_of(placement: Placement | None) -> str:
+    """Platform of the target devices: "cpu", "gpu" or "tpu". Ahead of time they are not the local devices."""
+    return jax.default_backend() if placement is None else placement.mesh.devices.flat[0].platform
+
+
 def leaf_sharding(mesh: Mesh, axes: LeafAxes) -> NamedSharding:
     """Sharding of one parameter. Gains and biases are not split over fsdp: a gather in every layer would cost more."""
     rules = PARAMETER_RULES if axes.is_matrix else {**PARAMETER_RULES, "embed": None}

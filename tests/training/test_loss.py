@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_batch, with_fields
+from conftest import TINY, random_batch, random_params, with_fields
 
-from flmjax.model.loss import cross_entropy_sum
+from flmjax.model.loss import loss_sums, training_sum
 
 
 def test_loss_of_bfloat16_states_is_float32_and_exact():
@@ -16,7 +16,7 @@ def test_loss_of_bfloat16_states_is_float32_and_exact():
     x = jnp.asarray(rng.standard_normal((2, 8, 32)) * 3, jnp.bfloat16)
     table = jnp.asarray(rng.standard_normal((1000, 32)), jnp.bfloat16)
     targets = rng.integers(0, 1000, (2, 8))
-    loss, _ = cross_entropy_sum(x, table, targets, jnp.ones((2, 8)), config)
+    loss, _ = training_sum(x, table, targets, jnp.ones((2, 8)), config)
     logits = np.einsum("bld,vd->blv", np.float64(x), np.float64(table))
     top = np.log(np.exp(logits).sum(-1))
     exact = (top - np.take_along_axis(logits, targets[..., None], -1)[..., 0]).sum()
@@ -39,7 +39,7 @@ def test_gradient_of_the_loss_is_that_of_its_plain_formula(chunks):
         return -jnp.sum(picked * batch["weights"])
 
     def ours(x, table):
-        return 3.0 * cross_entropy_sum(x, table, batch["targets"], batch["weights"], config)[0]
+        return 3.0 * training_sum(x, table, batch["targets"], batch["weights"], config)[0]
 
     assert f"length={chunks}" in str(jax.make_jaxpr(ours)(x, table))
     loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, table)
@@ -47,3 +47,40 @@ def test_gradient_of_the_loss_is_that_of_its_plain_formula(chunks):
     np.testing.assert_allclose(loss, 3 * expected, rtol=1e-6)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, 3 * expected, rtol=0, atol=2e-6 * 3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_z_loss_is_that_of_its_plain_formula(chunks):
+    """In float64. What is reported stays the cross-entropy."""
+    config = with_fields(TINY, vocab_size={1: 61, 4: 2**17 - 3}[chunks], z_loss=0.03, dtype="float64")
+    rng = np.random.default_rng(0)
+    batch = random_batch(config, rows=3)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((3, 16, 32)))
+        table = jnp.asarray(rng.standard_normal((config.padded_vocab_size, 32)))
+        weights = jnp.asarray(batch["weights"], jnp.float64)
+
+        def plain(x, table):
+            logits = (x @ table.T)[..., : config.vocab_size]
+            log_sums = jax.nn.logsumexp(logits, axis=-1)
+            picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+            cross_entropy = jnp.sum(weights * (log_sums - picked))
+            return cross_entropy + 0.03 * jnp.sum(weights * log_sums**2), cross_entropy
+
+        def ours(x, table):
+            objective, loss_B = training_sum(x, table, batch["targets"], weights, config)
+            return objective, jnp.sum(loss_B)
+
+        run = [jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(x, table) for f in (ours, plain)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), *run)
+
+
+def test_the_reported_loss_has_no_z_loss():
+    """z-loss changes the update, not the loss that is logged, evaluated and compared between runs."""
+    params, batch = random_params(TINY), random_batch(TINY)
+    config = with_fields(TINY, z_loss=1e-2)
+    (objective, sums), (plain, plain_sums) = (
+        jax.jit(loss_sums, static_argnums=2)(params, batch, c) for c in (config, TINY)
+    )
+    assert objective > plain
+    np.testing.assert_array_equal(sums["loss"], plain_sums["loss"])
