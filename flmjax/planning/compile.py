@@ -13,7 +13,7 @@ import numpy as np
 from flmjax.config import ConfigError, DataConfig, MeshShape, RunConfig, Stage
 from flmjax.config.validate import legal_microbatches, validate_mesh
 from flmjax.data.batch import BatchKind, abstract_batch
-from flmjax.growth.certificate import jit_comparison
+from flmjax.growth.comparison import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.model.attention import choose

@@ -93,7 +93,7 @@ def prove_growth(
         point,
         placement=Placement(mesh),
         float64_below=config.certificate_float64_below,
-        tolerance=config.certificate_tolerance,
+        roundings=config.certificate_roundings,
     )
     log(str(certificate))
     if jax.process_index() == 0:

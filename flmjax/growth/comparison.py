@@ -1,0 +1,252 @@
+"""Programs of a growth certificate: both models' logits on the same tokens, beside the rounding of the old model."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flmjax.config import Dtype, ModelConfig
+from flmjax.growth.grow import grow_params
+from flmjax.growth.growth import Growth
+from flmjax.growth.ramp import masked
+from flmjax.growth.rescaled import rescaled
+from flmjax.model.loss import divisor, token_cross_entropy
+from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
+from flmjax.sharding.axes import Params, path_name
+from flmjax.sharding.rules import Placement, batch_sharding, tree_shardings, whole_rows
+
+
+class Difference(NamedTuple):
+    """Difference of two models' logits over the old vocabulary, on a batch.
+
+    Attributes:
+        max, rms: the largest absolute value, and the root mean square.
+        row: the sequence of the batch and the token in it, from 0, where the largest value stands.
+        kl: mean KL(first || second) in nats a token.
+    """
+
+    max: float
+    rms: float
+    row: tuple[int, int]
+    kl: float
+
+
+class Comparison(NamedTuple):
+    """Two models compared in one dtype; the gradient norms are 0 if not requested.
+
+    Attributes:
+        growth: difference of the models before and after growth.
+        rounding: difference of the old model and of the same function computed with other numbers (rescaled.py).
+        mask_removed: largest difference of a parameter under the fully open growth mask and without it, relative to the
+            largest value of the parameter; None for a growth without a mask.
+        losses, gradient_norms: before and after growth.
+    """
+
+    growth: Difference
+    rounding: Difference
+    max_logit: float
+    mask_removed: float | None
+    losses: tuple[float, float]
+    gradient_norms: tuple[float, float]
+
+
+class Measurement(NamedTuple):
+    """Comparisons of the models before and after growth in three dtypes.
+
+    Attributes:
+        in_run: in the run's dtype, with gradients.
+        in_float32: with float32 products; the same as in_run for a float32 run on a CPU.
+        in_float64: of a sample of the sequences; None if not computed.
+        errors: the largest difference of each grown parameter, by its path, and of the growth repeated in float64,
+            relative to the parameter's largest value; {} without float64 and after a learned growth.
+        float64_rows: number of sequences in the float64 comparison.
+    """
+
+    in_run: Comparison
+    in_float32: Comparison
+    in_float64: Comparison | None = None
+    errors: Mapping[str, float] = MappingProxyType({})
+    float64_rows: int = 0
+
+    def by_dtype(self) -> dict[str, Comparison | None]:
+        """The comparisons by the keys "run", "float32" and "float64"."""
+        return {"run": self.in_run, "float32": self.in_float32, "float64": self.in_float64}
+
+
+def measure(
+    params: tuple[Params, Params],
+    growth: Growth,
+    batch: Mapping[str, jax.Array],
+    placement: Placement | None,
+    float64_below: int,
+) -> Measurement:
+    """The comparisons of a certificate; the arguments are those of certificate.certify.
+
+    In float64 the growth is repeated from the old parameters; after a learned growth the new ones are converted.
+    """
+    dtype = growth.new.dtype
+    in_run = in_float32 = compare(jit_comparison(growth, dtype, placement, gradients=True), params, batch)
+    if dtype != "float32" or jax.devices()[0].platform != "cpu":
+        # An accelerator may multiply float32 at a lower precision, which says nothing about growth.
+        with jax.default_matmul_precision("highest"):
+            in_float32 = compare(jit_comparison(growth, "float32", placement), params, batch)
+    # A TPU has no float64: XLA computes it with pairs of float32, in many times the time.
+    if count_parameters(params[1]) > float64_below or jax.devices()[0].platform == "tpu":
+        return Measurement(in_run, in_float32)
+    with jax.enable_x64(True):
+        rows, stride = _sample(batch, placement)
+        both, errors = _in_float64(params, growth, placement)
+        in_float64 = compare(jit_comparison(growth, "float64", placement), both, rows)
+    (sequence, token), shards = in_float64.growth.row, len(rows["tokens"])
+    in_float64 = in_float64._replace(growth=in_float64.growth._replace(row=(sequence * stride, token)))
+    return Measurement(in_run, in_float32, in_float64, errors, shards)
+
+
+def _sample(batch: Mapping[str, jax.Array], placement: Placement | None) -> tuple[Mapping[str, jax.Array], int]:
+    """The first sequence of each data shard, and the number of sequences from one to the next.
+
+    These have enough logits to find a wrong parameter in float64; all sequences would double the memory of the run's
+    comparison.
+    """
+    shards = 1 if placement is None else whole_rows(1, placement.mesh)
+    sharding = None if placement is None else batch_sharding(placement.mesh)
+
+    def first(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: x.reshape(shards, -1, *x.shape[1:])[:, 0] for name, x in batch.items()}
+
+    return jax.jit(first, out_shardings=sharding)(batch), len(batch["tokens"]) // shards
+
+
+def _in_float64(
+    params: tuple[Params, Params], growth: Growth, placement: Placement | None
+) -> tuple[tuple[Params, Params], Mapping[str, float]]:
+    """Both trees in float64, and the errors of a Measurement."""
+    to_double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))
+    before = to_double(params[0])
+    if growth.family.tunes:
+        return (before, to_double(params[1])), {}
+    sharding = None if placement is None else tree_shardings(placement.mesh, abstract_params(growth.new)[1])
+
+    def again(before: Params, after: Params, key: jax.Array) -> tuple[Params, Params]:
+        grown = grow_params(before, dataclasses.replace(growth, key=key))
+        return grown, changes(grown, after)
+
+    grown, errors = jax.jit(again, out_shardings=(sharding, None))(before, params[1], growth.key)
+    paths = jax.tree_util.tree_leaves_with_path(jax.device_get(errors))
+    return (before, grown), {path_name(path): float(error) for path, error in paths}
+
+
+def compare(program: Any, params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Comparison:
+    """The numbers that a program of `jit_comparison` computes.
+
+    Args:
+        params: parameters before and after growth.
+        batch: tokens, targets and loss weights (B, L); segment_ids and positions (B, L) if documents are kept apart.
+    """
+    growth, rounding, max_logit, removed, losses, norms = jax.device_get(program(params, batch))
+    return Comparison(
+        _in_python(*growth),
+        _in_python(*rounding),
+        float(max_logit),
+        None if removed is None else float(removed),
+        (float(losses[0]), float(losses[1])),
+        (float(norms[0]), float(norms[1])),
+    )
+
+
+def _in_python(largest: Any, rms: Any, row: Any, kl: Any) -> Difference:
+    # A KL divergence is not negative, but near 0 its terms of both signs are rounded by more than their sum.
+    return Difference(
+        float(largest), float(rms), (int(row[0]), int(row[1])), math.nan if math.isnan(kl) else max(float(kl), 0.0)
+    )
+
+
+def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = None, gradients: bool = False) -> Any:
+    """The jitted program of a certificate: ((old, new) parameters, batch) -> the fields of a Comparison.
+
+    Both models are compared on the old vocabulary: padded ids are left out, and so are new words, which have no logits
+    before growth.
+    """
+    # Attention is "plain" in every dtype: the rounding of a fused kernel would hide the difference that growth makes.
+    # Remat is "full", whatever the model trains with: all sequences and two models are in memory at once.
+    old, is_masked = growth.old, growth.family.ramps
+    before, after = (
+        dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, growth.new)
+    )
+
+    def logits(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+        y_BLV = forward(params, config, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
+        return jnp.where(real_ids(old), y_BLV[..., : old.padded_vocab_size], -jnp.inf)
+
+    def loss(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
+        if config is after and is_masked:
+            params = masked(params, growth, 0.0)
+        y_BLV = logits(params, config, batch)
+        loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
+        return _weighted_mean(loss_BL, batch["weights"]), (y_BLV, log_probs_BLV)
+
+    def measure(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
+        if not gradients:
+            return *loss(params, config, batch), jnp.zeros(())
+        (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, config, batch)
+        if placement is not None:  # pinned, else the partitioner may not shard them
+            grads = jax.lax.with_sharding_constraint(grads, tree_shardings(placement.mesh, abstract_params(config)[1]))
+        return mean, aux, jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+
+    def program(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Any:
+        (loss_a, a, norm_a), (loss_b, b, norm_b) = (
+            measure(p, c, batch) for p, c in zip(params, (before, after), strict=True)
+        )
+        y_BLV = logits(*rescaled(params[0], before), batch)
+        return (
+            _difference(a, b, batch["weights"], old),
+            _difference(a, (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), batch["weights"], old),
+            jnp.max(jnp.where(real_ids(old), jnp.abs(a[0]), 0)),
+            largest_change(params[1], masked(params[1], growth, 1.0)) if is_masked else None,
+            (loss_a, loss_b),
+            (norm_a, norm_b),
+        )
+
+    # A growth point runs the program once: on a CPU compiling it costs more than running it, so it is not optimised.
+    device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    return jax.jit(program, compiler_options=quick)
+
+
+def changes(before: Params, after: Params) -> Params:
+    """Largest absolute change of each parameter, divided by its largest absolute value before."""
+
+    def change(x: jax.Array, y: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.abs(x))
+        return jnp.max(jnp.abs(y - x)) / jnp.where(largest > 0, largest, 1)
+
+    of_leaves: Params = jax.tree.map(change, before, after)
+    return of_leaves
+
+
+def largest_change(before: Params, after: Params) -> jax.Array:
+    """The largest of `changes`; NaN if one of them is."""
+    return jnp.max(jnp.stack(jax.tree.leaves(changes(before, after))))
+
+
+def _difference(
+    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], weights_BL: jax.Array, old: ModelConfig
+) -> tuple[Any, ...]:
+    """The fields of a Difference of two models' (logits, log-probabilities), each (B, L, V)."""
+    (y_a, log_a), (y_b, log_b) = a, b
+    real = real_ids(old)
+    difference_BLV = jnp.where(real, jnp.abs(y_a - y_b), 0)
+    max_BL = jnp.max(difference_BLV, axis=-1)
+    # Summed by rows first: one float32 sum of 1e10 squares would stop growing.
+    mean_BL = jnp.sum(jnp.square(difference_BLV), axis=-1) / jnp.sum(real)
+    kl_BL = jnp.sum(jnp.where(real, jnp.exp(log_a) * (log_a - log_b), 0), axis=-1)
+    row = jnp.unravel_index(jnp.argmax(max_BL), max_BL.shape)
+    return jnp.max(max_BL), jnp.sqrt(jnp.mean(mean_BL)), row, _weighted_mean(kl_BL, weights_BL)
+
+
+def _weighted_mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    return jnp.sum(values_BL * weights_BL) / divisor(jnp.sum(weights_BL))
