@@ -215,7 +215,7 @@ def certify(
 
 def _numbers(measured: Measurement) -> dict[str, Any]:
     """The fields of a Certificate that are read from the comparisons alone."""
-    in_run, widest = measured.in_run, measured.in_float64 or measured.in_float32
+    in_run = measured.in_run
 
     def by_dtype(read: Callable[[Comparison], Any]) -> dict[str, Any]:
         return {key: None if c is None else read(c) for key, c in measured.by_dtype().items()}
@@ -227,7 +227,7 @@ def _numbers(measured: Measurement) -> dict[str, Any]:
         "rounding": by_dtype(lambda c: c.rounding.max),
         "rms_rounding": by_dtype(lambda c: c.rounding.rms),
         "max_logit": in_run.max_logit,
-        "mask_removed": widest.mask_removed,
+        "mask_removed": _largest(measured.mask_changes)[1] if measured.mask_changes else None,
         "parameter_error": _largest(measured.errors)[1] if measured.errors else None,
         "kl": in_run.growth.kl,
         "kl_rounding": in_run.rounding.kl,
@@ -262,14 +262,13 @@ def exactness_failure(measured: Measurement, roundings: float, dtype: str) -> st
             bars.append((f"rms difference of {name}", c.growth.rms, roundings * c.rounding.rms, own))
     kl, own_kl = measured.in_run.growth.kl, measured.in_run.rounding.kl
     bars.append((f"KL divergence in {dtype}", kl, max(MAX_KL, KL_ROUNDINGS * own_kl), "the accepted nats a token"))
-    removed = (measured.in_float64 or measured.in_float32).mask_removed
-    if removed is not None:
-        name = "largest change of a parameter when the open growth mask is removed"
-        bars.append((name, removed, PARAMETER_TOLERANCE, "of its largest value"))
-    if measured.errors:
-        path, error = _largest(measured.errors)
-        name = f"difference of {path} from the growth repeated in float64"
-        bars.append((name, error, PARAMETER_TOLERANCE, "of its largest value"))
+    for changes, cause in (
+        (measured.mask_changes, "when the open growth mask is removed"),
+        (measured.errors, "from the growth repeated in float64"),
+    ):
+        if changes:
+            path, change = _largest(changes)
+            bars.append((f"difference of {path} {cause}", change, PARAMETER_TOLERANCE, "of its largest value"))
     for name, value, bar, meaning in bars:
         if not value <= bar:  # so is NaN
             return f"is not exact: {name} is {value:.3g} and exceeds {bar:.3g}, {meaning}"

@@ -13,11 +13,15 @@ from flmjax.config import Dtype, ModelConfig
 from flmjax.growth.grow import grow_params
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import masked
-from flmjax.growth.rescaled import rescaled
+from flmjax.growth.rescaled import Factors, draw_factors, rescaled
 from flmjax.model.loss import divisor, token_cross_entropy
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
 from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.rules import Placement, batch_sharding, tree_shardings, whole_rows
+
+# Rescaled models whose largest difference is the own rounding. Where one token amplifies roundings far more than the
+# others, its error decides, which is one draw of a distribution around 0: a single model may be near 0 there by chance.
+DRAWS = 4
 
 
 class Difference(NamedTuple):
@@ -40,16 +44,14 @@ class Comparison(NamedTuple):
 
     Attributes:
         growth: difference of the models before and after growth.
-        rounding: difference of the old model and of the same function computed with other numbers (rescaled.py).
-        mask_removed: largest difference of a parameter under the fully open growth mask and without it, relative to the
-            largest value of the parameter; None for a growth without a mask.
+        rounding: difference of the old model and of the same function computed with other numbers (rescaled.py), the
+            largest of DRAWS.
         losses, gradient_norms: before and after growth.
     """
 
     growth: Difference
     rounding: Difference
     max_logit: float
-    mask_removed: float | None
     losses: tuple[float, float]
     gradient_norms: tuple[float, float]
 
@@ -63,6 +65,8 @@ class Measurement(NamedTuple):
         in_float64: of a sample of the sequences; None if not computed.
         errors: the largest difference of each grown parameter, by its path, and of the growth repeated in float64,
             relative to the parameter's largest value; {} without float64 and after a learned growth.
+        mask_changes: the same of each parameter under the fully open growth mask and without it, in float64 or else in
+            float32; {} for a growth without a mask.
         float64_rows: number of sequences in the float64 comparison.
     """
 
@@ -70,6 +74,7 @@ class Measurement(NamedTuple):
     in_float32: Comparison
     in_float64: Comparison | None = None
     errors: Mapping[str, float] = MappingProxyType({})
+    mask_changes: Mapping[str, float] = MappingProxyType({})
     float64_rows: int = 0
 
     def by_dtype(self) -> dict[str, Comparison | None]:
@@ -96,14 +101,15 @@ def measure(
             in_float32 = compare(jit_comparison(growth, "float32", placement), params, batch)
     # A TPU has no float64: XLA computes it with pairs of float32, in many times the time.
     if count_parameters(params[1]) > float64_below or jax.devices()[0].platform == "tpu":
-        return Measurement(in_run, in_float32)
+        changes = jax.jit(lambda grown: _mask_changes(grown, growth))(params[1])
+        return Measurement(in_run, in_float32, mask_changes=_by_path(changes))
     with jax.enable_x64(True):
         rows, stride = _sample(batch, placement)
-        both, errors = _in_float64(params, growth, placement)
+        both, errors, changes = _in_float64(params, growth, placement)
         in_float64 = compare(jit_comparison(growth, "float64", placement), both, rows)
     (sequence, token), shards = in_float64.growth.row, len(rows["tokens"])
     in_float64 = in_float64._replace(growth=in_float64.growth._replace(row=(sequence * stride, token)))
-    return Measurement(in_run, in_float32, in_float64, errors, shards)
+    return Measurement(in_run, in_float32, in_float64, _by_path(errors), _by_path(changes), shards)
 
 
 def _sample(batch: Mapping[str, jax.Array], placement: Placement | None) -> tuple[Mapping[str, jax.Array], int]:
@@ -123,21 +129,41 @@ def _sample(batch: Mapping[str, jax.Array], placement: Placement | None) -> tupl
 
 def _in_float64(
     params: tuple[Params, Params], growth: Growth, placement: Placement | None
-) -> tuple[tuple[Params, Params], Mapping[str, float]]:
-    """Both trees in float64, and the errors of a Measurement."""
-    to_double = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree))
-    before = to_double(params[0])
-    if growth.family.tunes:
-        return (before, to_double(params[1])), {}
-    sharding = None if placement is None else tree_shardings(placement.mesh, abstract_params(growth.new)[1])
+) -> tuple[tuple[Params, Params], Params, Params]:
+    """Both trees in float64, the errors and the mask_changes of a Measurement."""
 
-    def again(before: Params, after: Params, key: jax.Array) -> tuple[Params, Params]:
+    def program(before: Params, after: Params, key: jax.Array) -> tuple[tuple[Params, Params], Params, Params]:
+        before, converted = (jax.tree.map(lambda x: x.astype(jnp.float64), tree) for tree in (before, after))
+        if growth.family.tunes:
+            return (before, converted), {}, {}
         grown = grow_params(before, dataclasses.replace(growth, key=key))
-        return grown, changes(grown, after)
+        return (before, grown), _changes(grown, converted), _mask_changes(grown, growth)
 
-    grown, errors = jax.jit(again, out_shardings=(sharding, None))(before, params[1], growth.key)
-    paths = jax.tree_util.tree_leaves_with_path(jax.device_get(errors))
-    return (before, grown), {path_name(path): float(error) for path, error in paths}
+    shardings = None
+    if placement is not None:  # pinned, else the partitioner may not shard them
+        axes = (abstract_params(config)[1] for config in (growth.old, growth.new))
+        shardings = (tuple(tree_shardings(placement.mesh, tree) for tree in axes), None, None)
+    return jax.jit(program, out_shardings=shardings)(*params, growth.key)
+
+
+def _changes(before: Params, after: Params) -> Params:
+    """Largest absolute change of each parameter, divided by its largest absolute value before."""
+
+    def change(x: jax.Array, y: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.abs(x))
+        return jnp.max(jnp.abs(y - x)) / jnp.where(largest > 0, largest, 1)
+
+    changes: Params = jax.tree.map(change, before, after)
+    return changes
+
+
+def _mask_changes(grown: Params, growth: Growth) -> Params:
+    return _changes(grown, masked(grown, growth, 1.0)) if growth.family.ramps else {}
+
+
+def _by_path(changes: Params) -> dict[str, float]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(changes))
+    return {path_name(path): float(change) for path, change in leaves}
 
 
 def compare(program: Any, params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Comparison:
@@ -147,12 +173,11 @@ def compare(program: Any, params: tuple[Params, Params], batch: Mapping[str, jax
         params: parameters before and after growth.
         batch: tokens, targets and loss weights (B, L); segment_ids and positions (B, L) if documents are kept apart.
     """
-    growth, rounding, max_logit, removed, losses, norms = jax.device_get(program(params, batch))
+    growth, rounding, max_logit, losses, norms = jax.device_get(program(params, batch))
     return Comparison(
         _in_python(*growth),
         _in_python(*rounding),
         float(max_logit),
-        None if removed is None else float(removed),
         (float(losses[0]), float(losses[1])),
         (float(norms[0]), float(norms[1])),
     )
@@ -201,12 +226,16 @@ def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = N
         (loss_a, a, norm_a), (loss_b, b, norm_b) = (
             measure(p, c, batch) for p, c in zip(params, (before, after), strict=True)
         )
-        y_BLV = logits(*rescaled(params[0], before), batch)
+
+        def rounding(by: Factors) -> Any:
+            y_BLV = logits(*rescaled(params[0], before, by), batch)
+            return _difference(a, (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), batch["weights"], old)
+
+        roundings = jax.lax.map(rounding, draw_factors(old, DRAWS))
         return (
             _difference(a, b, batch["weights"], old),
-            _difference(a, (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), batch["weights"], old),
+            jax.tree.map(lambda x: x[jnp.argmax(roundings[0])], roundings),
             jnp.max(jnp.where(real_ids(old), jnp.abs(a[0]), 0)),
-            largest_change(params[1], masked(params[1], growth, 1.0)) if is_masked else None,
             (loss_a, loss_b),
             (norm_a, norm_b),
         )
@@ -215,22 +244,6 @@ def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = N
     device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
     quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return jax.jit(program, compiler_options=quick)
-
-
-def changes(before: Params, after: Params) -> Params:
-    """Largest absolute change of each parameter, divided by its largest absolute value before."""
-
-    def change(x: jax.Array, y: jax.Array) -> jax.Array:
-        largest = jnp.max(jnp.abs(x))
-        return jnp.max(jnp.abs(y - x)) / jnp.where(largest > 0, largest, 1)
-
-    of_leaves: Params = jax.tree.map(change, before, after)
-    return of_leaves
-
-
-def largest_change(before: Params, after: Params) -> jax.Array:
-    """The largest of `changes`; NaN if one of them is."""
-    return jnp.max(jnp.stack(jax.tree.leaves(changes(before, after))))
 
 
 def _difference(

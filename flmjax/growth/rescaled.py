@@ -10,6 +10,7 @@ parameter moves between devices.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,36 @@ STREAM = 1.37  # factor of the residual stream
 QUERY = 1.21  # factor of queries; keys are divided by it
 
 
-def rescaled(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+class Factors(NamedTuple):
+    """Factors of the outputs of norms (embed_dim,) and of values (head_dim,)."""
+
+    normed: jax.Array
+    value: jax.Array
+
+
+def draw_factors(config: ModelConfig, draws: int) -> Factors:
+    """Several sets of Factors, stacked on a first axis, from 0.71 to 1.41; the same in every call."""
+    rng = np.random.default_rng(0)
+    return Factors(*(jnp.asarray(2 ** rng.uniform(-0.5, 0.5, (draws, n))) for n in (config.embed_dim, config.head_dim)))
+
+
+def rescaled(params: Params, config: ModelConfig, by: Factors) -> tuple[Params, ModelConfig]:
     """Parameters and config of a model that computes the same function as Transformer(config) with other numbers.
 
     Raises:
         ValueError: naming a parameter with an axis whose role this page does not know.
     """
-    draws = np.random.default_rng(0)
-    normed, value = (2 ** draws.uniform(-0.5, 0.5, size) for size in (config.embed_dim, config.head_dim))
     # A tied embedding is written and read: the last norm takes back its factor, and has no other.
-    last = np.asarray(1 / STREAM) if config.tied_embedding else normed
+    last = jnp.asarray(1 / STREAM) if config.tied_embedding else by.normed
     factors = {
-        "embed": {"write": np.asarray(STREAM), "read": 1 / normed, "scale": normed, "shift": normed}
+        "embed": {"write": jnp.asarray(STREAM), "read": 1 / by.normed, "scale": by.normed, "shift": by.normed}
         | {"output_scale": last, "output_shift": last},
-        "head_dim": {"query": np.asarray(QUERY), "key": np.asarray(1 / QUERY), "write": value, "read": 1 / value},
+        "head_dim": {
+            "query": jnp.asarray(QUERY),
+            "key": jnp.asarray(1 / QUERY),
+            "write": by.value,
+            "read": 1 / by.value,
+        },
     }
 
     def rescale(path: str, leaf: LeafAxes, x: jax.Array) -> jax.Array:
@@ -45,7 +62,7 @@ def rescaled(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
                 if role not in factors[axis]:
                     raise ValueError(f"{path}: role '{role}' of axis '{axis}' has no factor in rescaled.py")
                 shape = [-1 if i == j else 1 for j in range(x.ndim)]
-                x = x * jnp.asarray(factors[axis][role].reshape(shape), x.dtype)
+                x = x * factors[axis][role].reshape(shape).astype(x.dtype)
         return x
 
     other: Params = map_with_axes(rescale, abstract_params(config)[1], params)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch, random_params, with_fields
-from growth_cases import BLOCKS, EXACT, GROUPED, KEY, SMALL, certificate_of, logit_error, with_rule
+from growth_cases import BLOCKS, EXACT, KEY, SMALL, certificate_of, logit_error, with_rule
 
 from flmjax.config import GrowthConfig, RunConfig, resize
 from flmjax.growth import rescaled as page
@@ -15,8 +15,8 @@ from flmjax.growth.certificate import GrowthPoint, certify, exactness_failure
 from flmjax.growth.comparison import Comparison, Difference, Measurement, compare, jit_comparison
 from flmjax.growth.grow import grow_params
 from flmjax.growth.growth import Growth
-from flmjax.growth.rescaled import rescaled
-from flmjax.growth.rules import GrowthError, Rule
+from flmjax.growth.rescaled import draw_factors, rescaled
+from flmjax.growth.rules import GrowthError
 from flmjax.growth.zero import hidden
 from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import map_with_axes, path_name
@@ -73,7 +73,8 @@ def test_a_rescaled_model_computes_the_same_function(block):
     config = with_fields(SMALL, **BLOCKS[block])
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), random_params(config, spread=0.3))
-        other, changed = rescaled(params, config)
+        factors = jax.tree.map(lambda x: x[1], draw_factors(config, 2))
+        other, changed = rescaled(params, config, factors)
     same = [
         path_name(path)
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(other), strict=True)
@@ -93,7 +94,7 @@ def test_a_role_without_a_factor_is_an_error_that_names_the_parameter(monkeypatc
         lambda _: (None, map_with_axes(lambda _, x: new_role if x == leaf else x, axes)),
     )
     with pytest.raises(ValueError, match="layers/attention/query/kernel: role 'scale' of axis 'head_dim'"):
-        rescaled(random_params(SMALL), SMALL)
+        rescaled(random_params(SMALL), SMALL, draw_factors(SMALL, 1))
 
 
 @pytest.mark.parametrize("depth", [2, 80])
@@ -176,7 +177,7 @@ def test_one_wrong_leaf_is_refused(block):
 
 @pytest.mark.parametrize(("depth", "factor"), [(20, 1), (2, 8)])
 def test_one_wrong_leaf_of_a_deep_or_large_model_is_refused(depth, factor):
-    """Kernels times 8 have a float32 rounding of 1e-4 of the logits, which hides 1 % of a bias; float64 shows 0.01 %."""
+    """Kernels times 8 round by 1e-4 of the logits in float32, which hides 1 % of a bias; float64 shows 0.01 %."""
     old = deep({}, depth)
     pair, batch = Pair(old, "duplicate", **SIZES), random_batch(old, rows=2)
     params = with_kernels(random_params(old), old, factor)
@@ -220,14 +221,14 @@ def test_a_wrong_tree_of_parameters_is_refused(factor, below):
 def test_each_bar_refuses_what_is_above_it_or_not_a_number():
     def comparison(**values):
         growth = Difference(2e-6, 5e-7, (1, 7), 1e-5)._replace(**values)
-        return Comparison(growth, Difference(1e-6, 2e-7, (0, 0), 1e-5), 3.0, None, (1.0, 1.0), (1.0, 1.0))
+        return Comparison(growth, Difference(1e-6, 2e-7, (0, 0), 1e-5), 3.0, (1.0, 1.0), (1.0, 1.0))
 
     good = comparison()
     assert refusal(good, good, good, "bfloat16") is None
     for value, words in (
         (
             {"max": 9e-6},
-            "max |difference| of float32 logits (sequence 1, token 7) is 9e-06 and exceeds 8e-06, 8 times the old model's own",
+            "max |difference| of float32 logits (sequence 1, token 7) is 9e-06 and exceeds 8e-06, 8 times the old",
         ),
         ({"max": np.nan}, "is nan and exceeds 8e-06"),
         ({"rms": 2e-6}, "rms difference of float32 logits is 2e-06 and exceeds 1.6e-06"),
@@ -241,16 +242,16 @@ def test_each_bar_refuses_what_is_above_it_or_not_a_number():
         assert f"KL divergence in bfloat16 is {kl:.3g}" in refusal(good, good, comparison(kl=kl), "bfloat16")
     unknown = good._replace(rounding=Difference(np.nan, np.nan, (0, 0), 0.0))
     assert "exceeds nan" in refusal(unknown)
-    assert "growth mask is removed is 0.0001" in refusal(good._replace(mask_removed=1e-4))
-    for error in (1e-4, np.nan):
-        measured = Measurement(good, good, good, {"head": 0.0, "embedding": error})
-        assert "difference of embedding from the growth repeated" in exactness_failure(measured, 8.0, "float32")
+    for change in (1e-4, np.nan):
+        for field, words in (("errors", "from the growth repeated"), ("mask_changes", "when the open growth mask")):
+            measured = Measurement(good, good, good)._replace(**{field: {"head": 0.0, "embedding": change}})
+            assert f"difference of embedding {words}" in exactness_failure(measured, 8.0, "float32")
 
 
 def test_bfloat16_accepts_a_larger_divergence_only_from_a_model_that_has_it_already():
     """Bar 1e-3 nats a token; with 80 layers and kernels times 8 the old model's own rounding makes 0.4."""
     own = Difference(1.0, 1.0, (0, 0), 0.4)
-    single = Comparison(own, own, 3.0, None, (1.0, 1.0), (1.0, 1.0))
+    single = Comparison(own, own, 3.0, (1.0, 1.0), (1.0, 1.0))
     assert refusal(single._replace(growth=own._replace(kl=1.5))) is None
     assert "KL" in refusal(single._replace(growth=own._replace(kl=1.7)))
     assert "KL" in refusal(single._replace(growth=own._replace(kl=1.1e-3), rounding=own._replace(kl=2e-4)))
