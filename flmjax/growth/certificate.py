@@ -58,7 +58,8 @@ class Certificate:
         exact: whether the family claims that the function stays the same.
         max_difference, rms_difference: of the logits before and after, over the old vocabulary.
         row: the sequence and the token in it, from 0, where max_difference stands.
-        rounding, rms_rounding: the same numbers of the old model's own rounding.
+        rounding, rms_rounding: the same numbers of the old model's own rounding; those of float64 follow from float32
+            where that accepts the growth, else they are measured.
         max_logit: max |logit before|.
         mask_removed: largest difference of a parameter under the fully open growth mask and without it, relative to the
             parameter's largest value, in the widest dtype that was computed; None for a growth without a mask.
@@ -188,7 +189,7 @@ def certify(
     old, new, family = growth.old, growth.new, growth.family
     for tree, model in zip(params, (old, new), strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(tree, abstract_params(model)[0])
-    measured = measure(params, growth, batch, placement, float64_below)
+    measured = measure(params, growth, batch, placement, float64_below, roundings)
     failure = _learning_failure(measured.in_run, params)
     if failure is None and family.is_exact:
         failure = exactness_failure(measured, roundings, new.dtype)

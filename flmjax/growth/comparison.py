@@ -88,6 +88,7 @@ def measure(
     batch: Mapping[str, jax.Array],
     placement: Placement | None,
     float64_below: int,
+    roundings: float,
 ) -> Measurement:
     """The comparisons of a certificate; the arguments are those of certificate.certify.
 
@@ -106,10 +107,23 @@ def measure(
     with jax.enable_x64(True):
         rows, stride = _sample(batch, placement)
         both, errors, changes = _in_float64(params, growth, placement)
-        in_float64 = compare(jit_comparison(growth, "float64", placement), both, rows)
+        program = jit_comparison(growth, "float64", placement, rounding=False)
+        in_float64 = compare(program, both, rows)._replace(rounding=_in_float64_from(in_float32.rounding))
+        if not in_float64.growth.max <= roundings * in_float64.rounding.max:
+            # Wrong, or float32 keeps so few digits of a logit that nothing follows from its rounding: it is measured.
+            in_float64 = compare(jit_comparison(growth, "float64", placement), both, rows)
     (sequence, token), shards = in_float64.growth.row, len(rows["tokens"])
     in_float64 = in_float64._replace(growth=in_float64.growth._replace(row=(sequence * stride, token)))
     return Measurement(in_run, in_float32, in_float64, _by_path(errors), _by_path(changes), shards)
+
+
+def _in_float64_from(rounding: Difference) -> Difference:
+    """The own rounding in float64 by that in float32: the unit of rounding is 2^-29 of float32's.
+
+    Measured for 2 to 80 layers, float64 had 0.3 to 2.1 times that, until the rounding in float32 reaches a tenth of the
+    logits. It saves compiling the rescaled model once more: a tenth of a small model's certificate on a CPU.
+    """
+    return Difference(rounding.max * 2.0**-29, rounding.rms * 2.0**-29, rounding.row, rounding.kl * 2.0**-58)
 
 
 def _sample(batch: Mapping[str, jax.Array], placement: Placement | None) -> tuple[Mapping[str, jax.Array], int]:
@@ -190,8 +204,16 @@ def _in_python(largest: Any, rms: Any, row: Any, kl: Any) -> Difference:
     )
 
 
-def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = None, gradients: bool = False) -> Any:
+def jit_comparison(
+    growth: Growth,
+    dtype: Dtype,
+    placement: Placement | None = None,
+    gradients: bool = False,
+    rounding: bool = True,
+) -> Any:
     """The jitted program of a certificate: ((old, new) parameters, batch) -> the fields of a Comparison.
+
+    Without `rounding` the own rounding is NaN.
 
     Both models are compared on the old vocabulary: padded ids are left out, and so are new words, which have no logits
     before growth.
@@ -227,14 +249,17 @@ def jit_comparison(growth: Growth, dtype: Dtype, placement: Placement | None = N
             measure(p, c, batch) for p, c in zip(params, (before, after), strict=True)
         )
 
-        def rounding(by: Factors) -> Any:
+        def own_rounding(by: Factors) -> Any:
             y_BLV = logits(*rescaled(params[0], before, by), batch)
             return _difference(a, (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), batch["weights"], old)
 
-        roundings = jax.lax.map(rounding, draw_factors(old, DRAWS))
+        own = jnp.nan, jnp.nan, (0, 0), jnp.nan
+        if rounding:
+            draws = jax.lax.map(own_rounding, draw_factors(old, DRAWS))
+            own = jax.tree.map(lambda x: x[jnp.argmax(draws[0])], draws)
         return (
             _difference(a, b, batch["weights"], old),
-            jax.tree.map(lambda x: x[jnp.argmax(roundings[0])], roundings),
+            own,
             jnp.max(jnp.where(real_ids(old), jnp.abs(a[0]), 0)),
             (loss_a, loss_b),
             (norm_a, norm_b),
