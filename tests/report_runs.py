@@ -89,6 +89,8 @@ def make_certificate(step: int, old: str, new: str, small: ModelConfig, large: M
     certificate |= {"max_difference": {"run": 1.2e-06, "float32": 1.2e-06, "float64": 3.1e-15}, "max_logit": 11.25}
     certificate |= {"run_dtype": "float32", "loss_before": loss, "loss_after": loss, "rows": 4, "tokens": 1024}
     certificate |= {"kl": 2.5e-9, "gradient_norm": [1.25, 1.5], "claim": "exact", "mask_removed": None}
+    certificate |= {"rms_difference": {"run": 2.5e-07, "float32": 2.5e-07, "float64": 6e-16}, "row": {"run": [3, 17]}}
+    certificate |= {"rounding": {"run": 1.25e-05, "float32": 1.25e-05, "float64": 3.1e-15}, "roundings": 8.0}
     return {**certificate, "parameters": [182, 486], "tolerance": 1e-4}
 
 

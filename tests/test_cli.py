@@ -254,7 +254,7 @@ def test_clip_norm_that_cannot_be_is_refused(value):
             RunConfig(stages=(StageConfig(growth=GrowthConfig(rate_policy="rewind")),)),
             "the first stage starts a schedule",
         ),
-        (RunConfig(certificate_tolerance=float("nan")), "certificate_tolerance=nan must be a finite number"),
+        (RunConfig(certificate_roundings=float("nan")), "certificate_roundings=nan must be a finite number"),
         (
             RunConfig(
                 model=ModelConfig(num_heads=8, num_kv_heads=2),

@@ -28,7 +28,7 @@ from test_configs import ARGUMENTS, load
 
 from flmjax.config import GrowthConfig, MeshShape, ModelConfig, OptimizerConfig, RunConfig, resize, to_json
 from flmjax.config.validate import validate_meshes
-from flmjax.growth.certificate import jit_comparison
+from flmjax.growth.comparison import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
 from flmjax.model.transformer import abstract_params, init_params

@@ -10,7 +10,7 @@ from conftest import TINY
 from report_runs import make_workdir, read_lines, write_lines
 
 from flmjax import cli
-from flmjax.config import ConfigError, DataConfig, OptimizerConfig, RunConfig, StageConfig, to_stored
+from flmjax.config import ConfigError, DataConfig, OptimizerConfig, RunConfig, StageConfig, from_stored, to_stored
 from flmjax.data.prepare import prepare
 from flmjax.training.state import init_state, state_spec, to_items
 from flmjax.workdir.checkpoint import Checkpoints
@@ -108,11 +108,14 @@ def test_a_certificate_that_is_no_object_is_named(text, tmp_path, capsys):
         (("step",), None, "has no 'step'"),
         (("step",), [4], "has step=[4]"),
         (("max_difference",), 5, "has max_difference=5"),
+        (("rounding",), 5, "has rounding=5"),
+        (("row",), [1], "has row=[1]"),
+        (("row", "run"), 3, "has row.run=3"),
         (("sizes",), [1], "has sizes=[1]"),
         (("sizes", "embed_dim"), 8, "has sizes.embed_dim=8"),
-        (("sizes", "embed_dim"), [4, 8, 9], "has sizes.embed_dim=[4, 8, 9], not the values before and after"),
+        (("sizes", "embed_dim"), [4, 8, 9], "has sizes.embed_dim=[4, 8, 9], not a pair"),
         (("gradient_norm",), 1.5, "has gradient_norm=1.5"),
-        (("gradient_norm",), [1.5], "has gradient_norm=[1.5], not the values before and after"),
+        (("gradient_norm",), [1.5], "has gradient_norm=[1.5], not a pair"),
     ],
 )
 def test_a_damaged_entry_of_a_certificate_is_named(keys, value, words, tmp_path, capsys):
@@ -123,6 +126,16 @@ def test_a_damaged_entry_of_a_certificate_is_named(keys, value, words, tmp_path,
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def test_the_tolerance_of_older_versions_is_left_out():
+    """It was relative to max |logit|: 2e-5 is no multiple of the own rounding, and a run that has it goes on."""
+    stored = to_stored(RunConfig())
+    stored["config"]["certificate_tolerance"] = 2e-5
+    assert from_stored(stored, "config.json") == RunConfig()
+    stored["config"]["certificate_tolerances"] = 2e-5
+    with pytest.raises(ConfigError, match="has no field 'certificate_tolerances'"):
+        from_stored(stored, "config.json")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ T = TypeVar("T")
 # added.
 FORMAT = 2
 HEADER = {"version": flmjax.__version__, "format": FORMAT}
+# Fields of a RunConfig that older versions stored and that no result depends on; they are left out.
+RETIRED = ("certificate_tolerance",)
 
 
 def to_config_dict(config: Any) -> config_dict.ConfigDict:
@@ -70,8 +72,8 @@ def to_stored(config: RunConfig) -> dict[str, Any]:
 def from_stored(stored: object, name: str) -> RunConfig:
     """Config from the content of config.json or the metadata of a checkpoint; the inverse of to_stored.
 
-    A field that the stored config lacks gets its default. Older versions stored the default of the schedule's fields in
-    stages that continue a schedule, which do not read them; they become None.
+    A field that the stored config lacks gets its default, and RETIRED fields are left out. Older versions stored the
+    default of the schedule's fields in stages that continue a schedule, which do not read them; they become None.
 
     Args:
         stored: the JSON object.
@@ -84,7 +86,7 @@ def from_stored(stored: object, name: str) -> RunConfig:
     if not isinstance(stored.get("config"), Mapping):
         raise ConfigError(f"{name} has no 'config' with the settings of a run")
     try:
-        config: RunConfig = from_config_dict(stored["config"])
+        config: RunConfig = from_config_dict({k: v for k, v in stored["config"].items() if k not in RETIRED})
     except ConfigError as error:
         raise ConfigError(f"{name} cannot be read as a config: {error}") from error
     stages = (stage if stage.starts_schedule(i) else _without_defaults(stage) for i, stage in enumerate(config.stages))

@@ -14,7 +14,7 @@ from flmjax.config import ConfigError, DataConfig, MeshShape, RunConfig, Stage
 from flmjax.config.validate import legal_microbatches, stage_mesh
 from flmjax.data.batch import BatchKind, abstract_batch
 from flmjax.evaluation.validation_loss import jit_source_sums
-from flmjax.growth.certificate import jit_comparison
+from flmjax.growth.comparison import jit_comparison
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import ramp_of
 from flmjax.model.attention import choose

@@ -60,18 +60,22 @@ def validation_table(run: RunRecord) -> Table:
 
 def certificate_table(run: RunRecord) -> Table:
     """The certificates, and a row for each growth that lacks one."""
-    head = "growth,step,result,float32,float64,run,tolerance,max |logit|,loss,KL,gradient norm,compared,family,sizes"
+    head = "growth,step,result,float32,float64,run,own rounding,rms,largest at,tolerance,max |logit|,loss,KL,"
+    head += "gradient norm,compared,family,sizes"
     rows = [_certificate_row(certificate) for certificate in run.certificates]
     certified = {certificate.get("step") for certificate in run.certificates}
     for line in run.growth:
         if line["step"] not in certified:
             change = f"{line.get('from_stage')} → {line['stage']}"
-            rows.append([change, f"{line['step']}", "✗ no certificate", *["-"] * 11])
+            rows.append([change, f"{line['step']}", "✗ no certificate", *["-"] * 14])
     return Table(head.split(","), rows)
 
 
 def _certificate_row(c: Record) -> list[str]:
-    difference = c.get("max_difference") or {}
+    difference, rms, own, row = (
+        c.get(name) or {} for name in ("max_difference", "rms_difference", "rounding", "row")
+    )  # certificates of older versions have the first alone
+    sequence, token = row.get("run") or (None, None)
     norms = c.get("gradient_norm") or (None, None)
     return [
         f"{c.get('from_stage')} → {c.get('to_stage')}",
@@ -80,6 +84,9 @@ def _certificate_row(c: Record) -> list[str]:
         number(difference.get("float32"), ".1e"),
         number(difference.get("float64"), ".1e"),
         f"{number(difference.get('run'), '.1e')} ({c.get('run_dtype')})",
+        number(own.get("run"), ".1e"),
+        number(rms.get("run"), ".1e"),
+        "-" if token is None else f"sequence {sequence}, token {token}",
         number(c.get("tolerance"), ".0e"),
         number(c.get("max_logit"), ".2f"),
         " → ".join(dict.fromkeys(number(c.get(name), ".4f") for name in ("loss_before", "loss_after"))),

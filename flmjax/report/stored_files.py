@@ -47,11 +47,13 @@ def read_certificates(workdir: Path) -> list[Record]:
     for path in sorted((workdir / "certificates").glob("step_*.json")):
         certificate = _read_json(path)
         stored_entry(certificate, "step", int, str(path))
-        if certificate.get("max_difference") is not None:
-            stored_entry(certificate, "max_difference", dict, str(path))
+        for name in ("max_difference", "rms_difference", "rounding", "row"):
+            if certificate.get(name) is not None:
+                stored_entry(certificate, name, dict, str(path))
         sizes = stored_entry(certificate, "sizes", dict, str(path)) if certificate.get("sizes") is not None else {}
         pairs = {f"sizes.{name}": pair for name, pair in sizes.items()}
         pairs |= {name: pair for name in ("gradient_norm", "parameters") if (pair := certificate.get(name)) is not None}
+        pairs |= {f"row.{name}": pair for name, pair in (certificate.get("row") or {}).items() if pair is not None}
         _check_pairs(pairs, str(path))
         certificates.append(certificate)
     return certificates
@@ -60,7 +62,7 @@ def read_certificates(workdir: Path) -> list[Record]:
 def _check_pairs(pairs: Record, name: str) -> None:
     for key in pairs:
         if len(stored_entry(pairs, key, list, name)) != 2:
-            raise ConfigError(f"{name} has {key}={pairs[key]}, not the values before and after growth")
+            raise ConfigError(f"{name} has {key}={pairs[key]}, not a pair")
 
 
 def read_description(folder: Path) -> Record:

@@ -96,7 +96,7 @@ def prove_growth(
         point,
         placements=(Placement(meshes[0]), Placement(meshes[1])),
         float64_below=config.certificate_float64_below,
-        tolerance=config.certificate_tolerance,
+        roundings=config.certificate_roundings,
     )
     log(str(certificate))
     if jax.process_index() == 0:
