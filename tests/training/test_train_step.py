@@ -19,7 +19,7 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp, masked
 from flmjax.model.loss import loss_sums
 from flmjax.model.mup import scaling_of
-from flmjax.model.transformer import abstract_params
+from flmjax.model.transformer import abstract_params, init_params
 from flmjax.optimizer.adam import AdamState, make_optimizer
 from flmjax.sharding.axes import map_with_axes
 from flmjax.sharding.rules import batch_sharding
@@ -285,3 +285,26 @@ def test_a_batch_without_any_target_changes_no_parameter(tiny_spec, tiny_step, o
     assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0.0
     assert int(metrics["skipped_updates"]) == 0
     chex.assert_trees_all_equal(state.params, init_state(tiny_spec, 0).params)
+
+
+def products(jaxpr) -> int:
+    """Matrix products that a jaxpr executes, those in a loop once for each iteration."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+        inner = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "jaxpr") or hasattr(x, "eqns")]
+        total += equation.primitive.name == "dot_general"
+        total += equation.params.get("length", 1) * sum(map(products, inner))
+    return total
+
+
+def test_remat_dots_repeats_attention_alone():
+    """A product hidden in a custom_vjp is not kept: "dots" would recompute as much as "full"."""
+    layers, counts = 3, {}
+    for remat in ("none", "dots", "full"):
+        config = with_fields(TINY, num_layers=layers, remat=remat)
+        params = jax.eval_shape(lambda config=config: init_params(config, jax.random.key(0)))
+        loss = lambda p, config=config: loss_sums(p, random_batch(TINY), config)[0]
+        counts[remat] = products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    assert counts["dots"] == counts["none"] + 2 * layers  # scores and mix
+    assert counts["full"] == counts["dots"] + 5 * layers  # query, key, value, output, up; not down
