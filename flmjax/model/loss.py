@@ -6,16 +6,22 @@ Both objectives of FreeLM (arXiv 2305.01616) are this loss. The sequence of a te
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from flmjax.config import ModelConfig
+from flmjax.model.attention import MASKED
 from flmjax.model.layers import operands_of_float32_sum
-from flmjax.model.transformer import Transformer, cast_table, mask_padding
+from flmjax.model.transformer import Transformer, cast_table, scattered_sum
 from flmjax.sharding.axes import Params
-from flmjax.sharding.rules import Placement, constrain
+from flmjax.sharding.rules import Placement, constrain, platform_of
+
+# Most logits of a chunk on a device.
+LOGITS = {"cpu": 2**21, "accelerator": 2**28}
 
 
 def loss_sums(
@@ -237,12 +243,61 @@ def _over_chunks(
     All are computed chunk by chunk along the length.
     """
     table_VD = cast_table(table_VD, config.dtype, placement)
+    arguments = x_BLD, table_VD, targets_BL, weights_BL
+    if placement is None or placement.mesh.size == 1:
+        loss_B, z_loss_B, gradients = _local_sums(*arguments, config, placement, derivative)
+    else:
+        loss_B, z_loss_B, gradients = _sharded_sums(arguments, config, placement, derivative)
+    return (jnp.sum(loss_B) if z_loss_B is None else jnp.sum(loss_B + z_loss_B), loss_B), gradients
+
+
+def _sharded_sums(
+    arguments: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    config: ModelConfig,
+    placement: Placement,
+    derivative: bool,
+) -> tuple[jax.Array, jax.Array | None, Any]:
+    """The result of _local_sums of all devices; each one has its sequences and its part of the vocabulary.
+
+    A device sums its chunks' gradients of the table; their sum over the devices is computed once and scattered.
+    """
+    local = Placement(placement.mesh, is_local=True)
+
+    def sums(x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> Any:
+        loss_B, z_loss_B, gradients = _local_sums(x_BLD, table_VD, targets_BL, weights_BL, config, local, derivative)
+        if derivative:
+            gradients = gradients[0], scattered_sum(gradients[1])
+        return loss_B, z_loss_B, gradients
+
+    batch, table = placement.spec("batch"), placement.spec("vocab")
+    gradients = (batch, P(*table, "fsdp")) if derivative else None
+    sharded = jax.shard_map(
+        sums,
+        mesh=placement.mesh,
+        in_specs=(batch, table, batch, batch),
+        out_specs=(batch, batch if config.z_loss else None, gradients),
+        check_vma=False,
+    )
+    result: tuple[jax.Array, jax.Array | None, Any] = sharded(*arguments)
+    return result
+
+
+def _local_sums(
+    x_BLD: jax.Array,
+    table_VD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    config: ModelConfig,
+    placement: Placement | None,
+    derivative: bool,
+) -> tuple[jax.Array, jax.Array | None, Any]:
+    """(cross-entropies (B,), z-losses (B,) or None, (gradient of x, gradient of the table) or None)."""
     chunks = _num_chunks(x_BLD.shape[0], x_BLD.shape[1], table_VD.shape[0], placement)
 
     def split(x_BL: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_BL.reshape(x_BL.shape[0], chunks, -1, *x_BL.shape[2:]), 1, 0)
 
-    def body(totals: tuple[jax.Array, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
+    def body(totals: tuple[Any, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[Any, Any], Any]:
         x_BLD, targets_BL, weights_BL = part
         losses, dx, dtable_DV = _chunk(x_BLD, targets_BL, weights_BL, table_VD, config, placement, derivative)
         return (jax.tree.map(jnp.add, totals[0], losses), totals[1] + dtable_DV if derivative else None), dx
@@ -253,12 +308,12 @@ def _over_chunks(
         (zeros_B, zeros_B if config.z_loss else None),
         jnp.zeros(table_VD.shape[::-1], dtype) if derivative else None,
     )
-    parts = (split(x_BLD), split(targets_BL), split(weights_BL))
-    ((loss_B, z_loss_B), dtable_DV), dx = jax.lax.scan(body, start, parts)
-    losses = jnp.sum(loss_B) if z_loss_B is None else jnp.sum(loss_B + z_loss_B), loss_B
+    ((loss_B, z_loss_B), dtable_DV), dx = jax.lax.scan(
+        body, start, (split(x_BLD), split(targets_BL), split(weights_BL))
+    )
     if not derivative:
-        return losses, None
-    return losses, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dtable_DV.T)
+        return loss_B, z_loss_B, None
+    return loss_B, z_loss_B, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dtable_DV.T)
 
 
 def _chunk(
@@ -276,33 +331,43 @@ def _chunk(
     table get d times the other.
     """
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
+    is_local = placement is not None and placement.is_local
+
+    def over_vocabulary(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        return reduce(x, "tensor") if is_local else x
+
+    assert config.vocab_size is not None
+    size = table_VD.shape[0]  # of the part of the vocabulary that this device has
+    first = jax.lax.axis_index("tensor") * size if is_local else 0
     logits_BLV = jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=dtype)
-    logits_BLV = mask_padding(constrain(placement, logits_BLV, "batch", None, "vocab"), config)
-    top_BL1 = jnp.max(logits_BLV, axis=-1, keepdims=True)
+    if config.padded_vocab_size != config.vocab_size:
+        logits_BLV = jnp.where(first + jnp.arange(size) < config.vocab_size, logits_BLV, MASKED)
+    top_BL1 = over_vocabulary(jax.lax.pmax, jnp.max(logits_BLV, axis=-1, keepdims=True))
     exp_BLV = jnp.exp(logits_BLV - top_BL1)
-    sum_BL1 = jnp.sum(exp_BLV, axis=-1, keepdims=True)
-    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    sum_BL1 = over_vocabulary(jax.lax.psum, jnp.sum(exp_BLV, axis=-1, keepdims=True))
+    places_BL1 = targets_BL[..., None] - first
+    target_BL1 = jnp.take_along_axis(logits_BLV, jnp.clip(places_BL1, 0, size - 1) if is_local else places_BL1, axis=-1)
+    if is_local:
+        is_inside_BL1 = (places_BL1 >= 0) & (places_BL1 < size)
+        target_BL1 = jax.lax.psum(jnp.where(is_inside_BL1, target_BL1, 0), "tensor")
     log_sum_BL1 = jnp.log(sum_BL1) + top_BL1
-    loss_B = jnp.sum(weights_BL * log_sum_BL1[..., 0] - weights_BL * target_BL, axis=1)
+    loss_B = jnp.sum(weights_BL * log_sum_BL1[..., 0] - weights_BL * target_BL1[..., 0], axis=1)
     z_loss_B = config.z_loss * jnp.sum(weights_BL * jnp.square(log_sum_BL1[..., 0]), axis=1) if config.z_loss else None
     if not derivative:
         return (loss_B, z_loss_B), None, None
-    is_target_BLV = jnp.arange(table_VD.shape[0]) == targets_BL[..., None]
+    is_target_BLV = jnp.arange(size) == places_BL1
     weights_BL1 = weights_BL[..., None].astype(dtype)
     slope_BL1 = weights_BL1 * (1 + 2 * config.z_loss * log_sum_BL1) if config.z_loss else weights_BL1
     d_BLV = (exp_BLV * (slope_BL1 / sum_BL1) - jnp.where(is_target_BLV, weights_BL1, 0)).astype(x_BLD.dtype)
     # The barrier makes XLA compute it once: fused into both products below, it would be computed again for each tile.
-    d_BLV = jax.lax.optimization_barrier(constrain(placement, d_BLV, "batch", None, "vocab"))
-    dx_BLD = constrain(placement, jnp.einsum("blv,vd->bld", d_BLV, table_VD), "batch", None, None)
+    d_BLV = jax.lax.optimization_barrier(d_BLV)
+    dx_BLD = over_vocabulary(jax.lax.psum, jnp.einsum("blv,vd->bld", d_BLV, table_VD))
     factors = operands_of_float32_sum(placement, x_BLD, d_BLV)
-    dtable_DV = jnp.einsum("bld,blv->dv", *factors, preferred_element_type=dtype)
-    return (loss_B, z_loss_B), dx_BLD, constrain(placement, dtable_DV, None, "vocab")
+    return (loss_B, z_loss_B), dx_BLD, jnp.einsum("bld,blv->dv", *factors, preferred_element_type=dtype)
 
 
 def _num_chunks(rows: int, length: int, vocabulary: int, placement: Placement | None) -> int:
-    """Number of chunks of the length, each of at most 2^21 logits, which fit in a cache. On several devices one chunk:
-    the table gradient of every chunk is an all-reduce."""
-    if placement is not None and placement.mesh.size > 1:
-        return 1
-    enough = -(-rows * length * vocabulary // 2**21)
+    """Number of chunks of the length, each of at most LOGITS logits a device (on CPUs, as many as fit in a cache)."""
+    most = LOGITS["cpu" if platform_of(placement) == "cpu" else "accelerator"]
+    enough = -(-rows * length * vocabulary // most)
     return next(n for n in range(min(max(enough, 1), length), length + 1) if length % n == 0)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from flmjax.config import ModelConfig
@@ -163,10 +164,27 @@ def _lookup_forward(table_VD: jax.Array, ids_BL: jax.Array, dtype: DTypeLike, pl
 def _lookup_backward(dtype: DTypeLike, placement: Placement | None, residuals: Any, rows_BLD: jax.Array) -> Any:
     table_VD, ids_BL = residuals
     rows_BLD = constrain(placement, rows_BLD.astype(table_VD.dtype), *GATHERED)
-    return constrain(placement, jnp.zeros_like(table_VD).at[ids_BL].add(rows_BLD), "vocab", None), None
+    if placement is None or placement.mesh.size == 1:
+        return jnp.zeros_like(table_VD).at[ids_BL].add(rows_BLD), None
+    size = len(table_VD) // placement.mesh.shape["tensor"]
+
+    def local_sum(ids_BL: jax.Array, rows_BLD: jax.Array) -> jax.Array:
+        places_BL = ids_BL - jax.lax.axis_index("tensor") * size
+        places_BL = jnp.where(places_BL >= 0, places_BL, size)  # a negative place would count from the end
+        zeros = jnp.zeros((size, rows_BLD.shape[-1]), rows_BLD.dtype)
+        return scattered_sum(zeros.at[places_BL].add(rows_BLD, mode="drop"))
+
+    batch, table = placement.spec("batch"), P(*placement.spec("vocab"), "fsdp")
+    shard = jax.shard_map(local_sum, mesh=placement.mesh, in_specs=(batch, batch), out_specs=table, check_vma=False)
+    return shard(ids_BL, rows_BLD), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def scattered_sum(table_VD: jax.Array) -> jax.Array:
+    """Inside of a shard_map: the sum over the data shards of a table (V, D), of which each device gets its columns."""
+    return jax.lax.psum(jax.lax.psum_scatter(table_VD, "fsdp", scatter_dimension=1, tiled=True), "replica")
 
 
 def _transposed(init: jax.nn.initializers.Initializer) -> Callable[..., jax.Array]:

@@ -37,9 +37,14 @@ class Placement:
     """Mesh on which activations are sharded by ACTIVATION_RULES.
 
     The mesh is explicit: flax 0.12 drops a constraint without a message if no ambient mesh is set (`with mesh:`).
+
+    Attributes:
+        mesh: of the devices.
+        is_local: whether arrays are the shards of one device, inside of a shard_map over the mesh.
     """
 
     mesh: Mesh
+    is_local: bool = False
 
     @property
     def is_single_cpu(self) -> bool:
