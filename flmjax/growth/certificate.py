@@ -17,9 +17,10 @@ Both maxima are taken over the same logits and grow alike, about as sqrt(2 ln n)
 at 1e7, 0.5 at 1e8 (the largest of four draws grows a little faster than one). FLM-101B compares 192 x 2048 x 100,256 =
 4e10 logits; extrapolated, both are 1.15 times those at 1e8 (sqrt(ln 4e10 / ln 1e8)) and their ratio does not grow.
 
-Costs in forward passes of a model (a gradient with recomputation is 4): 8 of the old, 4 of the new, on certificate_rows
-sequences. Before FLM-101B's second stage that is 192 x (8 x 16 + 4 x 51) of 8,400 x 2,304 x 4 x 51, 0.002 %; before the
-quickstart's second stage 0.7 % of its FLOPs. Small models pay for compiling, about 10 s on a CPU.
+Costs in forward passes of a model (a gradient with recomputation is 4): in the run's dtype 8 of the old and 4 of the
+new, in float32 of a bfloat16 run 5 and 1 more, on certificate_rows sequences. Before FLM-101B's second stage, with
+float32 16 times as slow as bfloat16: 192 x (8 x 16 + 4 x 51 + 16 (5 x 16 + 51)) of 8,400 x 2,304 x 4 x 51, 0.01 %;
+before the quickstart's second stage 0.7 % of its FLOPs. Small models pay for compiling, about 10 s on a CPU.
 """
 
 import dataclasses
