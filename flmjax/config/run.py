@@ -45,7 +45,7 @@ class RunConfig:
     # Number of parameters; certificates of larger models have no comparison in float64.
     certificate_float64_below: Count = dataclasses.field(default=20_000_000, metadata=EXECUTION)
     # Largest difference of logits in multiples of the old model's own rounding; a larger one stops the run. Exact
-    # growths make 0.4 to 1.6 (growth/certificate.py).
+    # growths make 0.2 to 1.6 (growth/certificate.py).
     certificate_roundings: PositiveFloat = dataclasses.field(default=8.0, metadata=EXECUTION)
     sample_prompt: str = dataclasses.field(default="The ", metadata=EXECUTION)
     sample_tokens: NonNegativeInt = dataclasses.field(default=64, metadata=EXECUTION)

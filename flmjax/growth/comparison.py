@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -228,9 +228,12 @@ def jit_comparison(
         dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, growth.new)
     )
 
+    def placement_of(config: ModelConfig) -> Placement | None:
+        return None if placements is None else placements[config is after]
+
     def logits(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
-        placement = None if placements is None else placements[config is after]
-        y_BLV = forward(params, config, batch["tokens"], batch.get("segment_ids"), batch.get("positions"), placement)
+        extras = batch.get("segment_ids"), batch.get("positions")
+        y_BLV = forward(params, config, batch["tokens"], *extras, placement_of(config))
         return jnp.where(real_ids(old), y_BLV[..., : old.padded_vocab_size], -jnp.inf)
 
     def loss(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
@@ -240,18 +243,12 @@ def jit_comparison(
         loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
         return _weighted_mean(loss_BL, batch["weights"]), (y_BLV, log_probs_BLV)
 
-    def measure(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
-        if not gradients:
-            return *loss(params, config, batch), jnp.zeros(())
-        (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, config, batch)
-        if placements is not None:  # pinned, else the partitioner may not shard them
-            mesh = placements[config is after].mesh
-            grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, abstract_params(config)[1]))
-        return mean, aux, jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-
     def program(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Any:
         (loss_a, a, norm_a), (loss_b, b, norm_b) = (
-            measure(p, c, batch) for p, c in zip(params, (before, after), strict=True)
+            _with_gradient_norm(loss, p, c, batch, placement_of(c))
+            if gradients
+            else (*loss(p, c, batch), jnp.zeros(()))
+            for p, c in zip(params, (before, after), strict=True)
         )
 
         def own_rounding(by: Factors) -> Any:
@@ -274,6 +271,20 @@ def jit_comparison(
     device = jax.devices()[0] if placements is None else placements[0].mesh.devices.flat[0]
     quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return jax.jit(program, compiler_options=quick)
+
+
+def _with_gradient_norm(
+    loss: Callable[..., Any],
+    params: Params,
+    config: ModelConfig,
+    batch: Mapping[str, jax.Array],
+    placement: Placement | None,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """(loss, auxiliary result, norm of the gradient) of a loss of (params, config, batch)."""
+    (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, config, batch)
+    if placement is not None:  # pinned, else the partitioner may not shard them
+        grads = jax.lax.with_sharding_constraint(grads, tree_shardings(placement.mesh, abstract_params(config)[1]))
+    return mean, aux, jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
 
 
 def _difference(

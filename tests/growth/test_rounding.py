@@ -109,8 +109,8 @@ def test_an_exact_growth_is_within_the_models_own_rounding(family, depth):
         single, double, half = (pair.compare(dtype, params, batch) for dtype in ("float32", "float64", "bfloat16"))
         assert refusal(single, double, half, "bfloat16") is None
         for measured in (single, double, half):
-            assert measured.growth.max <= 3 * measured.rounding.max
-            assert measured.growth.rms <= 2 * measured.rounding.rms
+            assert measured.growth.max <= 4 * measured.rounding.max
+            assert measured.growth.rms <= 4 * measured.rounding.rms
 
 
 def test_a_deep_model_with_large_kernels_is_not_refused():
@@ -122,7 +122,7 @@ def test_a_deep_model_with_large_kernels_is_not_refused():
     assert refusal(single) is None
 
 
-@pytest.mark.parametrize("tokens", [64, pytest.param(1024, id="1e7"), pytest.param(10_240, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [64, 1024, 10_240])
 def test_the_bar_grows_with_the_number_of_compared_logits(tokens):
     """6e5 to 1e8 logits: both largest differences grow, their ratio does not."""
     old = deep({"norm": "layernorm"}, 2, vocab_size=9_800)
