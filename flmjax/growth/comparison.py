@@ -244,12 +244,13 @@ def jit_comparison(
         return _weighted_mean(loss_BL, batch["weights"]), (y_BLV, log_probs_BLV)
 
     def program(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Any:
-        (loss_a, a, norm_a), (loss_b, b, norm_b) = (
-            _with_gradient_norm(loss, p, c, batch, placement_of(c))
-            if gradients
-            else (*loss(p, c, batch), jnp.zeros(()))
-            for p, c in zip(params, (before, after), strict=True)
-        )
+        results = []
+        for p, c in zip(params, (before, after), strict=True):
+            if gradients:
+                results.append(_with_gradient_norm(loss, p, c, batch, placement_of(c)))
+            else:
+                results.append((*loss(p, c, batch), jnp.zeros(())))
+        (loss_a, a, norm_a), (loss_b, b, norm_b) = results
 
         def own_rounding(by: Factors) -> Any:
             y_BLV = logits(*rescaled(params[0], before, by), batch)
