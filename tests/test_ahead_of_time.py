@@ -111,7 +111,7 @@ for topology, mesh, attention, remat, microbatches, sizes, batch in json.loads(s
     print("RESULT", json.dumps(result), flush=True)
 device = compiler.mesh.devices.flat[0]
 x = jax.ShapeDtypeStruct((8, 8), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
-names = compiler_options(XLA_PLATFORMS[compiler.topology.platform])
+names = compiler_options(XLA_PLATFORMS[compiler.topology.platform], deterministic=True)
 for name in (*names, "xla_unheard_of"):
     try:
         jax.jit(lambda x: x + 1, compiler_options={name: True}).lower(x).compile()
