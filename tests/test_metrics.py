@@ -257,7 +257,6 @@ def test_texts_are_in_tensorboard_as_they_stand(tmp_path):
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-from flmjax.workdir.paths import remove_certificates
 from flmjax.workdir.progress import ProgressBar
 with ProgressBar(total=40, initial=10) as bar:
     for step in (20, 30, 40):

@@ -152,7 +152,8 @@ def _load_same(
 
 def has_same_preparation(a: DataConfig, b: DataConfig) -> bool:
     """Whether two settings of data have the same token files and vocabulary, if the texts are the same."""
-    return not _differences(_settings(a), _settings(b))
+    # Prepared data do not store the module, which may register another mixture of the same name.
+    return a.task_module == b.task_module and not _differences(_settings(a), _settings(b))
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

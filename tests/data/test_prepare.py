@@ -1,5 +1,6 @@
 """Prepared directories: complete or absent, verified, split by document, one setting each."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -17,7 +18,7 @@ import pytest
 from flmjax.config import ConfigError, DataConfig, RunConfig, StageConfig
 from flmjax.data import prepare as module
 from flmjax.data.held_out import mixtures_of
-from flmjax.data.prepare import prepare
+from flmjax.data.prepare import has_same_preparation, prepare
 from flmjax.data.prepared import data_warnings, load
 from flmjax.data.sources.documents import Document
 
@@ -394,3 +395,20 @@ def test_cl100k_and_a_model_file_are_vocabularies(tmp_path, prepared):
 def test_an_end_id_that_is_not_read_is_refused(tmp_path, vocabulary):
     data = DataConfig(**{**vars(BYTES), "vocabulary": vocabulary, "end_id": 7})
     failing(r"data\.end_id=7", DOCUMENTS, tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({}, True),
+        ({"task_module": "other_tasks"}, False),  # may register another mixture of this name
+        ({"mixture": "other"}, False),
+        ({"vocabulary": "cl100k"}, False),
+        ({"vocab_size": 500}, True),  # not read
+        ({"teacher_weight": 2.0}, True),
+    ],
+    ids=str,
+)
+def test_settings_have_the_same_preparation_or_another(change, is_same):
+    data = DataConfig(mixture="texts", task_module="my_tasks", vocabulary="bytes")
+    assert has_same_preparation(data, dataclasses.replace(data, **change)) == is_same
