@@ -24,6 +24,7 @@ from flmjax.config import (
     RunConfig,
     StageConfig,
     choose_words,
+    to_config_dict,
 )
 
 # Mesh and, for each stage, its number of microbatches.
@@ -40,7 +41,7 @@ def get_config(argument: str = ""):
     mesh, microbatches = MACHINES[choose_words(argument, machine=MACHINES)["machine"] or "h100_64"]
     growth = GrowthConfig("zero", rate_policy="stage")
     small, wide, deep = microbatches
-    return RunConfig(
+    run = RunConfig(
         model=ModelConfig(
             num_layers=16,
             embed_dim=2048,
@@ -101,3 +102,4 @@ def get_config(argument: str = ""):
         evaluation_rows=1024,
         certificate_rows=64,
     )
+    return to_config_dict(run)

@@ -109,14 +109,23 @@ _OVERLAP_OPTIONS: dict[str, dict[str, bool]] = {
 }
 
 
-def compiler_options(platform: str, overlap_collectives: bool = True) -> dict[str, bool]:
+# Options of XLA that make a program's results the same in every execution: GPUs add in an order that changes (atomic
+# operations of scatters and of some reductions), and choose kernels by measured times.
+_DETERMINISTIC_OPTIONS: dict[str, dict[str, bool]] = {
+    "gpu": {"xla_gpu_deterministic_ops": True, "xla_gpu_exclude_nondeterministic_ops": True},
+}
+
+
+def compiler_options(platform: str, overlap_collectives: bool = True, deterministic: bool = False) -> dict[str, bool]:
     """Options of XLA for the programs of training, to be passed to jax.jit; none for CPUs.
 
     Args:
         platform: "gpu", "tpu" or "cpu", of the devices.
         overlap_collectives: whether exchanges between devices may run behind computation (RunConfig).
+        deterministic: whether results must be the same in every execution (RunConfig).
     """
-    return dict(_OVERLAP_OPTIONS.get(platform, {})) if overlap_collectives else {}
+    chosen = [(_OVERLAP_OPTIONS, overlap_collectives), (_DETERMINISTIC_OPTIONS, deterministic)]
+    return {name: value for table, is_set in chosen if is_set for name, value in table.get(platform, {}).items()}
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -109,9 +109,9 @@ for topology, mesh, attention, remat, microbatches, sizes, batch in json.loads(s
     program = compiler.step(config.schedule[0])
     result = {**dataclasses.asdict(program), "model": flops_per_token(model, model.max_length)}
     print("RESULT", json.dumps(result), flush=True)
-device = compiler.mesh.devices.flat[0]
+device = compiler.devices[0]
 x = jax.ShapeDtypeStruct((8, 8), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
-names = compiler_options(XLA_PLATFORMS[compiler.topology.platform])
+names = compiler_options(XLA_PLATFORMS[compiler.topology.platform], deterministic=True)
 for name in (*names, "xla_unheard_of"):
     try:
         jax.jit(lambda x: x + 1, compiler_options={name: True}).lower(x).compile()
@@ -128,7 +128,8 @@ def small_steps(compilers, cases):
     result = subprocess.run(command, env=compilers, capture_output=True, text=True, timeout=1100)
     lines = result.stdout.splitlines()
     programs = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
-    assert len(programs) == len(cases), result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(programs) == len(cases)
     return programs, [line for line in lines if line.startswith("REFUSED")]
 
 

@@ -177,13 +177,14 @@ def test_the_planned_step_has_the_compiler_options_of_training(lowering, monkeyp
         stages=(StageConfig(batch_size=8),),
         mesh=MeshConfig(2, 2, 2),
         overlap_collectives=overlap,
+        deterministic=not overlap,
     )
     monkeypatch.setattr(compile_module, "compile_program", lambda program, arguments, *_, **__: (program, arguments))
     program, arguments = lowering(config).step(config.schedule[0])
     for call in (lambda: program.lower(*arguments).compile(), lambda: next(one_update(config, program, arguments))):
         with pytest.raises(Exception, match="No such compile option: 'xla_unheard_of'"):
             call()
-    assert seen == [("cpu", overlap)] * 2
+    assert seen == [("cpu", overlap, not overlap)] * 2
 
 
 def one_update(config, program, arguments):

@@ -56,6 +56,6 @@ def test_a_checkpoint_of_one_mesh_is_resumed_on_another(lab):
     for step in (25, 30):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     shown = start(lab, "never", workdir, *ONE_MESH, config="layouts.py").stdout
-    assert "resume at step 20" in shown
+    assert "resume at step 21" in shown
     after, before = losses(workdir, "train"), losses(lab / "meshes", "train")
     np.testing.assert_allclose(list(after.values()), list(before.values()), rtol=1e-6, atol=0)

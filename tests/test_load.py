@@ -41,7 +41,7 @@ def test_a_loaded_model_has_the_validation_loss_of_its_step(workdir, step):
 
 
 def test_a_missing_step_is_named_with_those_that_are_there(workdir):
-    with pytest.raises(ConfigError, match="has no checkpoint at step 7, only at 5, 10, 15, 20, 25, 30"):
+    with pytest.raises(ConfigError, match="has no checkpoint at step 7, only at 5, 10, 15, 16, 20, 25, 30"):
         flmjax.load(workdir, 7)
 
 

@@ -34,6 +34,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=EXECUTION)
     # Whether the compilers of GPUs and TPUs are told to run exchanges between devices behind computation.
     overlap_collectives: bool = dataclasses.field(default=True, metadata=EXECUTION)
+    # Whether updates on GPUs give the same bits in every execution, which makes them slower; on CPUs they always do.
+    deterministic: bool = dataclasses.field(default=False, metadata=EXECUTION)
     # Steps between lines of training metrics.
     log_every: PositiveInt = dataclasses.field(default=10, metadata=EXECUTION)
     # Steps between evaluations; the end of a stage is always evaluated.
@@ -78,6 +80,7 @@ class RunConfig:
                 stage.attention or self.model.attention,
                 stage.microbatches,
                 self.overlap_collectives,
+                self.deterministic,
             )
             model = dataclasses.replace(model, remat=layout.remat, attention=layout.attention)
             schedule.append(Stage(index, stage, model, layout, start, start + stage.steps, previous))
@@ -106,6 +109,7 @@ class Layout(NamedTuple):
     attention: AttentionBackend
     microbatches: int
     overlap_collectives: bool = True
+    deterministic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

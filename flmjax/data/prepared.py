@@ -136,11 +136,12 @@ def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
             f"model.vocab_size={config.model.vocab_size} but the data's vocabulary has {data.vocab_size} ids; "
             "leave it None to take the tokenizer's"
         )
-    if data.marks is not None and config.model.attention == "cudnn":  # a seqio mixture may have teachers
-        raise ConfigError(
-            f"model.attention='cudnn' cannot keep a row's propositions apart, and {data.directory} has teachers; take "
-            "'plain'"
-        )
+    for stage in config.schedule if data.marks is not None else ():  # a seqio mixture may have teachers
+        if stage.layout.attention == "cudnn":
+            raise ConfigError(
+                f"{stage.setting_of('attention')}='cudnn' cannot keep a row's propositions apart, and {data.directory} "
+                "has teachers; take 'plain'"
+            )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
 
 

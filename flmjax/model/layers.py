@@ -109,7 +109,9 @@ def product(x: jax.Array, kernel: jax.Array, contracted: int, placement: Placeme
 
 def _product_forward(x: jax.Array, kernel: jax.Array, contracted: int, placement: Placement | None) -> Any:
     # Not `product` itself: remat="dots" keeps the results of products that it sees, and sees none in a custom_vjp.
-    return jnp.tensordot(x, kernel.astype(x.dtype), contracted), (x, kernel)
+    # The cast kernel is kept: gathered over fsdp once, it serves both products of the backward pass.
+    cast = kernel.astype(x.dtype)
+    return jnp.tensordot(x, cast, contracted), (x, cast)
 
 
 def _product_backward(
@@ -118,7 +120,7 @@ def _product_backward(
     x, kernel = factors
     tokens = tuple(range(x.ndim - contracted))
     output_axes = tuple(range(len(tokens), g.ndim)), tuple(range(contracted, kernel.ndim))
-    dx = jnp.tensordot(g, kernel.astype(x.dtype), output_axes)
+    dx = jnp.tensordot(g, kernel, output_axes)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     x, g = operands_of_float32_sum(placement, x, g)
     if placement is not None and placement.is_single_cpu:
@@ -131,7 +133,7 @@ def _product_backward(
         dkernel = dkernel.reshape(kernel.shape)
     else:
         dkernel = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=dtype)
-    return dx, dkernel.astype(kernel.dtype)
+    return dx, dkernel
 
 
 product.defvjp(_product_forward, _product_backward)

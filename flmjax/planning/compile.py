@@ -77,10 +77,10 @@ class Compiler:
             TooLargeError: from a compiler that makes no program that does not fit (the TPU's).
             ConfigError: for any other error of the compiler.
         """
-        spec, size = self.spec(stage), stage.config.batch_size
+        spec, size, layout = self.spec(stage), stage.config.batch_size, stage.layout
         batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(spec.mesh))
         return compile_program(
-            jit_train_step(spec, stage.layout.microbatches, ramp_of(stage), stage.layout.overlap_collectives),
+            jit_train_step(spec, layout.microbatches, ramp_of(stage), layout.overlap_collectives, layout.deterministic),
             (spec.abstract, batch, np.float32(0)),
             self.topology,
             name=f"stages[{stage.index}] ({stage.name})",

@@ -74,7 +74,9 @@ def make_plan(
         saved=cost.saved_at_equal_tokens([stage.cost.flops for stage in stages], scratch),
         saved_days=cost.saved_at_equal_tokens([stage.bill.days for stage in stages], days_from_scratch),
         remarks=(*remarks(config, meshes, topology.platform), *compiler.assumptions),
-        compiler_options=tuple(compiler_options(XLA_PLATFORMS[topology.platform], config.overlap_collectives)),
+        compiler_options=tuple(
+            compiler_options(XLA_PLATFORMS[topology.platform], config.overlap_collectives, config.deterministic)
+        ),
     )
 
 

@@ -137,7 +137,7 @@ def closing(plan: Plan) -> list[str]:
     lines.append(_chip_words(plan.chip, plan.platform))
     if plan.is_exact and plan.compiler_options:
         lines.append(f"steps are compiled, here and in training, with {', '.join(plan.compiler_options)}")
-        lines[-1] += "; --config.overlap_collectives=False leaves them out"
+        lines[-1] += "; by --config.overlap_collectives and --config.deterministic"
     elif plan.is_exact:
         lines.append("overlap_collectives=False: steps are compiled without options that hide exchanges")
     if any(stage.step.untold for stage in plan.stages):

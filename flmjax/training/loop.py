@@ -75,7 +75,8 @@ def run_stage(
     for mask, end in [*phases, (None, stage.end)]:
         if step >= end:  # resumed after the mask was removed
             continue
-        train_step = jit_train_step(spec, stage.layout.microbatches, mask, stage.layout.overlap_collectives)
+        layout = stage.layout
+        train_step = jit_train_step(spec, layout.microbatches, mask, layout.overlap_collectives, layout.deterministic)
         while step < end:
             state, metrics = train_step(state, next(batches), np.float32(rate(step)))
             step += 1

@@ -133,13 +133,18 @@ def train_step(
 
 
 def jit_train_step(
-    spec: StateSpec, microbatches: int, ramp: Ramp | None = None, overlap_collectives: bool = True
+    spec: StateSpec,
+    microbatches: int,
+    ramp: Ramp | None = None,
+    overlap_collectives: bool = True,
+    deterministic: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted train_step: (state, batch, learning_rate) -> (state, metrics). The state is donated.
 
-    The other arguments of train_step are fixed; see there. overlap_collectives is that of the RunConfig.
+    The other arguments of train_step are fixed; see there. overlap_collectives and deterministic are settings of the
+    run.
     """
-    options = compiler_options(spec.mesh.devices.flat[0].platform, overlap_collectives)
+    options = compiler_options(spec.mesh.devices.flat[0].platform, overlap_collectives, deterministic)
     return jax.jit(
         functools.partial(train_step, spec=spec, microbatches=microbatches, ramp=ramp),
         in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),

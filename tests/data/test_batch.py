@@ -1,15 +1,20 @@
 """A batch holds what `Batch` says: on the host, on the devices, and as abstract shapes."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from flmjax.config import ConfigError, DataConfig, ModelConfig, RunConfig
-from flmjax.data.batch import Batch, BatchKind, abstract_batch, global_batch
+from flmjax.config import ConfigError, DataConfig, MeshShape, ModelConfig, RunConfig, StageConfig
+from flmjax.data.batch import Batch, BatchKind, abstract_batch, data_host, global_batch, split_over_devices
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import with_vocabulary
 from flmjax.data.sources.documents import Document
+from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.rules import batch_sharding
 
 LENGTH = 32
 KINDS = {
@@ -67,6 +72,9 @@ def test_attention_that_cannot_keep_propositions_apart_is_refused(tmp_path):
     config = RunConfig(model=ModelConfig(attention="cudnn"))
     with pytest.raises(ConfigError, match=r"model\.attention='cudnn' .* has teachers; take 'plain'"):
         with_vocabulary(config, prepared)
+    of_stage = RunConfig(stages=(StageConfig(attention="cudnn"),))
+    with pytest.raises(ConfigError, match=r"stages\[0\]\.attention='cudnn' .* has teachers; take 'plain'"):
+        with_vocabulary(of_stage, prepared)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -77,3 +85,36 @@ def test_bytes_are_those_of_weighted_targets_of_text(name, tmp_path):
     by_hand = ((batch["targets"] < 256) * batch["weights"]).sum(axis=1) * is_text
     assert batch["bytes"].tolist() == by_hand.tolist()
     assert 0 < batch["bytes"].max() < LENGTH
+
+
+# ---- rows by data shard ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "device_range", "host"),
+    [
+        ((1, 8, 1), range(8), {"host": 0, "hosts": 1}),
+        ((2, 2, 2), range(4, 8), {"host": 1, "hosts": 2}),
+        ((1, 2, 4), range(4), {"host": 0, "hosts": 2}),
+        ((1, 1, 8), range(4, 8), {"host": 0, "hosts": 1}),  # tensor over both processes: the same sequences
+        ((1, 2, 4), range(2, 4), {"host": 0, "hosts": 2}),
+        ((4, 1, 2), range(6, 7), {"host": 3, "hosts": 4}),
+    ],
+)
+def test_a_process_reads_the_sequences_of_its_data_shards(shape, device_range, host):
+    """With tensor over several processes each read other sequences, and replicas of a batch differed."""
+    sharding = batch_sharding(make_mesh(MeshShape(*shape), jax.devices()))
+    devices = [jax.devices()[i] for i in device_range]
+    slices = {device: sharding.devices_indices_map((16,))[device] for device in devices}
+    process = SimpleNamespace(addressable_devices_indices_map=lambda rows: slices)
+    assert data_host(process, 16) == host
+    rows = np.arange(16).reshape(host["hosts"], -1)[host["host"]]
+    assert {i for index in slices.values() for i in np.arange(16)[index]} == set(rows)
+
+
+def test_arrays_that_every_process_holds_are_split():
+    mesh = make_mesh(MeshShape(2, 2, 2), jax.devices())
+    x = np.arange(24).reshape(8, 3)
+    (placed,) = split_over_devices([x], batch_sharding(mesh))
+    assert placed.sharding == NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
+    np.testing.assert_array_equal(placed, x)
