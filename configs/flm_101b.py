@@ -40,6 +40,7 @@ runs, not how good an FLM becomes.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from flmjax.config import (
     STAGE_SIZES,
@@ -51,18 +52,41 @@ from flmjax.config import (
     ModelConfig,
     RunConfig,
     StageConfig,
+    StageMeshConfig,
     choose_words,
     to_config_dict,
 )
 
-# (mesh, microbatches). Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside
-# a node. Over fsdp 64 a shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third
-# of 16B's gradients are reduced without scattering there. 2 x 32 x 4 scatters them, takes 1.3 GiB more and as long.
+
+class Layout(NamedTuple):
+    """How a stage is computed: devices along each mesh axis, what is recomputed, parts of a batch."""
+
+    replica: int
+    fsdp: int
+    tensor: int
+    remat: str
+    microbatches: int
+
+
+class Machine(NamedTuple):
+    """A machine, and the layouts of 16B, 51B and 101B on it."""
+
+    topology: str
+    layouts: tuple[Layout, Layout, Layout]
+
+
+# The layouts of a800 are the fastest that `flmjax plan --search-layout` found; of TPUs one layout serves all stages.
+# Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside a node. Over fsdp 64 a
+# shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third of 16B's gradients are
+# reduced without scattering there. 2 x 32 x 4 scatters them, takes 1.3 GiB more and as long.
 MACHINES = {
-    "a800": (MeshConfig(replica=3, fsdp=16, tensor=4, topology="a800:24x8"), 3),
-    "tpu_v5p": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v5p:4x8x8"), 3),
-    "tpu_v4": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v4:4x8x8"), 9),
-    "tpu_v6e": (MeshConfig(replica=1, fsdp=64, tensor=4, topology="v6e:16x16"), 9),
+    "a800": Machine(
+        "a800:24x8",
+        (Layout(3, 64, 1, "dots", 2), Layout(3, 64, 1, "dots", 4), Layout(3, 16, 4, "full", 3)),
+    ),
+    "tpu_v5p": Machine("v5p:4x8x8", (Layout(1, 64, 4, "full", 3),) * 3),
+    "tpu_v4": Machine("v4:4x8x8", (Layout(1, 64, 4, "full", 9),) * 3),
+    "tpu_v6e": Machine("v6e:16x16", (Layout(1, 64, 4, "full", 9),) * 3),
 }
 MODEL = ModelConfig(
     num_layers=40,  # our choice, like the next four: 16B of the paper's several possible shapes
@@ -81,7 +105,6 @@ MODEL = ModelConfig(
     init_std=1.6e-2,  # stated
     softmax_temperature=2.0,  # stated; that logits are divided by it is derived
     dtype="bfloat16",  # stated
-    remat="full",  # our choice: what fits, with few microbatches
     attention="fused",  # stated: FlashAttention
 )
 STAGES, BORDERS = ("16b", "51b"), ("undecayed", "sawtooth")
@@ -114,7 +137,7 @@ def _full(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> RunConfig:
             vocabulary="cl100k",
             end_id=1432,  # our choice: three line breaks; no id of the 100,256 is free
         ),
-        mesh=MACHINES[machine][0],
+        mesh=_mesh(machine),
         checkpoint=CheckpointConfig(every=250, keep=3),  # our choice, like what follows
         log_every=10,
         evaluate_every=1000,
@@ -126,7 +149,6 @@ def _full(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> RunConfig:
 def _stages(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> tuple[StageConfig, ...]:
     # Stated: 6,000 steps of 2160. A TPU slice's 64 data shards do not divide 2160: the same tokens in 5,625 of 2304.
     batch, steps, warmup = (2160, 6_000, 107) if machine == "a800" else (2304, 5_625, 100)
-    common = {"microbatches": MACHINES[machine][1], "schedule": "cosine"}  # stated: cosine
     stages = (
         StageConfig(
             name="16B",
@@ -134,7 +156,7 @@ def _stages(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> tuple[Stag
             batch_size=2304,
             learning_rate=4e-4,
             warmup_steps=2000,  # 4,608,000 samples
-            **common,
+            schedule="cosine",  # stated
         ),
         StageConfig(
             name="51B",
@@ -146,7 +168,7 @@ def _stages(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> tuple[Stag
             embed_dim=10_240,  # our choice: 51B has 101B's width
             num_heads=80,
             mlp_dim=40_960,
-            **common,
+            schedule="cosine",  # stated
         ),
         StageConfig(
             name="101B",
@@ -156,10 +178,19 @@ def _stages(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> tuple[Stag
             warmup_steps=warmup,  # 230,400 samples
             growth=_with_ramp(growth, warmup),
             num_layers=80,  # stated, with width 10240 and 80 heads
-            **common,
+            schedule="cosine",  # stated
         ),
     )
-    return _with_borders(stages, is_sawtooth)
+    layouts = zip(_with_borders(stages, is_sawtooth), MACHINES[machine].layouts, strict=True)
+    return tuple(
+        dataclasses.replace(
+            stage,
+            mesh=StageMeshConfig(layout.replica, layout.fsdp, layout.tensor),
+            remat=layout.remat,
+            microbatches=layout.microbatches,
+        )
+        for stage, layout in layouts
+    )
 
 
 def _with_borders(stages: tuple[StageConfig, ...], is_sawtooth: bool) -> tuple[StageConfig, ...]:
@@ -171,6 +202,12 @@ def _with_borders(stages: tuple[StageConfig, ...], is_sawtooth: bool) -> tuple[S
         dataclasses.replace(stage, final_learning_rate=final, initial_learning_rate=initial)
         for stage, final, initial in zip(stages, finals, initials, strict=True)
     )
+
+
+def _mesh(machine: str) -> MeshConfig:
+    """The mesh of the last stage; every stage states its own."""
+    topology, (*_, last) = MACHINES[machine]
+    return MeshConfig(last.replica, last.fsdp, last.tensor, topology=topology)
 
 
 def _with_ramp(growth: GrowthConfig, updates: int) -> GrowthConfig:
@@ -199,7 +236,6 @@ def _twin(growth: GrowthConfig, is_sawtooth: bool) -> RunConfig:
         max_length=128,
         base_embed_dim=88,  # the rates below are for this width
         dtype="float32",
-        remat="none",
         scan_unroll=4,
     )
     sizes: tuple[dict[str, int], ...] = ({}, {"embed_dim": 160, "num_heads": 20, "mlp_dim": 640}, {"num_layers": 4})
@@ -209,6 +245,9 @@ def _twin(growth: GrowthConfig, is_sawtooth: bool) -> RunConfig:
             **size,
             steps=stage.steps // 200,
             batch_size=24,
+            microbatches=1,
+            mesh=StageMeshConfig(),
+            remat=None,
             learning_rate=10 * stage.learning_rate,
             final_learning_rate=10 * stage.final_learning_rate,
             initial_learning_rate=stage.initial_learning_rate and 10 * stage.initial_learning_rate,
