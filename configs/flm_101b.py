@@ -84,6 +84,14 @@ MACHINES = {
         "a800:24x8",
         (Layout(3, 64, 1, "dots", 2), Layout(3, 64, 1, "dots", 4), Layout(3, 16, 4, "full", 3)),
     ),
+    "h100": Machine(
+        "h100:16x8",
+        (Layout(2, 64, 1, "dots", 3), Layout(2, 64, 1, "dots", 6), Layout(2, 16, 4, "full", 6)),
+    ),
+    "h200": Machine(
+        "h200:16x8",
+        (Layout(2, 64, 1, "dots", 2), Layout(2, 64, 1, "dots", 3), Layout(2, 64, 1, "dots", 6)),
+    ),
     "tpu_v5p": Machine("v5p:4x8x8", (Layout(1, 64, 4, "full", 3),) * 3),
     "tpu_v4": Machine("v4:4x8x8", (Layout(1, 64, 4, "full", 9),) * 3),
     "tpu_v6e": Machine("v6e:16x16", (Layout(1, 64, 4, "full", 9),) * 3),
