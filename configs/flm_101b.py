@@ -145,7 +145,7 @@ def _full(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> RunConfig:
             vocabulary="cl100k",
             end_id=1432,  # our choice: three line breaks; no id of the 100,256 is free
         ),
-        mesh=_mesh(machine),
+        mesh=MeshConfig(topology=MACHINES[machine].topology),  # every stage states its mesh
         checkpoint=CheckpointConfig(every=250, keep=3),  # our choice, like what follows
         log_every=10,
         evaluate_every=1000,
@@ -210,12 +210,6 @@ def _with_borders(stages: tuple[StageConfig, ...], is_sawtooth: bool) -> tuple[S
         dataclasses.replace(stage, final_learning_rate=final, initial_learning_rate=initial)
         for stage, final, initial in zip(stages, finals, initials, strict=True)
     )
-
-
-def _mesh(machine: str) -> MeshConfig:
-    """The mesh of the last stage; every stage states its own."""
-    topology, (*_, last) = MACHINES[machine]
-    return MeshConfig(last.replica, last.fsdp, last.tensor, topology=topology)
 
 
 def _with_ramp(growth: GrowthConfig, updates: int) -> GrowthConfig:

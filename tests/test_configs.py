@@ -22,7 +22,7 @@ from flmjax.planning.cost import cost_from_scratch, saved_at_equal_tokens, stage
 from flmjax.planning.topology import parse_topology
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MACHINES = ("a800", "tpu_v5p", "tpu_v4", "tpu_v6e")
+MACHINES = ("a800", "h100", "h200", "tpu_v5p", "tpu_v4", "tpu_v6e")
 STRATEGIES = ("none", "linear", "moderate", "aggressive")
 ARGUMENTS = {
     "bilingual": ("", "my/folder"),  # the argument is a folder, no word
@@ -43,7 +43,7 @@ ARGUMENTS = {
     "quickstart": ("", "bilingual"),
     "tele_flm_52b": ("", "52b"),
 }
-DEVICES = {"a800": 192, "tpu_v5p": 256, "tpu_v4": 256, "tpu_v6e": 256}
+DEVICES = {"a800": 192, "h100": 128, "h200": 128, "tpu_v5p": 256, "tpu_v4": 256, "tpu_v6e": 256}
 
 
 def module(name: str):
@@ -75,7 +75,7 @@ def test_every_argument_gives_a_legal_run_whose_mesh_fits_its_machine(name, argu
     config = load(name, argument)
     if config.mesh.topology is not None:
         validate_meshes(config, parse_topology(config.mesh.topology).num_devices)
-        assert config.mesh.fsdp is not None  # nothing is left to be filled in
+        assert all(stage.layout.mesh.fsdp is not None for stage in config.schedule)  # nothing is left to be filled in
     elif name == "eflm_16b" and not argument:
         validate_meshes(config, 192)
 
@@ -215,15 +215,15 @@ def test_a_run_of_one_size_is_that_stage_of_flm_101b(stage, index, machine):
 def test_the_proxy_is_the_16b_at_width_256():
     """Like the paper's proxy it has less than 100M parameters."""
     proxy, large = load("flm_proxy"), load("flm_101b", "16b,sawtooth")
-    sizes = {"embed_dim": 256, "num_heads": 2, "mlp_dim": 1024}
+    sizes = {"embed_dim": 256, "num_heads": 2, "mlp_dim": 1024, "remat": proxy.model.remat}
     (model,) = proxy.stage_models
     assert dataclasses.replace(large.model, **sizes, vocab_multiple=model.vocab_multiple) == model
     assert (model.width_multiplier, large.model.width_multiplier) == (1, 22)
     assert num_parameters(model) == 40 * (12 * 256**2 + 13 * 256) + 2 * 256 + 100_256 * 256 < 100e6
     assert parse_topology(proxy.mesh.topology).num_devices == 6 * 8
     assert proxy.data == large.data
-    same = {"name": "16B", "microbatches": large.stages[0].microbatches}
-    assert dataclasses.replace(proxy.stages[0], **same) == large.stages[0]
+    layout = {name: getattr(large.stages[0], name) for name in ("mesh", "remat", "microbatches")}
+    assert dataclasses.replace(proxy.stages[0], name="16B", **layout) == large.stages[0]
 
 
 @pytest.mark.parametrize("machine", ["", "cpu"])

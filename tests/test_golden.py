@@ -56,7 +56,8 @@ def leaves_text(name: str, argument: str | None) -> str:
     vocabulary = CL100K_IDS if config.data.vocabulary == "cl100k" else config.data.vocab_size
     model = config.stage_models[-1]
     model = dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
-    devices = config.mesh.replica * (config.mesh.fsdp or 1) * config.mesh.tensor
+    last = config.schedule[-1].layout.mesh
+    devices = last.replica * (last.fsdp or 1) * last.tensor
     mesh_config = validate_meshes(config, devices)[-1]
     mesh = AbstractMesh(tuple(getattr(mesh_config, axis) for axis in MESH_AXES), MESH_AXES)
     shapes, axes = abstract_params(model)

@@ -17,14 +17,17 @@ from flmjax.config import (
     OptimizerConfig,
     RunConfig,
     StageConfig,
+    StageMeshConfig,
     differences,
     override,
+    refuse_unread,
 )
 from flmjax.config.validate import constraints, validate
 from flmjax.config.values import Range
 from flmjax.model.positions import rotation
 
-QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUICKSTART = f"--config={CONFIGS}/quickstart.py"
 
 
 def set_by(*flags: str) -> RunConfig:
@@ -136,6 +139,30 @@ def test_a_number_outside_its_range_is_refused_by_name(path):
 def test_a_setting_that_cannot_be_is_one_line(flags, words):
     """Values of "flags", which JAX would take (jax-ml/jax#27282: seeds of 2**32 and 0 are one seed)."""
     assert words in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "cure"),
+    [
+        ("flm_101b.py", "mesh.fsdp=8", "stages[0].mesh.fsdp"),
+        ("flm_101b.py", "mesh.tensor=8", "stages[0].mesh.tensor"),
+        ("flm_101b.py:51b", "model.remat=none", "stages[0].remat"),
+    ],
+)
+def test_a_setting_that_every_stage_states_is_refused_for_the_run(config, path, cure, capsys):
+    """It would change nothing; `plan` with it printed the days of another mesh."""
+    assert cli.main(["plan", "--cost-only", f"--config={CONFIGS}/{config}", f"--config.{path}"]) == 2
+    error = capsys.readouterr().err.strip()
+    path = path.partition("=")[0]
+    assert error == f"flmjax: config.{path} is not read: the stages state their own; set config.{cure}"
+
+
+def test_a_setting_is_read_where_one_stage_states_none():
+    stages = (StageConfig(mesh=StageMeshConfig(tensor=2), remat="full"), StageConfig(num_layers=3))
+    for path in ("mesh.tensor", "mesh.fsdp", "model.remat", "model.num_layers"):
+        refuse_unread(RunConfig(stages=stages), path)
+    with pytest.raises(ConfigError, match=r"model.num_layers is not read.*stages\[0\].num_layers"):
+        refuse_unread(RunConfig(stages=(StageConfig(num_layers=3),)), "model.num_layers")
 
 
 def test_the_smallest_and_the_largest_seed_are_legal():

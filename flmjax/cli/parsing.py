@@ -10,7 +10,7 @@ from absl import flags
 
 from flmjax.cli.commands import COMMANDS
 from flmjax.cli.config_file import load_config
-from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value, shorten
+from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value, refuse_unread, shorten
 from flmjax.config.validate import validate
 from flmjax.config.values import local_path
 from flmjax.workdir.paths import read_config as read_workdir_config
@@ -256,6 +256,8 @@ def read_config(command: str, values: Flags) -> RunConfig | None:
 def _overridden(config: RunConfig, values: Flags) -> RunConfig:
     for path, value in values.overrides.items():
         config = override(config, path, value)
+    for path in values.overrides:
+        refuse_unread(config, path)
     return config
 
 

@@ -32,7 +32,7 @@ from flmjax.config.fields import (
     StageConfig,
     StageMeshConfig,
 )
-from flmjax.config.overrides import field_type, override, parse_value
+from flmjax.config.overrides import field_type, override, parse_value, refuse_unread
 from flmjax.config.run import RunConfig, Stage, resize
 from flmjax.config.shapes import MeshShape, split_factor
 
@@ -71,6 +71,7 @@ __all__ = [
     "outside_family",
     "override",
     "parse_value",
+    "refuse_unread",
     "resize",
     "shorten",
     "split_factor",

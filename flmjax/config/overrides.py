@@ -11,6 +11,7 @@ from typing import Any
 
 from flmjax.config.convert import convert
 from flmjax.config.errors import RENAMED_FIELDS, ConfigError, did_you_mean, nearest
+from flmjax.config.fields import MESH_AXES, STAGE_SIZES, StageMeshConfig
 from flmjax.config.run import RunConfig
 
 
@@ -83,6 +84,29 @@ def override(config: RunConfig, path: str, value: object) -> RunConfig:
         ConfigError: for an entry that the config does not have.
     """
     return _replace(config, path.split("."), value, path)
+
+
+def refuse_unread(config: RunConfig, path: str) -> None:
+    """Refuse a setting of the run that changes nothing, because every stage that would read it states its own.
+
+    Raises:
+        ConfigError: naming the run's setting and the stage's.
+    """
+    stages = config.stages
+    group, _, name = path.rpartition(".")
+    if path == "mesh.fsdp":  # a stage that states any axis takes fsdp from the number of devices
+        stated = [stage.mesh != StageMeshConfig() for stage in stages]
+    elif group == "mesh" and name in MESH_AXES:
+        stated = [getattr(stage.mesh, name) is not None for stage in stages]
+    elif path in ("model.remat", "model.attention"):
+        stated = [getattr(stage, name) is not None for stage in stages]
+    elif group == "model" and name in STAGE_SIZES:  # the first stage's; later ones start from it
+        stated = [getattr(stages[0], name) is not None]
+    else:
+        return
+    if all(stated):
+        setting = path if group == "mesh" else name
+        raise ConfigError(f"config.{path} is not read: the stages state their own; set config.stages[0].{setting}")
 
 
 def _replace(settings: Any, words: list[str], value: object, path: str) -> Any:

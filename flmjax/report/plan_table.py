@@ -250,12 +250,13 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
     Raises:
         ConfigError: without a speed for a stage, or a size of mesh.fsdp.
     """
-    _check_devices(config)
+    num_devices = _num_devices(config)
     costs = cost.stage_costs(config)
     on_a800s = (config.mesh.topology or "").startswith("a800:")
     papers = cost.published(costs) if on_a800s else [None] * len(costs)
     speeds = _speeds(costs, papers, speed)
-    machine = _cost_machine(config, speed, price)
+    # The paper's A800s, or unknown devices whose speed the user states.
+    machine = cost.machine_of(A800, num_devices, price) if speed is None else cost.Machine(num_devices, price)
     availability = cost.AVAILABILITY if speed is None else 1.0
     days = [cost.days(c.flops, machine, s * 1e12, availability) for c, s in zip(costs, speeds, strict=True)]
     rows: list[Row] = [
@@ -290,11 +291,27 @@ def cost_table(config: RunConfig, speed: float | None, price: float | None) -> s
     return "\n".join(lines)
 
 
-def _check_devices(config: RunConfig) -> None:
-    """Refuse a config without a number of devices or a size of the vocabulary, with the flags that state both."""
-    absent = {"model.vocab_size=4096": config.model.vocab_size is None, "mesh.fsdp=8": config.mesh.fsdp is None}
-    if flags := [f"--config.{flag}" for flag, is_absent in absent.items() if is_absent]:
-        raise ConfigError(f"a cost needs the size of the vocabulary and of the mesh, for example {' '.join(flags)}")
+def _num_devices(config: RunConfig) -> int:
+    """Number of devices in the meshes of the stages.
+
+    Raises:
+        ConfigError: without a size of the vocabulary or of a mesh, or if the meshes of two stages differ in number.
+    """
+    flags = ["model.vocab_size=4096"] if config.model.vocab_size is None else []
+    counts: dict[int, str] = {}
+    for stage in config.schedule:
+        mesh, setting = stage.layout.mesh, stage.setting_of("mesh")
+        if mesh.fsdp is None:
+            flags.append(f"{setting}.fsdp=8")
+        else:
+            counts.setdefault(mesh.replica * mesh.fsdp * mesh.tensor, setting)
+    if flags:
+        words = " ".join(f"--config.{flag}" for flag in dict.fromkeys(flags))
+        raise ConfigError(f"a cost needs the size of the vocabulary and of the mesh, for example {words}")
+    if len(counts) > 1:
+        words = ", ".join(f"{setting} {count}" for count, setting in counts.items())
+        raise ConfigError(f"the meshes of the stages have different numbers of devices: {words}")
+    return next(iter(counts))
 
 
 def _speeds(
@@ -308,14 +325,6 @@ def _speeds(
             "one device"
         )
     return [known for known in speeds if known is not None]
-
-
-def _cost_machine(config: RunConfig, speed: float | None, price: float | None) -> cost.Machine:
-    """The devices of the config's mesh: the paper's A800s, or unknown ones whose speed the user states."""
-    mesh = config.mesh
-    assert mesh.fsdp is not None, "_check_devices"
-    devices = mesh.replica * mesh.fsdp * mesh.tensor
-    return cost.machine_of(A800, devices, price) if speed is None else cost.Machine(devices, price)
 
 
 def _cost_remarks(costs: Sequence[cost.StageCost], is_paper_speed: bool) -> list[str]:
