@@ -75,7 +75,15 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
         for i, (name, peak) in enumerate(zip(names, peaks, strict=True))
     ]
     growths = [
-        GrowthPlan(a, b, program(growth, f"growth {a} -> {b}"), seconds=3.0) for a, b in itertools.pairwise(names)
+        GrowthPlan(
+            from_stage=a,
+            to_stage=b,
+            program=program(growth, f"growth {a} -> {b}"),
+            seconds=3.0,
+            certificate=program(44.0, f"certificate of {b}"),
+            certificate_seconds=30.0,
+        )
+        for a, b in itertools.pairwise(names)
     ]
     return Plan(
         topology="a800:1x8",
@@ -209,10 +217,10 @@ def test_a_plan_has_every_program_of_a_run(monkeypatch):
     monkeypatch.setattr(planner, "Compiler", FakeCompiler)
     lines = []
     plan = make_plan(THREE_STAGES, None, lines.append)
-    assert [growth.certificate is not None for growth in plan.growths] == [False, True]
     assert [one.name for one in plan.programs] == [
         *(f"{kind} of {name}" for name in ("small", "middle", "large") for kind in ("step", "evaluation")),
         "growth into middle",
+        "certificate of middle",
         "growth into large",
         "certificate of large",
     ]
@@ -286,13 +294,13 @@ def test_json_and_page_hold_the_same_numbers(tmp_path):
 
 def test_every_program_has_a_bar():
     plan = plan_of(50.0, 60.0, 70.0)
-    certified = dataclasses.replace(plan.growths[1], certificate=program(44.0))
-    panel = plan_figure(dataclasses.replace(plan, growths=(plan.growths[0], certified)), columns=2).axes[0]
+    panel = plan_figure(plan, columns=2).axes[0]
     ends = [sum(bar.get_width() for bar in pair) for pair in zip(*panel.containers, strict=True)]
     labels = [label.get_text() for label in panel.get_yticklabels()]
     assert dict(zip(labels, ends, strict=True)) == {
         "step of s0": 50.0,
         "growth into s1": 20.0,
+        "certificate of s1": 44.0,
         "step of s1": 60.0,
         "growth into s2": 20.0,
         "certificate of s2": 44.0,

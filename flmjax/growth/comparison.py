@@ -1,6 +1,7 @@
 """Programs of a growth certificate: both models' logits on the same tokens, beside the rounding of the old model."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -222,11 +223,12 @@ def jit_comparison(
     before growth.
     """
     # Attention is "plain" in every dtype: the rounding of a fused kernel would hide the difference that growth makes.
-    # Remat is "full", whatever the model trains with: all sequences and two models are in memory at once.
+    # Remat is "full", whatever the model trains with: two models are in memory at once.
     old, is_masked = growth.old, growth.family.ramps
     before, after = (
         dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, growth.new)
     )
+    shards = 1 if placements is None else whole_rows(1, *(placement.mesh for placement in placements))
 
     def placement_of(config: ModelConfig) -> Placement | None:
         return None if placements is None else placements[config is after]
@@ -241,31 +243,46 @@ def jit_comparison(
             params = masked(params, growth, 0.0)
         y_BLV = logits(params, config, batch)
         loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
-        return _weighted_mean(loss_BL, batch["weights"]), (y_BLV, log_probs_BLV)
+        return jnp.sum(loss_BL * batch["weights"]), (loss_BL, (y_BLV, log_probs_BLV))
 
-    def program(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Any:
-        results = []
+    def compared(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
+        grads, losses, outputs = [], [], []
         for p, c in zip(params, (before, after), strict=True):
             if gradients:
-                results.append(_with_gradient_norm(loss, p, c, batch, placement_of(c)))
+                (_, (loss_BL, output)), grad = jax.value_and_grad(loss, has_aux=True)(p, c, batch)
+                grads.append(_pinned(grad, c, placement_of(c)))
             else:
-                results.append((*loss(p, c, batch), jnp.zeros(())))
-        (loss_a, a, norm_a), (loss_b, b, norm_b) = results
+                loss_BL, output = loss(p, c, batch)[1]
+            losses.append(loss_BL)
+            outputs.append(output)
 
-        def own_rounding(by: Factors) -> Any:
+        def own_rounding(by: Factors) -> _TokenDifference:
             y_BLV = logits(*rescaled(params[0], before, by), batch)
-            return _difference(a, (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), batch["weights"], old)
+            return _difference(outputs[0], (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), old)
 
-        own = jnp.nan, jnp.nan, (0, 0), jnp.nan
+        first, second = outputs
+        largest_BL = jnp.max(jnp.where(real_ids(old), jnp.abs(first[0]), 0), axis=-1)
+        tokens: dict[str, Any] = {"loss": losses, "largest": largest_BL, "growth": _difference(first, second, old)}
         if rounding:
             draws = jax.lax.map(own_rounding, draw_factors(old, DRAWS))
+            tokens["rounding"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), draws)  # sequences first
+        return grads, tokens
+
+    def program(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Any:
+        weights_BL = batch["weights"]
+        parts = max(len(weights_BL) // shards, 1)
+        grads, tokens = _by_parts(functools.partial(compared, params), batch, parts)
+        own = jnp.nan, jnp.nan, (0, 0), jnp.nan
+        if rounding:
+            draws = jax.vmap(functools.partial(_summary, weights_BL=weights_BL), in_axes=-1)(tokens["rounding"])
             own = jax.tree.map(lambda x: x[jnp.argmax(draws[0])], draws)
+        norms = [_norm(grad) / divisor(jnp.sum(weights_BL)) for grad in grads]
         return (
-            _difference(a, b, batch["weights"], old),
+            _summary(tokens["growth"], weights_BL),
             own,
-            jnp.max(jnp.where(real_ids(old), jnp.abs(a[0]), 0)),
-            (loss_a, loss_b),
-            (norm_a, norm_b),
+            jnp.max(tokens["largest"]),
+            tuple(_weighted_mean(loss_BL, weights_BL) for loss_BL in tokens["loss"]),
+            tuple(norms) or (jnp.zeros(()), jnp.zeros(())),
         )
 
     # A growth point runs the program once: on a CPU compiling it costs more than running it, so it is not optimised.
@@ -274,33 +291,65 @@ def jit_comparison(
     return jax.jit(program, compiler_options=quick)
 
 
-def _with_gradient_norm(
-    loss: Callable[..., Any],
-    params: Params,
-    config: ModelConfig,
-    batch: Mapping[str, jax.Array],
-    placement: Placement | None,
-) -> tuple[jax.Array, Any, jax.Array]:
-    """(loss, auxiliary result, norm of the gradient) of a loss of (params, config, batch)."""
-    (mean, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, config, batch)
-    if placement is not None:  # pinned, else the partitioner may not shard them
-        grads = jax.lax.with_sharding_constraint(grads, tree_shardings(placement.mesh, abstract_params(config)[1]))
-    return mean, aux, jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+def _by_parts(function: Callable[[Any], tuple[Any, Any]], batch: Mapping[str, jax.Array], parts: int) -> Any:
+    """function(batch), computed in parts so that the memory for logits is that of one part.
+
+    Args:
+        function: returns arrays to be summed over the parts, and arrays whose first axis is the sequences.
+        batch: its sequences are a multiple of `parts`. Part j has sequences j, j + parts, ..., so that each device
+            keeps the sequences that it holds.
+    """
+    if parts == 1:
+        return function(batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total: Any, part: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+        sums, rows = function(part)
+        return jax.tree.map(jnp.add, total, sums), rows
+
+    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, rows = jax.lax.scan(body, zeros, split)
+    return sums, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
 
 
-def _difference(
-    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], weights_BL: jax.Array, old: ModelConfig
-) -> tuple[Any, ...]:
-    """The fields of a Difference of two models' (logits, log-probabilities), each (B, L, V)."""
+def _pinned(grads: Params, config: ModelConfig, placement: Placement | None) -> Params:
+    """Gradients with the parameters' shardings; unpinned, the partitioner may not shard them."""
+    if placement is None:
+        return grads
+    return jax.lax.with_sharding_constraint(grads, tree_shardings(placement.mesh, abstract_params(config)[1]))
+
+
+def _norm(grads: Params) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+
+
+class _TokenDifference(NamedTuple):
+    """Difference of two models' logits for each token (B, L): the largest, the mean square, KL(first || second)."""
+
+    largest: jax.Array
+    square: jax.Array
+    kl: jax.Array
+
+
+def _difference(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], old: ModelConfig) -> _TokenDifference:
+    """The difference of two models' (logits, log-probabilities), each (B, L, V)."""
     (y_a, log_a), (y_b, log_b) = a, b
     real = real_ids(old)
     difference_BLV = jnp.where(real, jnp.abs(y_a - y_b), 0)
-    max_BL = jnp.max(difference_BLV, axis=-1)
-    # Summed by rows first: one float32 sum of 1e10 squares would stop growing.
-    mean_BL = jnp.sum(jnp.square(difference_BLV), axis=-1) / jnp.sum(real)
-    kl_BL = jnp.sum(jnp.where(real, jnp.exp(log_a) * (log_a - log_b), 0), axis=-1)
-    row = jnp.unravel_index(jnp.argmax(max_BL), max_BL.shape)
-    return jnp.max(max_BL), jnp.sqrt(jnp.mean(mean_BL)), row, _weighted_mean(kl_BL, weights_BL)
+    return _TokenDifference(
+        jnp.max(difference_BLV, axis=-1),
+        jnp.sum(jnp.square(difference_BLV), axis=-1) / jnp.sum(real),
+        jnp.sum(jnp.where(real, jnp.exp(log_a) * (log_a - log_b), 0), axis=-1),
+    )
+
+
+def _summary(tokens: _TokenDifference, weights_BL: jax.Array) -> tuple[Any, ...]:
+    """The fields of a Difference."""
+    row = jnp.unravel_index(jnp.argmax(tokens.largest), tokens.largest.shape)
+    # Summed by tokens first: one float32 sum of 1e10 squares would stop growing.
+    rms = jnp.sqrt(jnp.mean(tokens.square))
+    return jnp.max(tokens.largest), rms, row, _weighted_mean(tokens.kl, weights_BL)
 
 
 def _weighted_mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Search for the layout of every stage (mesh, rematerialisation, microbatches) that trains a run fastest on a machine.
 
 Every legal layout of a stage is estimated by formulas; the best are compiled, with more microbatches until they fit.
-Of the layouts that fit, the fastest of every stage are joined whose growths and last certificate fit too. Attention is
+Of the layouts that fit, the fastest of every stage are joined whose growths and certificates fit too. Attention is
 "fused" in all of them: where documents are kept apart it is the fastest backend that can do so.
 """
 
@@ -192,7 +192,7 @@ def fit(stage: Stage, layout: StageLayout, compiler: Compiler, log: Log) -> Stag
 
 
 class _Growths:
-    """Growths and the last certificate, which depend on the meshes alone: each is compiled once for its two meshes."""
+    """Growths and certificates, which depend on the meshes alone: each is compiled once for its two meshes."""
 
     def __init__(self, compiler: Compiler, log: Log):
         self._compiler, self._log = compiler, log
@@ -209,17 +209,17 @@ class _Growths:
         for stage in schedule[1:]:
             key = (stage.index, run[stage.index - 1].mesh, run[stage.index].mesh)
             if key not in self._known:
-                self._known[key] = self._compile(stage, is_last=stage is schedule[-1])
+                self._known[key] = self._compile(stage)
             known = self._known[key]
             if isinstance(known, TooLargeError):
                 raise known
             seconds, peak = seconds + known[0], max(peak, known[1])
         return seconds, peak
 
-    def _compile(self, stage: Stage, is_last: bool) -> tuple[float, int] | TooLargeError:
+    def _compile(self, stage: Stage) -> tuple[float, int] | TooLargeError:
         topology = self._compiler.topology
         try:
-            growth = growth_plan(self._compiler, stage, is_last, self._log)
+            growth = growth_plan(self._compiler, stage, self._log)
             for program in growth.programs:
                 _require_fit(program, topology)
         except TooLargeError as error:

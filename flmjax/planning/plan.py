@@ -91,20 +91,21 @@ class GrowthPlan:
 
     Attributes:
         seconds: estimated time of the growth.
-        certificate: the comparison of both models after the growth. It is planned for the last growth alone, whose
-            models are the largest; None for the others.
+        certificate: the comparison of both models after the growth.
+        certificate_seconds: estimated time of the certificate.
     """
 
     from_stage: str
     to_stage: str
     program: Program
     seconds: float
-    certificate: Program | None = None
+    certificate: Program
+    certificate_seconds: float
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """The growth and, if it is planned, its certificate."""
-        return (self.program,) if self.certificate is None else (self.program, self.certificate)
+        """The growth and its certificate."""
+        return self.program, self.certificate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Planning of a run: every training step and every growth is compiled for the machine, then priced."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +15,14 @@ from flmjax.planning.compile import Compiler
 from flmjax.planning.cost import Machine, Published
 from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, Saves, StagePlan
 from flmjax.planning.program import Program
-from flmjax.planning.roofline import StepTime, fused_attention_flops, growth_time, peak_rate, step_time
+from flmjax.planning.roofline import (
+    StepTime,
+    certificate_time,
+    fused_attention_flops,
+    growth_time,
+    peak_rate,
+    step_time,
+)
 from flmjax.planning.topology import XLA_PLATFORMS, parse_topology
 
 TILE_ROWS = {"bfloat16": 16, "float32": 8}  # of a TPU's tile; shards of incomplete tiles cannot be scattered
@@ -47,7 +53,7 @@ def make_plan(
     stages, growths = [], []
     for stage, published in zip(config.schedule, cost.published(costs), strict=True):
         if stage.previous is not None:
-            growths.append(growth_plan(compiler, stage, is_last=stage is config.schedule[-1], log=log))
+            growths.append(growth_plan(compiler, stage, log))
         log(f"step of {stage.name}")
         step = compile_step(compiler, stage, machine)
         log(f"  {_size(step.program)}")
@@ -199,7 +205,8 @@ def _phases(stages: Sequence[StagePlan], growths: Sequence[GrowthPlan]) -> Itera
         work = stage.cost.steps * stage.step.seconds + stage.evaluations.number * stage.evaluations.seconds
         work += sum(program.compile_seconds for program in (stage.program, stage.evaluations.program))
         if growth is not None:
-            work += growth.seconds + sum(program.compile_seconds for program in growth.programs)
+            work += growth.seconds + growth.certificate_seconds
+            work += sum(program.compile_seconds for program in growth.programs)
         yield Phase(work, min(stage.saves.interval, work), stage.saves.pause, stage.saves.restart)
 
 
@@ -222,19 +229,23 @@ def check_flops(name: str, *, executed: float, needed: float, rate: float, secon
         raise ConfigError(f"{name}: {most:.4g} FLOP/s a device exceed the chip's peak of {rate:.4g}; its time is wrong")
 
 
-def growth_plan(compiler: Compiler, stage: Stage, is_last: bool, log: Log) -> GrowthPlan:
-    """Compile the growth into a stage and, of the last growth, the certificate; raises as make_plan."""
+def growth_plan(compiler: Compiler, stage: Stage, log: Log) -> GrowthPlan:
+    """Compile the growth into a stage and its certificate; raises as make_plan."""
     assert stage.previous is not None
     log(f"growth {stage.previous.name} -> {stage.name}")
-    program = compiler.growth(stage)
-    growth = GrowthPlan(stage.previous.name, stage.name, program, growth_time(compiler.topology.chip, program))
-    log(f"  {_size(growth.program)}")
-    if not is_last:
-        return growth
+    program, chip = compiler.growth(stage), compiler.topology.chip
+    log(f"  {_size(program)}")
     log("certificate of that growth")
     certificate = compiler.certificate(stage)
     log(f"  {_size(certificate)}")
-    return dataclasses.replace(growth, certificate=certificate)
+    return GrowthPlan(
+        from_stage=stage.previous.name,
+        to_stage=stage.name,
+        program=program,
+        seconds=growth_time(chip, program),
+        certificate=certificate,
+        certificate_seconds=certificate_time(chip, certificate, stage.model),
+    )
 
 
 def remarks(config: RunConfig, meshes: Sequence[MeshShape], platform: str) -> Iterator[str]:

@@ -228,6 +228,22 @@ def growth_time(chip: PlannableChip, program: Program, assumed: Assumptions = As
     return exchanges + moved / (chip.bandwidth * assumed.memory)
 
 
+def certificate_time(
+    chip: PlannableChip, program: Program, model: ModelConfig, assumed: Assumptions = Assumptions()
+) -> float:
+    """Seconds of the comparisons of a growth's certificate.
+
+    Args:
+        program: the comparison of gradients in the dtype of the run. In float32 logits alone are compared, which takes
+            a third of its products.
+        model: after the growth.
+    """
+    products = program.matmul_flops / (peak_rate(chip, model) * assumed.matmul)
+    if model.dtype != "float32":
+        products += program.matmul_flops / 3 / (chip.float32 * assumed.matmul)
+    return growth_time(chip, program, assumed) + products
+
+
 def link_bandwidth(chip: PlannableChip, exchange: Collective) -> float:
     """Bandwidth of a ring in bytes/s: of the links in a node or a slice of TPUs, or of its members' network ports.
 

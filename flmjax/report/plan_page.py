@@ -82,8 +82,7 @@ def _draw_memory(panel: "Axes", plan: Plan) -> None:
         if index:
             growth = plan.growths[index - 1]
             bars.append((f"growth into {growth.to_stage}", growth.program))
-            if growth.certificate is not None:
-                bars.append((f"certificate of {growth.to_stage}", growth.certificate))
+            bars.append((f"certificate of {growth.to_stage}", growth.certificate))
         bars.append((f"step of {stage.cost.name}", stage.program))
     labels = [label for label, _ in bars]
     arguments = [program.arguments / GiB for _, program in bars]

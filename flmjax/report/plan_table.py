@@ -93,8 +93,7 @@ def growth_rows(plan: Plan, title: str = "", arrow: str = "→") -> list[Row]:
         return [label, *map(cell, programs)]
 
     def certificate_row(label: str, cell: Callable[[Program], str]) -> Row:
-        certificates = [growth.certificate for growth in plan.growths]
-        return [label, *("-" if program is None else cell(program) for program in certificates)]
+        return [label, *(cell(growth.certificate) for growth in plan.growths)]
 
     def words(growth: GrowthPlan) -> str:
         return f"{growth.from_stage} {arrow} {growth.to_stage}"
@@ -111,6 +110,7 @@ def growth_rows(plan: Plan, title: str = "", arrow: str = "→") -> list[Row]:
         row("compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
         certificate_row("growth certificate: peak", lambda p: gib(p.peak)),
         certificate_row(f"  fits {gib(plan.usable)}", lambda p: _fits(plan, p)),
+        ["  time", *(f"{growth.certificate_seconds:.0f} s" for growth in plan.growths)],
         certificate_row("  compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
     ]
 
