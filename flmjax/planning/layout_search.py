@@ -328,7 +328,8 @@ def memory(model: ModelConfig, mesh: MeshShape, sequences: int, microbatches: in
     outputs = {
         "full": 0,
         "dots": heads + model.mlp_dim + model.embed_dim,
-        "none": 4 * heads + 4 * model.mlp_dim + 6 * model.embed_dim,
+        # The outputs of norms are kept as products read them, gathered over the tensor group.
+        "none": 3 * heads + 3 * model.mlp_dim + (2 + 2 * mesh.tensor) * model.embed_dim,
     }
     state = num_parameters(model) * (12 + (8 if microbatches > 1 else 4) + copied) / (mesh.fsdp * mesh.tensor)
     kept = model.num_layers * tokens * width * (model.embed_dim + outputs[model.remat]) / mesh.tensor
