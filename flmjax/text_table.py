@@ -22,6 +22,11 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def duration(seconds: float) -> str:
+    """`1.5 s`, or below a tenth of a second `1.5 ms`."""
+    return f"{1000 * seconds:.1f} ms" if 0 < seconds < 0.1 else f"{seconds:,.1f} s"
+
+
 def printable(text: str) -> str:
     """The text with U+FFFD for code points that no terminal or page may get: a byte-level model writes them."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cn") else "\ufffd" for c in text)

@@ -226,6 +226,18 @@ def test_the_proxy_is_the_16b_at_width_256():
     assert dataclasses.replace(proxy.stages[0], name="16B", **layout) == large.stages[0]
 
 
+def test_the_price_of_the_proxy_search_is_that_of_its_points():
+    words = " ".join(module("flm_proxy").__doc__.split())
+    hours, run = 24.6, 83_014  # stated for a point on 48 devices; device-hours of the run, tests/test_plan_full_size.py
+    assert f"48 x {hours} = {48 * hours:,.0f} device-hours, {48 * hours / run:.1%} of the {run:,} " in words
+    for points in (27, 7):
+        total = 48 * points * hours
+        assert f"{points} points: {points * hours:,.0f} hours" in words
+        assert f"{total:,.0f} device-hours, {total / run:.0%} of the run" in words
+    (point,) = stage_costs(load("flm_proxy"))
+    assert point.flops / (48 * 32e12 * 3600) == pytest.approx(hours, rel=0.01)  # 32 TFLOP/s of a device
+
+
 @pytest.mark.parametrize("machine", ["", "cpu"])
 def test_eflm_continues_the_16b_stage_of_flm_101b(machine):
     """One vocabulary for the line: the ids of 16B were 100,256 and end with 1432, those of eFLM were others."""

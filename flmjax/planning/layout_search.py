@@ -22,7 +22,7 @@ from flmjax.planning.planner import compile_step, growth_plan
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import fused_attention_flops, step_time
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, parse_topology
-from flmjax.text_table import text_table
+from flmjax.text_table import duration, text_table
 
 TENSOR = (1, 2, 4, 8)  # sizes of tensor groups: those that lie inside one node of 8
 LARGEST_FSDP = 64  # larger axes have smaller shards and longer rings, which the estimates do not price
@@ -151,7 +151,7 @@ def fitting_layouts(stage: Stage, layouts: Sequence[StageLayout], compiler: Comp
     tried, reason = 0, ""
     for layout in layouts:
         tried += 1
-        log(f"{stage.name}: {layout}, estimated {layout.seconds:.1f} s a step")
+        log(f"{stage.name}: {layout}, estimated {duration(layout.seconds)} a step")
         try:
             fitting.append(fit(stage, layout, compiler, log))
         except TooLargeError as error:
@@ -182,7 +182,7 @@ def fit(stage: Stage, layout: StageLayout, compiler: Compiler, log: Log) -> Stag
         applied = with_layouts(compiler.config, {stage.index: larger}).schedule[stage.index]
         try:
             step = compile_step(compiler, applied, machine)
-            log(f"  {count} microbatches: {step.program.peak / GiB:.1f} GiB, {step.time.seconds:.1f} s a step")
+            log(f"  {count} microbatches: {step.program.peak / GiB:.1f} GiB, {duration(step.time.seconds)} a step")
             _require_fit(step.program, topology)
         except TooLargeError as error:
             refusal = error
@@ -258,7 +258,7 @@ def layout_table(search: LayoutSearch, names: Sequence[str]) -> str:
                     f"replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor}",
                     layout.remat,
                     str(layout.microbatches),
-                    f"{layout.seconds:.1f} s",
+                    duration(layout.seconds),
                     f"{(layout.peak or 0) / GiB:.1f} GiB",
                     "taken" if layout == best else "",
                 )

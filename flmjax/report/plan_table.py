@@ -11,7 +11,7 @@ from flmjax.planning.program import Program
 from flmjax.planning.roofline import Assumptions
 from flmjax.planning.topology import PACKAGES
 from flmjax.report.page import gib, short
-from flmjax.text_table import text_table
+from flmjax.text_table import duration, text_table
 
 Row = list[str]  # of a table: a label, then one cell for each stage or growth
 
@@ -48,8 +48,8 @@ def stage_rows(plan: Plan) -> list[Row]:
         *_exchanges(plan, [s.program for s in stages]),
         row("rematerialisations", lambda s: str(s.program.rematerialisations)),
         row("compiled in", lambda s: f"{s.program.compile_seconds:.0f} s"),
-        row("step", lambda s: f"{s.step.seconds:.1f} s"),
-        row("  compute", lambda s: f"{s.step.compute:.1f} s"),
+        row("step", lambda s: duration(s.step.seconds)),
+        row("  compute", lambda s: duration(s.step.compute)),
         *_traffic_rows(stages),
         row("TFLOP/s a device", lambda s: f"{plan.tflops(s):.0f}"),
         row("tokens", lambda s: short(s.cost.tokens)),
@@ -57,9 +57,9 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("days", lambda s: f"{s.bill.days:.2f}"),
         row("evaluation: peak", lambda s: gib(s.evaluations.program.peak)),
         row(f"  fits {gib(plan.usable)}", lambda s: _fits(plan, s.evaluations.program)),
-        row("  number x time", lambda s: f"{s.evaluations.number} x {s.evaluations.seconds:.0f} s"),
+        row("  number x time", lambda s: f"{s.evaluations.number} x {duration(s.evaluations.seconds)}"),
         row("checkpoint", lambda s: f"{s.saves.bytes / 1e9:,.0f} GB"),
-        row("  pause / written in", lambda s: f"{s.saves.pause:.1f} / {s.saves.written:.0f} s"),
+        row("  pause / written in", lambda s: f"{duration(s.saves.pause)} / {duration(s.saves.written)}"),
         row("  every", lambda s: f"{s.saves.interval / 60:.0f} min"),
         row("  would lose least", lambda s: f"{s.saves.best / 60:.0f} min"),
         *bill_rows([s.bill for s in stages]),
@@ -78,10 +78,10 @@ def _traffic_rows(stages: Sequence[StagePlan]) -> list[Row]:
     rows: list[Row] = []
     for name, is_tensor in (("tensor", True), ("data", False)):
         times = [stage.step.traffic(is_tensor) for stage in stages]
-        rows.append([f"  {name} traffic, exposed", *(f"{seconds - hidden:.1f} s" for seconds, hidden in times)])
-        rows.append(["    hidden by compute", *(f"{hidden:.1f} s" for _, hidden in times)])
+        rows.append([f"  {name} traffic, exposed", *(duration(seconds - hidden) for seconds, hidden in times)])
+        rows.append(["    hidden by compute", *(duration(hidden) for _, hidden in times)])
     if any(stage.step.untold for stage in stages):
-        rows.append(["  exposed, not told by the program", *(f"{stage.step.untold:.1f} s" for stage in stages)])
+        rows.append(["  exposed, not told by the program", *(duration(stage.step.untold) for stage in stages)])
     return rows
 
 
@@ -110,7 +110,7 @@ def growth_rows(plan: Plan, title: str = "", arrow: str = "→") -> list[Row]:
         row("compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
         certificate_row("growth certificate: peak", lambda p: gib(p.peak)),
         certificate_row(f"  fits {gib(plan.usable)}", lambda p: _fits(plan, p)),
-        ["  time", *(f"{growth.certificate_seconds:.0f} s" for growth in plan.growths)],
+        ["  time", *(duration(growth.certificate_seconds) for growth in plan.growths)],
         certificate_row("  compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
     ]
 
@@ -141,7 +141,7 @@ def closing(plan: Plan) -> list[str]:
     elif plan.is_exact:
         lines.append("overlap_collectives=False: steps are compiled without options that hide exchanges")
     if any(stage.step.untold for stage in plan.stages):
-        steps = ", ".join(f"{stage.step.seconds - stage.step.untold:.1f} s" for stage in plan.stages)
+        steps = ", ".join(duration(stage.step.seconds - stage.step.untold) for stage in plan.stages)
         lines.append(
             "not told by the program: the compiler fused these exchanges with matrix products, and they are counted as "
             f"if nothing hid them; with all of them hidden, steps would take {steps}"
