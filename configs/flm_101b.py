@@ -86,7 +86,7 @@ MACHINES = {
     ),
     "h100": Machine(
         "h100:16x8",
-        (Layout(2, 64, 1, "dots", 3), Layout(2, 64, 1, "dots", 6), Layout(2, 16, 4, "full", 6)),
+        (Layout(2, 64, 1, "dots", 3), Layout(2, 64, 1, "full", 1), Layout(2, 64, 1, "full", 3)),
     ),
     "h200": Machine(
         "h200:16x8",

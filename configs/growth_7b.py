@@ -15,6 +15,9 @@ Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/growth_7b.py:h100_64 --workdir=/shared/growth_7b
 """
 
+import dataclasses
+from typing import NamedTuple
+
 from flmjax.config import (
     CheckpointConfig,
     DataConfig,
@@ -23,24 +26,35 @@ from flmjax.config import (
     ModelConfig,
     RunConfig,
     StageConfig,
+    StageMeshConfig,
     choose_words,
     to_config_dict,
 )
 
-# Mesh and, for each stage, its number of microbatches.
+
+class Layout(NamedTuple):
+    """How a stage is computed: devices along each mesh axis, what is recomputed, parts of a batch."""
+
+    replica: int
+    fsdp: int
+    tensor: int
+    remat: str
+    microbatches: int
+
+
+# The topology of a machine, and the layouts of 1.0B, 3.6B and 6.9B that `flmjax plan --search-layout` found for it.
 MACHINES = {
-    "h100_64": (MeshConfig(replica=1, fsdp=64, topology="h100:8x8"), (1, 2, 4)),
-    "h100_8": (MeshConfig(replica=1, fsdp=8, topology="h100:1x8"), (4, 8, 16)),
-    "v5e_64": (MeshConfig(replica=1, fsdp=64, topology="v5e:8x8"), (4, 8, 16)),
-    "v6e_64": (MeshConfig(replica=1, fsdp=64, topology="v6e:8x8"), (2, 4, 8)),
+    "h100_64": ("h100:8x8", (Layout(2, 32, 1, "none", 2), Layout(1, 64, 1, "dots", 2), Layout(1, 64, 1, "dots", 4))),
+    "h100_8": ("h100:1x8", (Layout(8, 1, 1, "none", 32), Layout(1, 8, 1, "dots", 16), Layout(2, 4, 1, "dots", 64))),
+    "v5e_64": ("v5e:8x8", (Layout(1, 64, 1, "full", 4), Layout(1, 64, 1, "full", 8), Layout(1, 64, 1, "full", 16))),
+    "v6e_64": ("v6e:8x8", (Layout(1, 64, 1, "full", 2), Layout(1, 64, 1, "full", 4), Layout(1, 64, 1, "full", 8))),
 }
 
 
 def get_config(argument: str = ""):
     """The run on the machine that `argument` names."""
-    mesh, microbatches = MACHINES[choose_words(argument, machine=MACHINES)["machine"] or "h100_64"]
+    topology, layouts = MACHINES[choose_words(argument, machine=MACHINES)["machine"] or "h100_64"]
     growth = GrowthConfig("zero", rate_policy="stage")
-    small, wide, deep = microbatches
     run = RunConfig(
         model=ModelConfig(
             num_layers=16,
@@ -58,7 +72,6 @@ def get_config(argument: str = ""):
             init_std=1.6e-2,
             softmax_temperature=2.0,
             dtype="bfloat16",
-            remat="full",
             attention="fused",
         ),
         # 1024 x 4096 = 4.19M tokens an update.
@@ -67,7 +80,6 @@ def get_config(argument: str = ""):
                 name="1.0B",
                 steps=24_000,  # 24,000 x 4.19M = 100.7B tokens
                 batch_size=1024,
-                microbatches=small,
                 learning_rate=4e-4,
                 final_learning_rate=3.4e-4,
                 warmup_steps=2000,
@@ -76,7 +88,6 @@ def get_config(argument: str = ""):
                 name="3.6B",
                 steps=6_000,  # 25.2B tokens
                 batch_size=1024,
-                microbatches=wide,
                 learning_rate=3.4e-4,
                 final_learning_rate=2e-4,
                 growth=growth,
@@ -88,7 +99,6 @@ def get_config(argument: str = ""):
                 name="6.9B",
                 steps=3_600,  # 15.1B tokens
                 batch_size=1024,
-                microbatches=deep,
                 learning_rate=2e-4,
                 final_learning_rate=6e-6,
                 growth=growth,
@@ -96,10 +106,19 @@ def get_config(argument: str = ""):
             ),
         ),
         data=DataConfig(mixture="flm_c4", vocabulary="cl100k", end_id=1432),
-        mesh=mesh,
+        mesh=MeshConfig(topology=topology),  # every stage states its mesh
         checkpoint=CheckpointConfig(every=1000, every_minutes=30),
         evaluate_every=1000,
         evaluation_rows=1024,
         certificate_rows=64,
     )
-    return to_config_dict(run)
+    stages = [
+        dataclasses.replace(
+            stage,
+            mesh=StageMeshConfig(layout.replica, layout.fsdp, layout.tensor),
+            remat=layout.remat,
+            microbatches=layout.microbatches,
+        )
+        for stage, layout in zip(run.stages, layouts, strict=True)
+    ]
+    return to_config_dict(dataclasses.replace(run, stages=tuple(stages)))
