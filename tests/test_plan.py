@@ -25,12 +25,12 @@ from flmjax.planning import planner
 from flmjax.planning.calendar import Calendar, Operation
 from flmjax.planning.cost import Bill, StageCost
 from flmjax.planning.exchanges import Collective
-from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, Saves, StagePlan
+from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, ReplicaSums, Saves, StagePlan, SumCost
 from flmjax.planning.planner import check_flops, make_plan, remarks
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import ExchangeTime, StepTime
 from flmjax.report.plan_page import plan_figure, write_plan
-from flmjax.report.plan_table import plan_table
+from flmjax.report.plan_table import plan_table, stage_rows
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(num_layers=2, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=64, max_length=32)
@@ -102,6 +102,17 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
         saved_days=0.4,
         remarks=("so it is",),
     )
+
+
+def test_the_table_has_both_costs_of_sums_over_replicas():
+    plan = plan_of(50.0, 60.0)
+    sums = ReplicaSums("step", step=SumCost(8.5e9, 0.45), microbatch=SumCost(25.5e9, 1.36))
+    stages = (plan.stages[0], dataclasses.replace(plan.stages[1], replica_sums=sums))
+    rows = {row[0].strip(): row[1:] for row in stage_rows(dataclasses.replace(plan, stages=stages))}
+    assert rows["gradients summed over replicas"] == ["-", "once a step"]
+    assert rows["once a step"] == ["-", "8.5 GB, 0.45 s"]
+    assert rows["every microbatch"] == ["-", "25.5 GB, 1.36 s"]
+    assert "replicas" not in plan_table(plan)  # no stage has a choice
 
 
 def test_a_program_that_does_not_fit_has_a_refusal():

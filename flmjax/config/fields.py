@@ -22,6 +22,7 @@ from flmjax.config.values import (
 AttentionBackend = Literal["plain", "fused", "cudnn", "splash"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Remat = Literal["none", "dots", "full"]
+GradientReduction = Literal["step", "microbatch"]
 
 # Metadata of fields that decide how and where a run computes, but not its results: they may change when a run resumes.
 EXECUTION = MappingProxyType({"role": "execution"})
@@ -247,6 +248,8 @@ class StageConfig:
     batch_size: PositiveInt = 8  # sequences per update, over all devices
     # Number of parts that the batch is computed in, one after another.
     microbatches: PositiveInt = dataclasses.field(default=1, metadata=EXECUTION)
+    # When gradients are summed over the replicas of the mesh: once a step, or in every microbatch.
+    gradient_reduction: GradientReduction = dataclasses.field(default="step", metadata=EXECUTION)
     # How the stage is computed on the devices of the run; None: like the run (mesh, model.remat, model.attention).
     mesh: StageMeshConfig = dataclasses.field(default=StageMeshConfig(), metadata=EXECUTION)
     remat: Remat | None = dataclasses.field(default=None, metadata=EXECUTION)

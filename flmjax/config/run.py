@@ -12,6 +12,7 @@ from flmjax.config.fields import (
     AttentionBackend,
     CheckpointConfig,
     DataConfig,
+    GradientReduction,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -81,6 +82,7 @@ class RunConfig:
                 stage.microbatches,
                 self.overlap_collectives,
                 self.deterministic,
+                stage.gradient_reduction,
             )
             model = dataclasses.replace(model, remat=layout.remat, attention=layout.attention)
             schedule.append(Stage(index, stage, model, layout, start, start + stage.steps, previous))
@@ -110,6 +112,7 @@ class Layout(NamedTuple):
     microbatches: int
     overlap_collectives: bool = True
     deterministic: bool = False
+    gradient_reduction: GradientReduction = "step"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flmjax.model.attention import attend
 from flmjax.model.mup import scaling_of
 from flmjax.model.positions import Rotation, rotate
 from flmjax.sharding.axes import LeafAxes, declare
-from flmjax.sharding.rules import Placement, constrain, platform_of
+from flmjax.sharding.rules import REPLICAS, Placement, constrain, platform_of
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -139,6 +139,18 @@ def _product_backward(
 product.defvjp(_product_forward, _product_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def constrain_gradient(x: jax.Array, placement: Placement | None, names: tuple[str | None, ...]) -> jax.Array:
+    """`x` itself, whose gradient is pinned to the sharding of the logical axes `names`."""
+    return x
+
+
+constrain_gradient.defvjp(
+    lambda x, placement, names: (x, None),
+    lambda placement, names, _, gradient: (constrain(placement, gradient, *names),),
+)
+
+
 def operands_of_float32_sum(placement: Placement | None, *factors: jax.Array) -> Sequence[jax.Array]:
     """Factors of a product whose preferred_element_type is float32: on CPUs cast to float32.
 
@@ -215,10 +227,51 @@ def in_float32(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return computed
 
 
-def dropout_of(config: ModelConfig, deterministic: bool) -> Callable[[jax.Array], jax.Array]:
+class Dropout(nn.Module):
+    """Dropout whose draws for a sequence are the same whether a batch is computed at once or replica by replica.
+
+    nn.Dropout would draw the same mask for every replica of a vmap.
+    """
+
+    rate: float
+    placement: Placement | None = None
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        """Returns (B, L, D)."""
+        keep = 1 - self.rate
+        key = self.make_rng("dropout")
+        if self.placement is not None and self.placement.is_of_replica:
+            kept_BLD = draw_of_replica(key, keep, x_BLD.shape)
+        else:
+            kept_BLD = jax.random.bernoulli(key, keep, x_BLD.shape)
+        return jax.lax.select(kept_BLD, x_BLD / keep, jnp.zeros_like(x_BLD))
+
+
+def draw_of_replica(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
+    """Booleans (B, ...) of a replica, inside of a vmap over the axis REPLICAS: its part of the draw for all replicas.
+
+    The batching rule returns all parts as they were drawn, so that every device draws its part alone; a lookup of each
+    replica's part would gather the draw.
+    """
+
+    def draw_all(key: jax.Array, replicas: int) -> jax.Array:
+        rows, *rest = shape
+        return jax.random.bernoulli(key, probability, (replicas * rows, *rest)).reshape(replicas, *shape)
+
+    @jax.custom_batching.custom_vmap
+    def draw(key: jax.Array, replica: jax.Array) -> jax.Array:
+        return draw_all(key, jax.lax.axis_size(REPLICAS))[replica]
+
+    draw.def_vmap(lambda replicas, is_batched, key, replica: (draw_all(key, replicas), True))
+    return draw(key, jax.lax.axis_index(REPLICAS))
+
+
+def dropout_of(
+    config: ModelConfig, deterministic: bool, placement: Placement | None
+) -> Callable[[jax.Array], jax.Array]:
     """Dropout of activations in config.dtype; the factor 1 / (1 - rate) is applied in at least float32."""
-    dropout, dtype = (
-        nn.Dropout(config.dropout, deterministic=deterministic),
-        jnp.promote_types(config.dtype, jnp.float32),
-    )
+    if deterministic or not config.dropout:
+        return lambda x: x
+    dropout, dtype = Dropout(config.dropout, placement), jnp.promote_types(config.dtype, jnp.float32)
     return lambda x: dropout(x.astype(dtype)).astype(x.dtype)

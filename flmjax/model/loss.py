@@ -4,6 +4,7 @@ Both objectives of FreeLM (arXiv 2305.01616) are this loss. The sequence of a te
 "true" or "false"; the model judges correctly if the correct mark has the larger logit of the two.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -261,12 +262,12 @@ def _sharded_sums(
 
     A device sums its chunks' gradients of the table; their sum over the devices is computed once and scattered.
     """
-    local = Placement(placement.mesh, is_local=True)
+    local = dataclasses.replace(placement, is_local=True)
 
     def sums(x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> Any:
         loss_B, z_loss_B, gradients = _local_sums(x_BLD, table_VD, targets_BL, weights_BL, config, local, derivative)
         if derivative:
-            gradients = gradients[0], scattered_sum(gradients[1])
+            gradients = gradients[0], scattered_sum(gradients[1], placement)
         return loss_B, z_loss_B, gradients
 
     batch, table = placement.spec("batch"), placement.spec("vocab")

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from flmjax.config import ModelConfig
 from flmjax.model.attention import MASKED, with_plain_attention
-from flmjax.model.layers import Attention, Mlp, Norm, dropout_of
+from flmjax.model.layers import Attention, Mlp, Norm, constrain_gradient, dropout_of
 from flmjax.model.mup import scaling_table
 from flmjax.model.positions import Rotation, rotation
 from flmjax.sharding.axes import AxesTree, Params, axes_of, declare
@@ -40,7 +40,12 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Returns (B, L, D) and None: nn.scan expects a carry and a result to stack, and there is nothing to stack."""
         c = self.config
-        dropout = dropout_of(c, self.deterministic)
+        dropout = dropout_of(c, self.deterministic, self.placement)
+
+        def added(x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
+            # The gradient is gathered once for both products that read it.
+            y_BLD = constrain(self.placement, constrain_gradient(y_BLD, self.placement, GATHERED), *RESIDUAL)
+            return constrain(self.placement, x_BLD + dropout(y_BLD), *RESIDUAL)
 
         def normed(name: str, x_BLD: jax.Array) -> jax.Array:
             # The shard is normalised before it is gathered in config.dtype: the other order would gather float32.
@@ -50,9 +55,9 @@ class Block(nn.Module):
         y_BLD = Attention(c, self.placement, name="attention")(
             normed("attention_norm", x_BLD), rotation, segment_ids_BL
         )
-        x_BLD = constrain(self.placement, x_BLD + dropout(constrain(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
+        x_BLD = added(x_BLD, y_BLD)
         y_BLD = Mlp(c, self.placement, name="mlp")(normed("mlp_norm", x_BLD))
-        x_BLD = constrain(self.placement, x_BLD + dropout(constrain(self.placement, y_BLD, *RESIDUAL)), *RESIDUAL)
+        x_BLD = added(x_BLD, y_BLD)
         return x_BLD, None
 
 
@@ -100,7 +105,7 @@ class Transformer(nn.Module):
             init = declare(normal, length="index", embed="write")
             x_BLD = x_BLD + self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)[positions_BL]
         x_BLD = constrain(self.placement, x_BLD.astype(c.dtype), *RESIDUAL)
-        x_BLD = dropout_of(c, self.deterministic)(x_BLD)
+        x_BLD = dropout_of(c, self.deterministic, self.placement)(x_BLD)
         x_BLD, _ = self._layers()(x_BLD, rotation(c, positions_BL), segment_ids_BL)
         final_norm = Norm(c, last=True, factor=table["output"].forward, name="final_norm")
         x_BLD = constrain(self.placement, constrain(self.placement, final_norm(x_BLD), *RESIDUAL), *GATHERED)
@@ -172,7 +177,7 @@ def _lookup_backward(dtype: DTypeLike, placement: Placement | None, residuals: A
         places_BL = ids_BL - jax.lax.axis_index("tensor") * size
         places_BL = jnp.where(places_BL >= 0, places_BL, size)  # a negative place would count from the end
         zeros = jnp.zeros((size, rows_BLD.shape[-1]), rows_BLD.dtype)
-        return scattered_sum(zeros.at[places_BL].add(rows_BLD, mode="drop"))
+        return scattered_sum(zeros.at[places_BL].add(rows_BLD, mode="drop"), placement)
 
     batch, table = placement.spec("batch"), P(*placement.spec("vocab"), "fsdp")
     shard = jax.shard_map(local_sum, mesh=placement.mesh, in_specs=(batch, batch), out_specs=table, check_vma=False)
@@ -182,9 +187,10 @@ def _lookup_backward(dtype: DTypeLike, placement: Placement | None, residuals: A
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def scattered_sum(table_VD: jax.Array) -> jax.Array:
+def scattered_sum(table_VD: jax.Array, placement: Placement) -> jax.Array:
     """Inside of a shard_map: the sum over the data shards of a table (V, D), of which each device gets its columns."""
-    return jax.lax.psum(jax.lax.psum_scatter(table_VD, "fsdp", scatter_dimension=1, tiled=True), "replica")
+    columns_VD = jax.lax.psum_scatter(table_VD, "fsdp", scatter_dimension=1, tiled=True)
+    return columns_VD if placement.is_of_replica else jax.lax.psum(columns_VD, "replica")
 
 
 def _transposed(init: jax.nn.initializers.Initializer) -> Callable[..., jax.Array]:

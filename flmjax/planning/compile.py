@@ -80,7 +80,14 @@ class Compiler:
         spec, size, layout = self.spec(stage), stage.config.batch_size, stage.layout
         batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(spec.mesh))
         return compile_program(
-            jit_train_step(spec, layout.microbatches, ramp_of(stage), layout.overlap_collectives, layout.deterministic),
+            jit_train_step(
+                spec,
+                layout.microbatches,
+                ramp_of(stage),
+                layout.overlap_collectives,
+                layout.deterministic,
+                layout.gradient_reduction,
+            ),
             (spec.abstract, batch, np.float32(0)),
             self.topology,
             name=f"stages[{stage.index}] ({stage.name})",
@@ -156,8 +163,13 @@ class Compiler:
 
 def _beside(program: Program, arrays: Any) -> Program:
     """The program with abstract arrays that are in memory beside it counted as its arguments."""
-    size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    size = bytes_of_device(arrays)
     return dataclasses.replace(program, arguments=program.arguments + size, peak=program.peak + size)
+
+
+def bytes_of_device(arrays: Any) -> int:
+    """Bytes of one device's shards of a tree of abstract arrays."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def teachers_of(data: DataConfig) -> tuple[bool, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from flmjax.planning.compile import Compiler
 from flmjax.planning.exchanges import Collective, Timeline, Transfer
 from flmjax.planning.planner import compile_step, growth_plan
 from flmjax.planning.program import Program
-from flmjax.planning.roofline import fused_attention_flops, step_time
+from flmjax.planning.roofline import fused_attention_flops, replica_sum, step_time
 from flmjax.planning.topology import PACKAGES, TooLargeError, Topology, parse_topology
 from flmjax.text_table import duration, text_table
 
@@ -368,7 +368,6 @@ def seconds(model: ModelConfig, batch_size: int, microbatches: int, mesh: MeshSh
 def _exchanges(model: ModelConfig, tokens: int, microbatches: int, mesh: MeshShape, node_size: int) -> list[Collective]:
     """The collectives of a step on `tokens` tokens."""
     weights = 2 * model.num_layers * block_matrices(model) / mesh.tensor  # bytes in bfloat16, of a tensor group
-    around = mesh.tensor * mesh.fsdp
     in_node = max(1, min(mesh.fsdp, node_size // mesh.tensor))
     share = (mesh.fsdp - 1) / mesh.fsdp
     stream = tokens / (mesh.data_shards) * model.embed_dim * 2 * model.num_layers
@@ -380,8 +379,6 @@ def _exchanges(model: ModelConfig, tokens: int, microbatches: int, mesh: MeshSha
         Collective("all-gather", "bf16", mesh.tensor, 1, mesh.tensor, 1, 6 * stream, 0),
         Collective("reduce-scatter", "bf16", mesh.tensor, 1, mesh.tensor, 1, 5 * stream, 0),
     ]
-    if mesh.replica > 1:
-        sent = 2 * (mesh.replica - 1) / mesh.replica * microbatches * weights / mesh.fsdp
-        in_node = max(1, min(mesh.replica, node_size // around)) if around <= node_size else 1
-        exchanges.append(Collective("all-reduce", "bf16", mesh.replica, around, in_node, 1, sent, 0))
+    # Gradients in float32 are summed over the replicas once a step.
+    exchanges.append(replica_sum(2 * weights / mesh.fsdp, mesh, node_size))
     return [exchange for exchange in exchanges if exchange.group > 1]

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from flmjax.config import MeshShape, Remat
+from flmjax.config import GradientReduction, MeshShape, Remat
 from flmjax.hardware import PlannableChip
 from flmjax.planning.calendar import Calendar, Operation
 from flmjax.planning.cost import Bill, Published, StageCost
@@ -48,6 +48,28 @@ class Saves:
 
 
 @dataclasses.dataclass(frozen=True)
+class SumCost:
+    """Sums of the gradients over the replicas in a step: bytes that a device sends, and seconds of its links."""
+
+    bytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaSums:
+    """When a stage sums its gradients over the replicas of its mesh, and the costs of both settings, by arithmetic.
+
+    Attributes:
+        reduction: the stage's setting.
+        step, microbatch: costs of one sum in a step, and of one in every microbatch.
+    """
+
+    reduction: GradientReduction
+    step: SumCost
+    microbatch: SumCost
+
+
+@dataclasses.dataclass(frozen=True)
 class StagePlan:
     """One stage on the machine; FLOPs, bytes and times are those of one update.
 
@@ -62,6 +84,7 @@ class StagePlan:
         bill: of all updates of the stage at the estimated step time.
         evaluations, saves: pauses of the stage.
         published: the paper's figures of the stage; None for other stages than the paper's.
+        replica_sums: None where the mesh has one replica or the batch one microbatch: there is no choice.
     """
 
     cost: StageCost
@@ -78,6 +101,7 @@ class StagePlan:
     evaluations: Evaluations
     saves: Saves
     published: Published | None
+    replica_sums: ReplicaSums | None = None
 
     @property
     def executed_flops(self) -> float:

@@ -11,16 +11,24 @@ from flmjax.model.flops import flops_per_token, num_parameters
 from flmjax.planning import cost
 from flmjax.planning.calendar import SECONDS_A_DAY, Operation, Phase, best_interval, calendar
 from flmjax.planning.calendar import hours_between_failures as default_hours
-from flmjax.planning.compile import Compiler
+from flmjax.planning.compile import Compiler, bytes_of_device
 from flmjax.planning.cost import Machine, Published
-from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, Saves, StagePlan
+from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, ReplicaSums, Saves, StagePlan, SumCost
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import (
     StepTime,
+<<<<<<< HEAD
     certificate_time,
     fused_attention_flops,
     growth_time,
     peak_rate,
+=======
+    fused_attention_flops,
+    growth_time,
+    link_seconds,
+    peak_rate,
+    replica_sum,
+>>>>>>> ce796cd
     step_time,
 )
 from flmjax.planning.topology import XLA_PLATFORMS, parse_topology
@@ -151,7 +159,18 @@ def stage_plan(
         evaluations=evaluations(compiler, stage, machine),
         saves=saves(compiler, stage, step, operation),
         published=published,
+        replica_sums=replica_sums(compiler, stage),
     )
+
+
+def replica_sums(compiler: Compiler, stage: Stage) -> ReplicaSums | None:
+    """Costs of summing a stage's gradients over the replicas once a step, and in every microbatch."""
+    mesh, layout, topology = compiler.mesh_shape(stage), stage.layout, compiler.topology
+    if mesh.replica == 1 or layout.microbatches == 1:
+        return None
+    one = replica_sum(bytes_of_device(compiler.spec(stage).abstract.params), mesh, topology.node_size)
+    sums = {n: SumCost(n * one.bytes, n * link_seconds(topology.chip, one)) for n in (1, layout.microbatches)}
+    return ReplicaSums(layout.gradient_reduction, step=sums[1], microbatch=sums[layout.microbatches])
 
 
 def evaluations(compiler: Compiler, stage: Stage, machine: Machine) -> Evaluations:

@@ -218,16 +218,30 @@ def peak_rate(chip: Chip, model: ModelConfig) -> float:
     return chip.bfloat16 if model.dtype == "bfloat16" else chip.float32
 
 
+def replica_sum(size: float, mesh: MeshShape, node_size: int) -> Collective:
+    """One sum over the replicas of a mesh of float32 arrays with `size` bytes on every device, on a ring.
+
+    Example: 6 GB of gradients over 3 replicas send 6 x 2 x 2 / 3 = 8 GB.
+
+    Args:
+        node_size: consecutive devices that intra-node links join.
+    """
+    n, stride = mesh.replica, mesh.fsdp * mesh.tensor
+    in_node = max(1, min(n, node_size // stride))
+    return Collective("all-reduce", "f32", n, stride, in_node, 1, size * 2 * (n - 1) / n, int(size))
+
+
 def growth_time(chip: PlannableChip, program: Program, assumed: Assumptions = Assumptions()) -> float:
     """Seconds of a growth: its exchanges, none of them hidden, and its reads and writes of HBM.
 
     Arguments are read and outputs written once, temporaries written and read.
     """
-    exchanges = sum(x.bytes / (link_bandwidth(chip, x) * assumed.link) for x in program.collectives)
+    exchanges = sum(link_seconds(chip, exchange, assumed) for exchange in program.collectives)
     moved = program.arguments + program.outputs + 2 * program.temporaries
     return exchanges + moved / (chip.bandwidth * assumed.memory)
 
 
+<<<<<<< HEAD
 def certificate_time(
     chip: PlannableChip, program: Program, model: ModelConfig, assumed: Assumptions = Assumptions()
 ) -> float:
@@ -242,6 +256,11 @@ def certificate_time(
     if model.dtype != "float32":
         products += program.matmul_flops / 3 / (chip.float32 * assumed.matmul)
     return growth_time(chip, program, assumed) + products
+=======
+def link_seconds(chip: PlannableChip, exchange: Collective, assumed: Assumptions = Assumptions()) -> float:
+    """Seconds of the links that an exchange takes, hidden or not."""
+    return exchange.bytes / (link_bandwidth(chip, exchange) * assumed.link)
+>>>>>>> ce796cd
 
 
 def link_bandwidth(chip: PlannableChip, exchange: Collective) -> float:

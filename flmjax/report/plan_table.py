@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 
-from flmjax.config import ConfigError, RunConfig
+from flmjax.config import ConfigError, GradientReduction, RunConfig
 from flmjax.hardware import A800, PlannableChip
 from flmjax.planning import cost
-from flmjax.planning.plan import GrowthPlan, Plan, StagePlan
+from flmjax.planning.plan import GrowthPlan, Plan, ReplicaSums, StagePlan, SumCost
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import Assumptions
 from flmjax.planning.topology import PACKAGES
@@ -46,6 +46,7 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("model FLOPs a step", lambda s: short(s.model_flops, "FLOP")),
         row("executed, a device", lambda s: short(s.executed_flops, "FLOP")),
         *_exchanges(plan, [s.program for s in stages]),
+        *_replica_sum_rows(stages),
         row("rematerialisations", lambda s: str(s.program.rematerialisations)),
         row("compiled in", lambda s: f"{s.program.compile_seconds:.0f} s"),
         row("step", lambda s: duration(s.step.seconds)),
@@ -83,6 +84,26 @@ def _traffic_rows(stages: Sequence[StagePlan]) -> list[Row]:
     if any(stage.step.untold for stage in stages):
         rows.append(["  exposed, not told by the program", *(duration(stage.step.untold) for stage in stages)])
     return rows
+
+
+def _replica_sum_rows(stages: Sequence[StagePlan]) -> list[Row]:
+    """Rows of the sums of gradients over replicas: the stages' setting, and the costs of both settings."""
+    if all(stage.replica_sums is None for stage in stages):
+        return []
+    words: dict[GradientReduction, str] = {"step": "once a step", "microbatch": "every microbatch"}
+
+    def row(label: str, cell: Callable[[ReplicaSums], str]) -> Row:
+        sums = [stage.replica_sums for stage in stages]
+        return [label, *("-" if one is None else cell(one) for one in sums)]
+
+    def cost_words(sums: SumCost) -> str:
+        return f"{sums.bytes / 1e9:.1f} GB, {sums.seconds:.2f} s"
+
+    return [
+        row("gradients summed over replicas", lambda s: words[s.reduction]),
+        row(f"  {words['step']}", lambda s: cost_words(s.step)),
+        row(f"  {words['microbatch']}", lambda s: cost_words(s.microbatch)),
+    ]
 
 
 def growth_rows(plan: Plan, title: str = "", arrow: str = "→") -> list[Row]:

@@ -31,6 +31,8 @@ ACTIVATION_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
 }
 
+REPLICAS = "replicas"  # name of the axis of a vmap over the replicas of a batch
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -41,10 +43,12 @@ class Placement:
     Attributes:
         mesh: of the devices.
         is_local: whether arrays are the shards of one device, inside of a shard_map over the mesh.
+        is_of_replica: whether arrays are those of one replica, inside of a vmap over the axis REPLICAS.
     """
 
     mesh: Mesh
     is_local: bool = False
+    is_of_replica: bool = False
 
     @property
     def is_single_cpu(self) -> bool:
@@ -53,7 +57,8 @@ class Placement:
 
     def spec(self, *names: str | None) -> P:
         """PartitionSpec of an activation with the logical axes `names`; None is a dimension that is not sharded."""
-        return P(*(ACTIVATION_RULES[name] for name in names))
+        rules = {**ACTIVATION_RULES, "batch": "fsdp"} if self.is_of_replica else ACTIVATION_RULES
+        return P(*(rules[name] for name in names))
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """Pin `x` to the sharding of its logical axes `names`."""

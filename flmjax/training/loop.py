@@ -76,7 +76,9 @@ def run_stage(
         if step >= end:  # resumed after the mask was removed
             continue
         layout = stage.layout
-        train_step = jit_train_step(spec, layout.microbatches, mask, layout.overlap_collectives, layout.deterministic)
+        train_step = jit_train_step(
+            spec, layout.microbatches, mask, layout.overlap_collectives, layout.deterministic, layout.gradient_reduction
+        )
         while step < end:
             state, metrics = train_step(state, next(batches), np.float32(rate(step)))
             step += 1

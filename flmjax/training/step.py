@@ -8,16 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from flmjax.config import ModelConfig
+from flmjax.config import GradientReduction, ModelConfig
 from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
 from flmjax.hardware import compiler_options
 from flmjax.model.loss import divisor, loss_sums, teacher_means
+from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.reshard import divides, reshard
-from flmjax.sharding.rules import Placement, batch_sharding, replicated
+from flmjax.sharding.rules import REPLICAS, Placement, batch_sharding, replicated, tree_shardings
 from flmjax.training.state import StateSpec, TrainState
 
 Batch = dict[str, jax.Array]
@@ -53,19 +56,61 @@ def gradients(
     config: ModelConfig,
     placement: Placement | None,
     microbatches: int = 1,
+    reduction: GradientReduction = "step",
 ) -> tuple[dict[str, jax.Array], Params]:
-    """(sums of model.loss.loss_sums over the batch, gradients of the loss divided by the weight of the targets)."""
+    """(sums of model.loss.loss_sums over the batch, gradients of the loss divided by the weight of the targets).
 
-    def loss(params: Params, part: Batch, key: jax.Array) -> Any:
-        return loss_sums(params, part, config, placement, key if config.dropout else None)
-
-    def value_and_grad(params: Params, part: Batch, key: jax.Array) -> Any:
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, part, key)
-        return sums, grads
-
-    sums, grads = accumulate(value_and_grad, microbatches)(params, batch, key)
+    Args:
+        reduction: "microbatch": gradients are summed over all devices in every microbatch. "step": over fsdp and tensor
+            in every microbatch, over the replicas once: each replica adds up its own microbatches.
+    """
+    if placement is None or placement.mesh.shape["replica"] == 1 or microbatches == 1 or reduction == "microbatch":
+        sums, grads = accumulate(sums_and_gradients(config, placement), microbatches)(params, batch, key)
+    else:
+        sums, grads = over_replicas(config, placement, microbatches)(params, batch, key)
     weight = divisor(sums["weight"])
     return sums, jax.tree.map(lambda g: g / weight, grads)
+
+
+def sums_and_gradients(config: ModelConfig, placement: Placement | None) -> Callable[..., Any]:
+    """Function (params, batch, key) -> (sums of loss_sums, gradients of the sum that training minimises)."""
+
+    def loss(params: Params, batch: Batch, key: jax.Array) -> Any:
+        return loss_sums(params, batch, config, placement, key if config.dropout else None)
+
+    def value_and_grad(params: Params, batch: Batch, key: jax.Array) -> Any:
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        return sums, grads
+
+    return value_and_grad
+
+
+def over_replicas(config: ModelConfig, placement: Placement, microbatches: int) -> Callable[..., Any]:
+    """The accumulated sums_and_gradients, added up over the replicas after the last microbatch.
+
+    The sequences of a batch are split over (replica, fsdp), replica first, so that a replica's are R neighbouring parts
+    and every device keeps the sequences that it holds. The sums of all replicas have a leading axis R, which is sharded
+    over `replica`: a device has no larger arrays than without it.
+    """
+    mesh = placement.mesh
+    replicas = mesh.shape["replica"]
+    of_replica = dataclasses.replace(placement, is_of_replica=True)
+    value_and_grad = sums_and_gradients(config, of_replica)
+    shardings = tree_shardings(mesh, abstract_params(config)[1])
+
+    def pinned(params: Params, part: Batch, key: jax.Array) -> Any:
+        sums, grads = value_and_grad(params, part, key)
+        return sums, jax.lax.with_sharding_constraint(grads, shardings)
+
+    def summed(params: Params, batch: Batch, key: jax.Array) -> Any:
+        parts = jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), batch)
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P("replica", "fsdp")))
+        of_each = jax.vmap(
+            accumulate(pinned, microbatches), (None, 0, None), axis_name=REPLICAS, spmd_axis_name="replica"
+        )
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), of_each(params, parts, key))
+
+    return summed
 
 
 def train_step(
@@ -76,6 +121,7 @@ def train_step(
     spec: StateSpec,
     microbatches: int,
     ramp: Ramp | None = None,
+    reduction: GradientReduction = "step",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. If the loss, a gradient or a new parameter is not finite, nothing changes and the skip is counted.
 
@@ -87,6 +133,7 @@ def train_step(
         microbatches: number of parts that the batch is computed in.
         ramp: a growth mask that is still opening. Masked parameters have a gradient of 0 at the mask's first update
             only; weight decay shrinks them in that update too.
+        reduction: when gradients are summed over the replicas; see `gradients`.
 
     Returns:
         The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, skipped_updates (skips in a row),
@@ -100,7 +147,7 @@ def train_step(
     params, pull_back = state.params, None
     if ramp is not None:  # once for all microbatches
         params, pull_back = jax.vjp(lambda stored: ramp.at(stored, state.step), state.params)
-    sums, grads = gradients(params, batch, key, spec.config, placement, microbatches)
+    sums, grads = gradients(params, batch, key, spec.config, placement, microbatches, reduction)
     if pull_back is not None:
         grads = pull_back(grads)[0]
     # Pinned, else the partitioner may not shard the gradients.
@@ -138,6 +185,7 @@ def jit_train_step(
     ramp: Ramp | None = None,
     overlap_collectives: bool = True,
     deterministic: bool = False,
+    reduction: GradientReduction = "step",
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted train_step: (state, batch, learning_rate) -> (state, metrics). The state is donated.
 
@@ -146,7 +194,7 @@ def jit_train_step(
     """
     options = compiler_options(spec.mesh.devices.flat[0].platform, overlap_collectives, deterministic)
     return jax.jit(
-        functools.partial(train_step, spec=spec, microbatches=microbatches, ramp=ramp),
+        functools.partial(train_step, spec=spec, microbatches=microbatches, ramp=ramp, reduction=reduction),
         in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),
         out_shardings=(spec.shardings, replicated(spec.mesh)),
         donate_argnums=0,
