@@ -12,8 +12,8 @@ from flmjax.planning.calendar import (
     Phase,
     best_interval,
     calendar,
+    default_hours_between_failures,
     expected_seconds,
-    hours_between_failures,
     simulated_seconds,
 )
 
@@ -60,5 +60,5 @@ def test_a_calendar_adds_its_phases():
 
 
 def test_failures_grow_with_the_machine():
-    assert hours_between_failures(192) == pytest.approx(125)  # 1e-3 a device and day
-    assert hours_between_failures(384) == pytest.approx(62.5)
+    assert default_hours_between_failures(192) == pytest.approx(125)  # 1e-3 a device and day
+    assert default_hours_between_failures(384) == pytest.approx(62.5)

@@ -26,6 +26,7 @@ from flmjax.planning.layout_search import (
     with_layouts,
 )
 from flmjax.planning.program import Program
+from flmjax.planning.roofline import certificate_time, growth_time
 from flmjax.planning.topology import USABLE, TooLargeError, Topology
 
 MODEL = ModelConfig(
@@ -89,13 +90,16 @@ def test_state_and_gradients_are_cut_over_all_shards():
 
 def test_a_second_forward_pass_takes_the_time_of_its_work():
     fast = machine(70, inter_node=1e18, intra_node=1e18)
-    full, dots = (
-        seconds(dataclasses.replace(MODEL, remat=remat), 96, 1, MeshShape(1, 16, 1), fast) for remat in ("full", "dots")
+    full, dots, none = (
+        seconds(dataclasses.replace(MODEL, remat=remat), 96, 1, MeshShape(1, 16, 1), fast)
+        for remat in ("full", "dots", "none")
     )
     tokens = 96 * 2048 / 16
     products = 2 * 4 * 12 * 1024**2 * tokens / (312e12 * 0.75)
     between = 40 * 1024 * 4 * tokens / (2039e9 * 0.8)
-    assert full - dots == pytest.approx(products + between, rel=1e-6)
+    attention = 2 * 4 * 1024 * 2048 * tokens / (312e12 * 0.5)
+    assert full - dots == pytest.approx(products, rel=1e-6)
+    assert dots - none == pytest.approx(between + attention, rel=1e-6)
 
 
 def test_microbatches_and_remat_take_time():
@@ -106,8 +110,8 @@ def test_microbatches_and_remat_take_time():
         return seconds(model, 96, microbatches, MeshShape(1, 16, 1), slow)
 
     assert step(dots, 1) < step(full, 1) < step(full, 3)
-    # Weights go out twice and gradients come back once for each microbatch: two more cost twice the first one's.
-    moved = 3 * 2 * 4 * 12 * 1024**2 * 15 / 16 / (8e9 * 0.75)
+    # Weights go out twice with 2 bytes and gradients come back with 4 in every microbatch.
+    moved = (2 * 2 + 4) * 4 * 12 * 1024**2 * 15 / 16 / (8e9 * 0.75)
     assert step(full, 3) - step(full, 2) == pytest.approx(moved, rel=1e-6)
 
 
@@ -226,8 +230,11 @@ def test_a_search_compiles_until_enough_layouts_of_every_stage_fit(monkeypatch):
         assert best == layouts[0]
     assert result.tried == 4
     assert result.possible == sum(len(estimates(stage, topology)) for stage in CONFIG.schedule)
-    days = sum(n * x.seconds for n, x in zip((100, 50), result.best, strict=True)) / 86_400
-    assert result.days == pytest.approx(days)
+    steps = sum(n * x.seconds for n, x in zip((100, 50), result.best, strict=True))
+    growth = growth_time(topology.chip, program(10, "growth"))
+    certificate = certificate_time(topology.chip, program(32.0, "certificate"), CONFIG.schedule[1].model)
+    assert certificate > 1
+    assert result.days == pytest.approx((steps + growth + certificate) / 86_400)
     assert result.peak == max(32 * GiB, *(x.peak for x in result.best))
     text = layout_table(result, ["small", "large"])
     assert f"compiled: 4 of {result.possible} layouts that may fit" in text

@@ -251,6 +251,17 @@ def test_a_plan_has_every_program_of_a_run(monkeypatch):
     assert plan.expected.days == plan.calendar.expected
 
 
+@pytest.mark.parametrize(
+    ("hours", "cure"), [(0.05, "no interval is short enough"), (0.5, r"every_minutes=\d+\.\d would")]
+)
+def test_a_run_that_fails_before_it_saves_is_refused(hours, cure, monkeypatch):
+    """Its days overflowed, or were simulated for ever."""
+    monkeypatch.setattr(planner, "Compiler", FakeCompiler)
+    rare = dataclasses.replace(THREE_STAGES, checkpoint=CheckpointConfig(every=10**7))
+    with pytest.raises(ConfigError, match=rf"stage small would hardly end: .*; .*{cure} .*\(--hours-b"):
+        make_plan(rare, None, hours_between_failures=hours)
+
+
 def test_more_failures_take_more_days(monkeypatch):
     monkeypatch.setattr(planner, "Compiler", FakeCompiler)
     long = dataclasses.replace(

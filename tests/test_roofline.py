@@ -11,7 +11,15 @@ from flmjax.hardware import A800, Chip, GiB, chip_of
 from flmjax.planning.exchanges import Collective, Schedule, Timeline, Transfer, Work
 from flmjax.planning.hlo import Module
 from flmjax.planning.products import MatrixProducts
-from flmjax.planning.roofline import Assumptions, fused_attention_flops, link_bandwidth, step_time
+from flmjax.planning.program import Program
+from flmjax.planning.roofline import (
+    Assumptions,
+    certificate_time,
+    fused_attention_flops,
+    growth_time,
+    link_bandwidth,
+    step_time,
+)
 from flmjax.planning.topology import devices_of, parse_topology
 from flmjax.sharding import mesh as mesh_module
 from flmjax.sharding.mesh import check_slices
@@ -48,6 +56,17 @@ def test_a_step_time_is_the_sum_of_its_parts():
     assert time.traffic(is_tensor=False) == pytest.approx((1.0 + 2.0, 0.0))
     assert time.update == pytest.approx(1.0)
     assert time.seconds == pytest.approx(2 + 4 + between + 1 + 3 + 1)
+
+
+def test_a_certificate_takes_its_products_in_two_dtypes():
+    sizes = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "peak", "matmul_flops"), 0)
+    sizes |= {"rematerialisations": 0, "compile_seconds": 1.0}
+    empty = Program(name="certificate", advice="", collectives=(NETWORK,), **sizes)
+    model = dataclasses.replace(TINY, dtype="bfloat16")
+    assert certificate_time(A800, empty, model, HALF) == growth_time(A800, empty, HALF) == 1.0
+    program = dataclasses.replace(empty, matmul_flops=312e12)
+    # 2 s in bfloat16; half as many products in float32, at 156 / 8 of 312 TFLOP/s.
+    assert certificate_time(A800, program, model, HALF) == pytest.approx(1 + 2 + 2 / 2 * 16)
 
 
 SECOND = Work(flops=156e12)  # at half of the peak

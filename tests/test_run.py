@@ -5,14 +5,16 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from run_cases import ALTERNATING, APART, assert_same_run, batches, make_lab, start
 
-from flmjax.config import MeshShape, from_config_dict
+from flmjax.config import CheckpointConfig, MeshShape, RunConfig, from_config_dict
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepared import load
 from flmjax.growth.growth import Growth
@@ -20,6 +22,7 @@ from flmjax.growth.ramp import masked
 from flmjax.model.loss import loss_sums
 from flmjax.sharding.mesh import make_mesh
 from flmjax.text_table import printable
+from flmjax.training.loop import Run
 from flmjax.training.state import state_spec
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import read_metrics
@@ -50,6 +53,23 @@ def test_a_run_writes_its_files_and_metrics(lab):
     assert [line["tokens"] for line in lines if line["kind"] == "train"][-1] == 15 * 4 * 32 + 15 * 6 * 32
     assert len(batches(straight)) == 30
     assert len(set.union(*batches(straight).values())) == 30  # no batch came twice
+
+
+def test_processes_save_by_the_clock_of_one(monkeypatch):
+    """A process whose clock says otherwise would wait for the save of the others for ever."""
+    checkpoint = CheckpointConfig(every=10**6, every_minutes=30)
+    run = SimpleNamespace(config=RunConfig(checkpoint=checkpoint, log_every=10), saved_at=time.monotonic())
+    run.are_minutes_over = lambda: Run.are_minutes_over(run)
+    stage = RunConfig().schedule[0]
+
+    def due(step, minutes_ago):
+        run.saved_at = time.monotonic() - 60 * minutes_ago
+        return Run.is_save_due(run, step, stage)
+
+    assert [due(20, 31), due(21, 31), due(20, 29)] == [True, False, False]
+    for answer in (True, False):
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _, answer=answer: np.bool_(answer))
+        assert due(20, 0) == due(20, 99) == answer
 
 
 def test_kill_between_saves_loses_nothing(lab):

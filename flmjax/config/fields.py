@@ -292,5 +292,6 @@ class CheckpointConfig:
     """
 
     every: PositiveInt = 100  # steps
-    every_minutes: PositiveFloat | None = None  # since the last checkpoint, beside `every`; None: no limit of time
+    # Minutes since the last checkpoint, beside `every`; read every log_every steps. None: no limit of time.
+    every_minutes: PositiveFloat | None = None
     keep: PositiveInt = 3  # newest checkpoints

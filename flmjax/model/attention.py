@@ -36,8 +36,7 @@ def attend(
         q_BLHK: queries, positions applied. k_BLGK, v_BLGK: keys and values.
         segment_ids_BL: number of the document that each token of a packed sequence belongs to, or None.
         implementation: "plain", "cudnn" (GPU), "splash" (TPU; on other platforms interpreted, which is slow), or
-            "fused", the backend that `choose` returns for the platform; "plain" where that is splash, and the length
-            is no multiple of 128.
+            "fused", for which `choose` decides.
         placement: the activations' sharding (sharding.rules.Placement); splash runs under a shard_map over its mesh.
 
     Returns:
@@ -47,21 +46,21 @@ def attend(
         ConfigError: for an unknown backend, or one that cannot honour segment ids or the length.
     """
     if implementation == "fused":
-        implementation = choose(platform_of(placement), q_BLHK.dtype, segment_ids_BL is not None)
-        if implementation == "splash" and q_BLHK.shape[1] % SPLASH_BLOCKS[-1]:
-            implementation = "plain"
+        length, is_segmented = q_BLHK.shape[1], segment_ids_BL is not None
+        implementation = choose(platform_of(placement), q_BLHK.dtype, is_segmented, length)
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"attention='{implementation}'{nearest(implementation, ('fused', *IMPLEMENTATIONS))}")
     return IMPLEMENTATIONS[implementation](q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, placement)
 
 
-def choose(platform: str, dtype: str | np.dtype[Any], segmented: bool) -> str:
+def choose(platform: str, dtype: str | np.dtype[Any], segmented: bool, length: int) -> str:
     """Name of the backend that "fused" stands for.
 
     Args:
         platform: "tpu", "gpu" or "cpu". dtype: dtype of the queries. segmented: whether there are segment ids.
+        length: number of tokens; splash needs a multiple of 128.
     """
-    if platform == "tpu":
+    if platform == "tpu" and length % SPLASH_BLOCKS[-1] == 0:
         return "splash"
     if platform == "gpu" and not segmented and jnp.dtype(dtype).itemsize == 2:  # cuDNN's kernels are for 16 bits
         return "cudnn"

@@ -52,7 +52,7 @@ class Operation:
         return self.hours_between_failures * 3600
 
 
-def hours_between_failures(devices: int) -> float:
+def default_hours_between_failures(devices: int) -> float:
     """Mean time between failures of `devices` devices together, at FAILURES_A_DEVICE_DAY."""
     return 24 / (FAILURES_A_DEVICE_DAY * devices)
 

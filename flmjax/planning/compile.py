@@ -124,7 +124,7 @@ class Compiler:
         if stage.layout.attention != "fused":
             return stage.layout.attention
         platform = self.devices[0].platform
-        return choose(platform, stage.model.dtype, self.batch_kind.segments)
+        return choose(platform, stage.model.dtype, self.batch_kind.segments, stage.model.max_length)
 
     def growth(self, stage: Stage) -> Program:
         """The growth from the previous stage into `stage`; raises as `step`."""

@@ -116,6 +116,7 @@ class Schedule:
 
     def __init__(self, products: MatrixProducts, node_size: int):
         self.module, self.products, self.node_size = products.module, products, node_size
+        self._cached_attention = functools.cache(self._attention)
         self._chains: set[str] = set()  # collectives of a TPU that run in parts, one part in each of several fusions
 
     def attention_products(self) -> float:
@@ -177,10 +178,9 @@ class Schedule:
         """Computation in one execution of an instruction."""
         attention = _attention(instruction)
         for name, count in self.module.called(instruction):
-            attention += count * self._attention(name)
+            attention += count * self._cached_attention(name)
         return Work(self.products.instruction_flops(computation, instruction), attention)
 
-    @functools.cache  # noqa: B019 - lives as long as the reading of one program
     def _attention(self, name: str) -> float:
         return sum(self._work(name, instruction).attention for instruction in self.module.computations[name].values())
 

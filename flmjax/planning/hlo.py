@@ -70,6 +70,7 @@ class Module:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
+        self._counted = functools.cache(self._counts)
         partitions = re.search(r"num_partitions=(\d+)", text)
         self.num_partitions = int(partitions[1]) if partitions else 1
         current: dict[str, Instruction] | None = None
@@ -96,7 +97,7 @@ class Module:
             ValueError: for a loop whose number of iterations cannot be read, if there is something to count in it.
         """
         for key, name in instruction.called():
-            if key != "condition" and name in self.computations and self._counts(name):
+            if key != "condition" and name in self.computations and self._counted(name):
                 yield name, self.trips(instruction) if key == "body" else 1
 
     def executions(self) -> dict[str, int]:
@@ -116,14 +117,13 @@ class Module:
         visit(self.entry, 1)
         return times
 
-    @functools.cache  # noqa: B019 - a module lives as long as the reading of one program
     def _counts(self, name: str) -> bool:
         """Whether a computation has, or calls, something to count: a matrix product, a kernel or a collective."""
         return any(
             instruction.operation in ("dot", "convolution", "send")
             or _KERNEL.search(instruction.line)
             or instruction.operation.removesuffix("-start") in KINDS
-            or any(other in self.computations and self._counts(other) for _, other in instruction.called())
+            or any(other in self.computations and self._counted(other) for _, other in instruction.called())
             for instruction in self.computations[name].values()
         )
 

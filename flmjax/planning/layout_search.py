@@ -224,7 +224,7 @@ class _Growths:
                 _require_fit(program, topology)
         except TooLargeError as error:
             return error
-        return growth.seconds, max(program.peak for program in growth.programs)
+        return growth.seconds + growth.certificate_seconds, max(program.peak for program in growth.programs)
 
 
 def _require_fit(program: Program, topology: Topology) -> None:
@@ -323,7 +323,7 @@ def memory(model: ModelConfig, mesh: MeshShape, sequences: int, microbatches: in
         sequences: of one microbatch, on all devices.
     """
     width, copied = (2, 2) if model.dtype == "bfloat16" else (4, 0)
-    tokens = sequences * model.max_length / (mesh.data_shards)  # of a microbatch, on one tensor group
+    tokens = sequences * model.max_length / mesh.data_shards  # of a microbatch, on one tensor group
     heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
     outputs = {
         "full": 0,
@@ -370,12 +370,12 @@ def _exchanges(model: ModelConfig, tokens: int, microbatches: int, mesh: MeshSha
     weights = 2 * model.num_layers * block_matrices(model) / mesh.tensor  # bytes in bfloat16, of a tensor group
     in_node = max(1, min(mesh.fsdp, node_size // mesh.tensor))
     share = (mesh.fsdp - 1) / mesh.fsdp
-    stream = tokens / (mesh.data_shards) * model.embed_dim * 2 * model.num_layers
+    stream = tokens / mesh.data_shards * model.embed_dim * 2 * model.num_layers
     stream *= (mesh.tensor - 1) / mesh.tensor
     exchanges = [
-        # Weights are gathered forward and backward, gradients scattered, in every microbatch.
+        # Weights are gathered forward and backward, gradients scattered in float32, in every microbatch.
         Collective("all-gather", "bf16", mesh.fsdp, mesh.tensor, in_node, 1, 2 * microbatches * weights * share, 0),
-        Collective("reduce-scatter", "bf16", mesh.fsdp, mesh.tensor, in_node, 1, microbatches * weights * share, 0),
+        Collective("reduce-scatter", "f32", mesh.fsdp, mesh.tensor, in_node, 1, 2 * microbatches * weights * share, 0),
         Collective("all-gather", "bf16", mesh.tensor, 1, mesh.tensor, 1, 6 * stream, 0),
         Collective("reduce-scatter", "bf16", mesh.tensor, 1, mesh.tensor, 1, 5 * stream, 0),
     ]

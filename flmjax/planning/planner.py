@@ -9,31 +9,33 @@ from flmjax.config.validate import validate_meshes
 from flmjax.hardware import GiB, compiler_options
 from flmjax.model.flops import flops_per_token, num_parameters
 from flmjax.planning import cost
-from flmjax.planning.calendar import SECONDS_A_DAY, Operation, Phase, best_interval, calendar
-from flmjax.planning.calendar import hours_between_failures as default_hours
+from flmjax.planning.calendar import (
+    SECONDS_A_DAY,
+    Operation,
+    Phase,
+    best_interval,
+    calendar,
+    default_hours_between_failures,
+)
 from flmjax.planning.compile import Compiler, bytes_of_device
 from flmjax.planning.cost import Machine, Published
 from flmjax.planning.plan import Evaluations, GrowthPlan, Plan, ReplicaSums, Saves, StagePlan, SumCost
 from flmjax.planning.program import Program
 from flmjax.planning.roofline import (
     StepTime,
-<<<<<<< HEAD
     certificate_time,
-    fused_attention_flops,
-    growth_time,
-    peak_rate,
-=======
     fused_attention_flops,
     growth_time,
     link_seconds,
     peak_rate,
     replica_sum,
->>>>>>> ce796cd
     step_time,
 )
 from flmjax.planning.topology import XLA_PLATFORMS, parse_topology
 
 TILE_ROWS = {"bfloat16": 16, "float32": 8}  # of a TPU's tile; shards of incomplete tiles cannot be scattered
+
+MOST_FAILURES = 3  # expected failures from one save to the next in a plan: one attempt in 20 succeeds
 
 Log = Callable[[str], None]
 
@@ -57,7 +59,7 @@ def make_plan(
     meshes = validate_meshes(config, topology.num_devices)
     compiler = Compiler(config, topology)
     machine = cost.machine_of(topology.chip, topology.num_devices, price)
-    operation = Operation(hours_between_failures or default_hours(topology.num_devices))
+    operation = Operation(hours_between_failures or default_hours_between_failures(topology.num_devices))
     stages, growths = [], []
     for stage, published in zip(config.schedule, cost.published(costs), strict=True):
         if stage.previous is not None:
@@ -67,6 +69,7 @@ def make_plan(
         log(f"  {_size(step.program)}")
         log(f"evaluation of {stage.name}")
         stages.append(stage_plan(compiler, stage, machine, step, operation, published))
+        check_failures(stage.name, stages[-1].saves, operation)
         log(f"  {_size(stages[-1].evaluations.program)}")
     last = stages[-1]
     days = calendar(list(_phases(stages, growths)), _seconds(stages), operation)
@@ -227,6 +230,23 @@ def _phases(stages: Sequence[StagePlan], growths: Sequence[GrowthPlan]) -> Itera
             work += growth.seconds + growth.certificate_seconds
             work += sum(program.compile_seconds for program in growth.programs)
         yield Phase(work, min(stage.saves.interval, work), stage.saves.pause, stage.saves.restart)
+
+
+def check_failures(name: str, saves: Saves, operation: Operation) -> None:
+    """Refuse a run that fails so often that it hardly reaches the next save.
+
+    Raises:
+        ConfigError: naming the stage and the longest interval between saves that would do.
+    """
+    between = operation.seconds_between_failures
+    if saves.interval + saves.pause + saves.restart <= MOST_FAILURES * between:
+        return
+    longest = MOST_FAILURES * between - saves.pause - saves.restart
+    cure = f"checkpoint.every_minutes={longest / 60:.1f} would do" if longest > 60 else "no interval is short enough"
+    raise ConfigError(
+        f"stage {name} would hardly end: a failure every {between / 60:.3g} minutes, {saves.interval / 60:.0f} minutes "
+        f"from one save to the next, {saves.restart / 60:.0f} to restart; {cure} (--hours-between-failures)"
+    )
 
 
 def check_flops(name: str, *, executed: float, needed: float, rate: float, seconds: float) -> None:

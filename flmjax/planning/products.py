@@ -20,6 +20,7 @@ class MatrixProducts:
 
     def __init__(self, module: Module):
         self.module = module
+        self.computation_flops = functools.cache(self._computation_flops)
 
     def flops(self) -> float:
         """FLOPs of all products that a device executes.
@@ -29,8 +30,7 @@ class MatrixProducts:
         """
         return self.computation_flops(self.module.entry)
 
-    @functools.cache  # noqa: B019 - lives as long as the reading of one program
-    def computation_flops(self, name: str) -> float:
+    def _computation_flops(self, name: str) -> float:
         """FLOPs of one execution of a computation, with the computations that it calls; raises as `flops`."""
         instructions = self.module.computations[name].values()
         return sum(self.instruction_flops(name, instruction) for instruction in instructions)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from flmjax.config import RunConfig, Stage, to_json
@@ -233,17 +234,23 @@ class Run:
     def is_save_due(self, step: int, stage: Stage) -> bool:
         """Whether the state after update `step` of the run is saved.
 
-        The first update after a growth is saved too: the state before the growth has the number of the grown one.
+        The first update after a growth is saved too. Before it, the newest checkpoint is that of the old model, and a
+        resumed run would grow again.
         """
-        settings = self.config.checkpoint
         is_after_growth = stage.previous is not None and step == stage.start + 1
-        minutes = (time.monotonic() - self.saved_at) / 60
-        return (
-            step == stage.end
-            or step % settings.every == 0
-            or is_after_growth
-            or (settings.every_minutes is not None and minutes >= settings.every_minutes)
-        )
+        is_due = step == stage.end or step % self.config.checkpoint.every == 0 or is_after_growth
+        return is_due or (step % self.config.log_every == 0 and self.are_minutes_over())
+
+    def are_minutes_over(self) -> bool:
+        """Whether checkpoint.every_minutes have passed since the last save, by the clock of process 0.
+
+        All processes call it together: they save together, and clocks that disagree would let them wait for ever.
+        """
+        limit = self.config.checkpoint.every_minutes
+        if limit is None:
+            return False
+        is_over = (time.monotonic() - self.saved_at) / 60 >= limit
+        return bool(multihost_utils.broadcast_one_to_all(np.bool_(is_over)))
 
     def log(self, update: Fetched, stage: Stage, spec: StateSpec, clock: Clock) -> None:
         """Check the metrics of one update, and write them if due."""
