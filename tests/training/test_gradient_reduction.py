@@ -76,6 +76,14 @@ def test_both_reductions_equal_one_device(name):
             assert_equal_results(computed(config, MESH, reduction), expected, error)
 
 
+def test_gradients_of_a_bfloat16_model_are_summed_over_replicas_in_float32():
+    """The programs of both reductions differ in the order of sums alone; bfloat16 would round by 2e-3."""
+    config = with_fields(TINY, dtype="bfloat16")
+    once, often = (computed(config, MESH, reduction) for reduction in ("step", "microbatch"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(once[1])} == {np.dtype("float32")}
+    assert_equal_results(once, often, 1e-6)
+
+
 def test_splash_attention_is_computed_replica_by_replica():
     config = with_fields(TINY, max_length=128, num_layers=1)
     batch = uneven_batch(config)
@@ -105,13 +113,11 @@ def gradient_bytes(config):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_replicas_exchange_gradients_once_a_step_in_float32(dtype):
-    config = with_fields(TINY, remat="full", dtype=dtype)
+def test_replicas_exchange_gradients_once_a_step():
+    config = with_fields(TINY, remat="full")
     exchanges = between_replicas(config, "step")
     assert {count for count, _ in exchanges} == {1}
     sums = [one for _, one in exchanges if (one.kind, one.group, one.stride) == ("all-reduce", 2, NODE)]
-    assert {one.dtype for one in sums} == {"f32"}
     assert sum(one.bytes for one in sums) == pytest.approx(gradient_bytes(config), abs=16)  # and three sums of losses
     assert sum(one.bytes for _, one in exchanges) == pytest.approx(gradient_bytes(config), abs=600)  # and norms
 
