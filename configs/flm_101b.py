@@ -78,7 +78,7 @@ class Machine(NamedTuple):
 # The layouts of a800 are the fastest that `flmjax plan --search-layout` found; of TPUs one layout serves all stages.
 # Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside a node. Over fsdp 64 a
 # shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third of 16B's gradients are
-# reduced without scattering there. 2 x 32 x 4 scatters them, takes 1.3 GiB more and as long.
+# reduced without scattering there. Mesh 2 x 32 x 4 would scatter them; it takes the same time and 1.3 GiB more.
 MACHINES = {
     "a800": Machine(
         "a800:24x8",
@@ -124,7 +124,7 @@ OPERATORS = {
 
 
 def get_config(argument: str = ""):
-    """The run; `argument` has at most one word each for the machine, the stage and the operator."""
+    """The run; `argument` has at most one word each for machine, stage, operator and border."""
     words = choose_words(argument, machine=(*MACHINES, "cpu"), stage=STAGES, operator=OPERATORS, border=BORDERS)
     is_cpu = words["machine"] == "cpu"
     if words["stage"] and words["operator"]:
@@ -155,7 +155,7 @@ def _full(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> RunConfig:
 
 
 def _stages(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> tuple[StageConfig, ...]:
-    # Stated: 6,000 steps of 2160. A TPU slice's 64 data shards do not divide 2160: the same tokens in 5,625 of 2304.
+    # Stated: 6,000 steps of 2160, which a800's 48 data shards divide. Others take the same tokens in 5,625 of 2304.
     batch, steps, warmup = (2160, 6_000, 107) if machine == "a800" else (2304, 5_625, 100)
     stages = (
         StageConfig(
@@ -218,7 +218,7 @@ def _with_ramp(growth: GrowthConfig, updates: int) -> GrowthConfig:
 
 
 def _alone(run: RunConfig, index: int) -> RunConfig:
-    """The stage `index` of `run` from random weights: its model (the norm's epsilon is that of the grown width)."""
+    """A run of the stage `index` alone, from random weights. Its norm epsilon stays that of the grown model."""
     stage, unset = run.schedule[index], dict.fromkeys((*STAGE_SIZES, "initial_learning_rate"))
     config = dataclasses.replace(stage.config, growth=GrowthConfig(), **unset)
     return dataclasses.replace(run, model=stage.model, stages=(config,), certificate_rows=RunConfig.certificate_rows)

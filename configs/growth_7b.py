@@ -68,7 +68,7 @@ def get_config(argument: str = ""):
             activation="swiglu",
             position="rope",
             bias=False,
-            base_embed_dim=256,  # the width of FLM-101B's proxy, whose values the next two are
+            base_embed_dim=256,  # the width of FLM-101B's proxy; the next two values are the results of its search
             init_std=1.6e-2,
             softmax_temperature=2.0,
             dtype="bfloat16",
@@ -105,6 +105,7 @@ def get_config(argument: str = ""):
                 num_layers=32,
             ),
         ),
+        # English and Chinese of C4, as in flm_101b.py: pip install 'flmjax[data]'. Id 1432 is three line breaks.
         data=DataConfig(mixture="flm_c4", vocabulary="cl100k", end_id=1432),
         mesh=MeshConfig(topology=topology),  # every stage states its mesh
         checkpoint=CheckpointConfig(every=1000, every_minutes=30),

@@ -146,7 +146,7 @@ def test_the_table_has_a_row_for_each_figure():
     assert "saved at equal loss: not measured" in text
     assert "calendar: 7.0 days of steps; 7.5 days expected" in text
     assert "2.0 failures; 90 of 100 runs take at most 8.2 days" in text
-    assert lines["would lose least"][-2:] == ["15", "min"]
+    assert lines["best interval"][-2:] == ["15", "min"]
     assert "\nso it is\n" in f"{text}\n"
     unknown = plan_table(plan_of(50.0, exact=False))
     assert "bytes, memory and times are not those of the machine" in unknown

@@ -239,7 +239,7 @@ def test_a_certificate_below_its_tolerance_passes(tmp_path):
     row = certify(tmp_path, loss_before=1.5, loss_after=1.50001)
     expected = {"step": "4", "result": "✓ exact", "float32": "1.2e-06", "float64": "3.1e-15", "tolerance": "1e-04"}
     expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000", "family": "zero"}
-    expected |= {"own rounding": "1.3e-05", "rms": "2.5e-07", "largest at": "sequence 3, token 17"}
+    expected |= {"own rounding (run)": "1.3e-05", "rms (run)": "2.5e-07", "largest at (run)": "sequence 3, token 17"}
     expected |= {"KL": "2.5e-09", "gradient norm": "1.25 → 1.5"}
     expected |= {"compared": "4 sequences, 1,024 tokens", "sizes": "embed_dim 4 → 8, mlp_dim 8 → 16"}
     assert row == expected | {"growth": "small → large"}
@@ -249,7 +249,7 @@ def test_a_certificate_of_an_older_version_is_shown_with_dashes(tmp_path):
     make_workdir(tmp_path)
     row = certify(tmp_path, rms_difference=None, rounding=None, row=None, roundings=None)
     assert row["result"] == "✓ exact"
-    assert [row[name] for name in ("own rounding", "rms", "largest at")] == ["-", "-", "-"]
+    assert [row[name] for name in ("own rounding (run)", "rms (run)", "largest at (run)")] == ["-", "-", "-"]
 
 
 @pytest.mark.parametrize("difference", [2e-4, None, math.nan])

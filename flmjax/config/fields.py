@@ -187,9 +187,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageMeshConfig:
-    """Number of devices along each mesh axis in one stage. Without any, the stage has the run's mesh.
+    """Number of devices along each mesh axis in one stage. All None: the run's mesh.
 
-    Where a stage states an axis, an axis of None has the run's size, and fsdp=None takes all remaining devices.
+    Otherwise replica and tensor default to the run's, and fsdp to all remaining devices.
     """
 
     replica: PositiveInt | None = None

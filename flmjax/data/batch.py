@@ -83,7 +83,7 @@ def data_host(sharding: jax.sharding.Sharding, rows: int) -> dict[str, int]:
     """
     slices = sharding.addressable_devices_indices_map((rows,)).values()
     held = np.unique(np.concatenate([np.arange(rows)[index] for index in slices if index is not None]))
-    assert held[-1] - held[0] + 1 == len(held), "the devices of a process are neighbours in the mesh"
+    assert held[-1] - held[0] + 1 == len(held), "a process holds sequences that are not consecutive"
     return {"host": int(held[0]) // len(held), "hosts": rows // len(held)}
 
 

@@ -41,7 +41,7 @@ def rescaled(params: Params, config: ModelConfig, by: Factors) -> tuple[Params, 
     """Parameters and config of a model that computes the same function as Transformer(config) with other numbers.
 
     Raises:
-        ValueError: naming a parameter with an axis whose role this page does not know.
+        ValueError: naming a parameter that has an axis with a role without a factor.
     """
     # A tied embedding is written and read: the last norm takes back its factor, and has no other.
     last = jnp.asarray(1 / STREAM) if config.tied_embedding else by.normed

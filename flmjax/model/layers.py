@@ -32,9 +32,8 @@ class Norm(nn.Module):
     """
 
     config: ModelConfig
-    last: bool = (
-        False  # whether it is the model's last norm, whose parameters have the roles output_scale, output_shift
-    )
+    # Whether it is the model's last norm, whose parameters have the roles output_scale and output_shift.
+    last: bool = False
     factor: float = 1.0  # the result is multiplied by it
 
     @nn.compact
@@ -100,8 +99,8 @@ def product(x: jax.Array, kernel: jax.Array, contracted: int, placement: Placeme
 
     Args:
         contracted: number of input axes.
-        placement: XLA's backend for a single CPU has a fast routine for products of rows with columns alone. For the
-            gradient of the kernel the smaller factor is then transposed in memory first; a barrier keeps XLA from
+        placement: of the activations. On one CPU XLA has a fast routine for products of rows with columns alone: the
+            smaller factor of the kernel's gradient is first transposed in memory, behind a barrier that keeps XLA from
             folding the transpose back. The gradient of a 256 x 1024 kernel takes half the time.
     """
     return jnp.tensordot(x, kernel.astype(x.dtype), contracted)
@@ -215,7 +214,7 @@ class Mlp(nn.Module):
 def in_float32(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Elementwise `f` computed in at least float32, constants included; the result has the dtype of the first argument.
 
-    Of arguments with 16 bits the derivative keeps nothing else: `f` is computed again.
+    For arguments of 16 bits the backward pass keeps the arguments alone and computes `f` again.
     """
 
     def computed(*x: jax.Array) -> jax.Array:

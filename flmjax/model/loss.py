@@ -198,7 +198,7 @@ def training_sum(
 
     Both are sums of weight * (logsumexp(logits) - logits[target]); the first one has also the terms
     weight * config.z_loss * logsumexp(logits)^2 (PaLM, arXiv 2204.02311, section 5), which keep log Z near 0.
-    logits = x table^T in at least float32, of the float32 table in the dtype of x.
+    logits = x table^T in at least float32; the float32 table is cast to the dtype of x first.
 
     The gradient of a sum needs nothing but the logits. The forward pass of a derivative therefore computes it too,
     chunk by chunk along the length: the logits are never stored and never computed twice.

@@ -147,7 +147,7 @@ class Transformer(nn.Module):
 def cast_table(table_VD: jax.Array, dtype: DTypeLike, placement: Placement | None) -> jax.Array:
     """The table (V, D) in `dtype`: rows gathered over fsdp, the vocabulary still sharded.
 
-    Without the pin a lookup would rematerialise the table.
+    Without this constraint a lookup would rematerialise the table.
     """
     return constrain(placement, table_VD.astype(dtype), "vocab", None)
 
@@ -166,22 +166,22 @@ def _lookup_forward(table_VD: jax.Array, ids_BL: jax.Array, dtype: DTypeLike, pl
     return lookup(table_VD, ids_BL, dtype, placement), (table_VD, ids_BL)
 
 
-def _lookup_backward(dtype: DTypeLike, placement: Placement | None, residuals: Any, rows_BLD: jax.Array) -> Any:
+def _lookup_backward(dtype: DTypeLike, placement: Placement | None, residuals: Any, drows_BLD: jax.Array) -> Any:
     table_VD, ids_BL = residuals
-    rows_BLD = constrain(placement, rows_BLD.astype(table_VD.dtype), *GATHERED)
+    drows_BLD = constrain(placement, drows_BLD.astype(table_VD.dtype), *GATHERED)
     if placement is None or placement.mesh.size == 1:
-        return jnp.zeros_like(table_VD).at[ids_BL].add(rows_BLD), None
+        return jnp.zeros_like(table_VD).at[ids_BL].add(drows_BLD), None
     size = len(table_VD) // placement.mesh.shape["tensor"]
 
-    def local_sum(ids_BL: jax.Array, rows_BLD: jax.Array) -> jax.Array:
+    def local_sum(ids_BL: jax.Array, drows_BLD: jax.Array) -> jax.Array:
         places_BL = ids_BL - jax.lax.axis_index("tensor") * size
         places_BL = jnp.where(places_BL >= 0, places_BL, size)  # a negative place would count from the end
-        zeros = jnp.zeros((size, rows_BLD.shape[-1]), rows_BLD.dtype)
-        return scattered_sum(zeros.at[places_BL].add(rows_BLD, mode="drop"), placement)
+        zeros = jnp.zeros((size, drows_BLD.shape[-1]), drows_BLD.dtype)
+        return scattered_sum(zeros.at[places_BL].add(drows_BLD, mode="drop"), placement)
 
     batch, table = placement.spec("batch"), P(*placement.spec("vocab"), "fsdp")
     shard = jax.shard_map(local_sum, mesh=placement.mesh, in_specs=(batch, batch), out_specs=table, check_vma=False)
-    return shard(ids_BL, rows_BLD), None
+    return shard(ids_BL, drows_BLD), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

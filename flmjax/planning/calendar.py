@@ -25,7 +25,7 @@ import numpy as np
 SECONDS_A_DAY = 86_400
 # Failures of a device a day. Llama 3 405B had 419 unexpected interruptions in 54 days on 16,384 H100 (arXiv 2407.21783,
 # table 5): 4.7e-4. OPT-175B had at least 35 restarts and over 100 exchanged hosts in two months on 992 A100 (arXiv
-# 2205.01068, section 2.5): 6e-4 to 1.7e-3. The default is the middle of OPT's.
+# 2205.01068, section 2.5): 6e-4 to 1.7e-3. The default lies between both.
 FAILURES_A_DEVICE_DAY = 1e-3
 SIMULATED_RUNS = 4_000
 

@@ -1,4 +1,4 @@
-"""Planning of a run: every training step and every growth is compiled for the machine, then priced."""
+"""Planning of a run: its steps, evaluations, growths and certificates are compiled for the machine, then priced."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +43,7 @@ Log = Callable[[str], None]
 def make_plan(
     config: RunConfig, price: float | None, log: Log = lambda _: None, hours_between_failures: float | None = None
 ) -> Plan:
-    """Compile every step and every growth of a run for its mesh.topology.
+    """Compile every step, evaluation, growth and certificate of a run for its mesh.topology.
 
     Args:
         price: dollars for a device-hour; None: the paper's for A800s, otherwise unknown.

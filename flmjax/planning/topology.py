@@ -212,12 +212,12 @@ def _check_version(platform: str) -> None:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
         return
-    for asked in map(Requirement, metadata.requires("jax") or ()):
-        is_asked = asked.name == package and asked.marker is not None and asked.marker.evaluate({"extra": extra})
-        if is_asked and not asked.specifier.contains(installed, prereleases=True):
+    for needed in map(Requirement, metadata.requires("jax") or ()):
+        is_package = needed.name == package and needed.marker is not None and needed.marker.evaluate({"extra": extra})
+        if is_package and not needed.specifier.contains(installed, prereleases=True):
             raise ConfigError(
                 f"{package} {installed} does not belong to jax {metadata.version('jax')}; "
-                f"pip install '{package}{asked.specifier}'"
+                f"pip install '{package}{needed.specifier}'"
             )
 
 

@@ -62,7 +62,7 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("checkpoint", lambda s: f"{s.saves.bytes / 1e9:,.0f} GB"),
         row("  pause / written in", lambda s: f"{duration(s.saves.pause)} / {duration(s.saves.written)}"),
         row("  every", lambda s: f"{s.saves.interval / 60:.0f} min"),
-        row("  would lose least", lambda s: f"{s.saves.best / 60:.0f} min"),
+        row("  best interval", lambda s: f"{s.saves.best / 60:.0f} min"),
         *bill_rows([s.bill for s in stages]),
     ]
     if any(stage.published for stage in stages):

@@ -60,8 +60,8 @@ def validation_table(run: RunRecord) -> Table:
 
 def certificate_table(run: RunRecord) -> Table:
     """The certificates, and a row for each growth that lacks one."""
-    head = "growth,step,result,float32,float64,run,own rounding,rms,largest at,tolerance,max |logit|,loss,KL,"
-    head += "gradient norm,compared,family,sizes"
+    head = "growth,step,result,float32,float64,run,own rounding (run),rms (run),largest at (run),tolerance (float32),"
+    head += "max |logit|,loss,KL,gradient norm,compared,family,sizes"
     rows = [_certificate_row(certificate) for certificate in run.certificates]
     certified = {certificate.get("step") for certificate in run.certificates}
     for line in run.growth:

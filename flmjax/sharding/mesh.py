@@ -12,7 +12,7 @@ from flmjax.config import MESH_AXES, ConfigError, MeshShape
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device]) -> Mesh:
     """Mesh of shape (replica, fsdp, tensor) over `devices`; their number is shape.num_devices.
 
-    Devices are kept in order, but for several slices of TPUs, which lie one after another along replica.
+    Devices keep their order; with several slices of TPUs they are sorted by slice, so that only replica crosses slices.
 
     Raises:
         ConfigError: for slices that replica does not divide over.

@@ -193,8 +193,8 @@ def _lineage(stream: TrainingStream, source: Path, origin: Position) -> tuple[Tr
 
 def _on_mesh(model: ModelConfig, config: RunConfig) -> ModelConfig:
     """The source's model with the padding of the vocabulary that the new run's mesh needs."""
-    tensor = config.schedule[0].layout.mesh.tensor
-    return dataclasses.replace(model, vocab_multiple=math.lcm(model.vocab_multiple, tensor))
+    multiple = math.lcm(model.vocab_multiple, config.schedule[0].model.vocab_multiple)
+    return dataclasses.replace(model, vocab_multiple=multiple)
 
 
 def _restore(directory: Path, origin: Position, spec: StateSpec, seed: int, weights_only: bool) -> TrainState:

@@ -36,8 +36,8 @@ class _Pending:
 class PendingMetrics:
     """Metrics of dispatched updates, in their order.
 
-    The host waits for the update AHEAD before the newest, which keeps AHEAD updates in the queue of the devices. It
-    copies metrics once in `window` updates, those of the window before: these updates are complete.
+    The host waits for the update AHEAD before the newest, which keeps AHEAD updates in the queue of the devices.
+    Metrics are copied once every `window` updates, for the window before the newest, whose updates are complete.
 
     Args:
         window: updates between two lines of metrics.
