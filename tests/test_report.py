@@ -237,7 +237,13 @@ def certify(workdir: Path, **values: object) -> dict[str, str]:
 def test_a_certificate_below_its_tolerance_passes(tmp_path):
     make_workdir(tmp_path)
     row = certify(tmp_path, loss_before=1.5, loss_after=1.50001)
-    expected = {"step": "4", "result": "✓ exact", "float32": "1.2e-06", "float64": "3.1e-15", "tolerance": "1e-04"}
+    expected = {
+        "step": "4",
+        "result": "✓ exact",
+        "float32": "1.2e-06",
+        "float64": "3.1e-15",
+        "tolerance (float32)": "1e-04",
+    }
     expected |= {"run": "1.2e-06 (float32)", "max |logit|": "11.25", "loss": "1.5000", "family": "zero"}
     expected |= {"own rounding (run)": "1.3e-05", "rms (run)": "2.5e-07", "largest at (run)": "sequence 3, token 17"}
     expected |= {"KL": "2.5e-09", "gradient norm": "1.25 → 1.5"}

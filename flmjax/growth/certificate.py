@@ -17,8 +17,8 @@ comparison accepts everything; what decides is another dtype, or of bfloat16 the
 
 Both maxima are taken over the same logits and grow alike, about as sqrt(2 ln n). Family zero, 2 layers: 0.9 at 6e5
 logits, 0.7 at 1e7, 0.5 at 1e8 (the largest of four draws grows a little faster than one). FLM-101B compares 192 x 2048
-x 100,256 = 4e10 logits; extrapolated, both are 1.15 times those at 1e8 (sqrt(ln 4e10 / ln 1e8)) and their ratio does not
-grow.
+x 100,256 = 4e10 logits; extrapolated, both are 1.15 times those at 1e8 (sqrt(ln 4e10 / ln 1e8)) and their ratio does
+not grow.
 
 Costs in forward passes of a model (a gradient with recomputation is 4): in the run's dtype 8 of the old and 4 of the
 new, in float32 of a bfloat16 run 5 and 1 more, on certificate_rows sequences. Before FLM-101B's second stage, with
