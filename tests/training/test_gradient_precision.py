@@ -120,7 +120,7 @@ def test_dropout_divides_by_the_exact_share_that_it_keeps():
     class Dropped(nn.Module):
         @nn.compact
         def __call__(self):
-            return dropout_of(config, deterministic=False)(x)
+            return dropout_of(config, deterministic=False, placement=None)(x)
 
     dropped = Dropped().apply({}, rngs={"dropout": jax.random.key(0)})
     kept = np.asarray(dropped) > 0
