@@ -9,9 +9,9 @@ Devices: 48 A800 80 GB (6 nodes of 8), each with all parameters; 11 GiB a device
 in the paper's 24.6 hours are 32 TFLOP/s of a device. The plan says 6 hours: it takes matrices 256 wide to be as fast as
 large ones.
 
-Price of the search: a run takes 48 x 24.6 = 1,181 device-hours, 1.4% of the 83,014 that flm_101b.py:a800 takes by
+Price of the search: a run takes 48 x 24.6 = 1,181 device-hours, 1.4% of the 82,030 that flm_101b.py:a800 takes by
 `flmjax plan`. The paper does not state its grid. Ours, 3 rates x 3 deviations x 3 temperatures, has 27 points: 664
-hours one after another on the 6 nodes, 31,882 device-hours, 38% of the run. One value changed at a time has 7 points:
+hours one after another on the 6 nodes, 31,882 device-hours, 39% of the run. One value changed at a time has 7 points:
 172 hours, 8,266 device-hours, 10% of the run. `flmjax plan --cost-only --config=configs/flm_proxy.py --tflops=32`
 prices a point with other steps, for example `--config.stages[0].steps=5200`.
 

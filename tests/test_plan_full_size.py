@@ -38,7 +38,7 @@ def test_flm_101b_fits_192_a800s_and_gathers_no_parameter(flm_101b):
     assert flm_101b["is_exact"]
     assert all(stage["program"]["rematerialisations"] == 0 for stage in flm_101b["stages"])
     peaks = [stage["program"]["peak"] / GiB for stage in flm_101b["stages"]]
-    assert peaks == pytest.approx([57.7, 65.7, 51.2], rel=0.03)
+    assert peaks == pytest.approx([57.7, 65.7, 51.8], rel=0.03)
     for stage, (layers, width) in zip(flm_101b["stages"], ((40, 5632), (40, 10240), (80, 10240)), strict=True):
         replica, data, tensor = (stage["mesh"][axis] for axis in ("replica", "fsdp", "tensor"))
         sequences = stage["batch_size"] // stage["microbatches"] // (replica * data)
@@ -68,8 +68,9 @@ def test_the_growths_of_flm_101b_move_at_most_the_new_state(flm_101b):
         assert not [x for x in exchanges if x["kind"] == "all-gather"]
         assert sum(x["bytes"] for x in exchanges) < 1.1 * growth["program"]["outputs"]
         assert growth["program"]["peak"] < 35 * GiB
-    # The largest certificate, beside both states' moments: gradients that are not sharded would make it 130 GiB.
-    assert 35 * GiB < flm_101b["growths"][1]["certificate"]["peak"] < 50 * GiB
+    # Beside both states' moments; gradients that are not sharded would make the second 130 GiB.
+    peaks = [growth["certificate"]["peak"] / GiB for growth in flm_101b["growths"]]
+    assert peaks == pytest.approx([27.1, 47.0], rel=0.05)
 
 
 @pytest.mark.slow
@@ -101,7 +102,7 @@ def test_the_search_estimates_what_remat_keeps(compilers, tmp_path, remat, micro
 @pytest.mark.timeout(700)
 def test_flm_101b_takes_fewer_days_than_the_papers(flm_101b):
     """A roofline, not a measurement; the layouts are not the paper's, which are not published."""
-    assert flm_101b["total"]["days"] == pytest.approx(18.0, rel=0.03)
+    assert flm_101b["total"]["days"] == pytest.approx(17.8, rel=0.03)
     assert flm_101b["saved"] == pytest.approx(0.726, abs=0.002)
     for stage in flm_101b["stages"]:
         assert 0.9 < stage["tflops"] / stage["published"]["tflops"] < 1.35
