@@ -12,6 +12,7 @@ from flmjax import cli
 from flmjax.config import (
     CheckpointConfig,
     ConfigError,
+    DataConfig,
     GrowthConfig,
     MeshConfig,
     MeshShape,
@@ -20,6 +21,7 @@ from flmjax.config import (
     StageConfig,
 )
 from flmjax.config.validate import stage_mesh
+from flmjax.data.batch import BatchKind
 from flmjax.hardware import A800, GiB
 from flmjax.planning import planner
 from flmjax.planning.calendar import Calendar, Operation
@@ -194,6 +196,7 @@ class FakeCompiler:
     def __init__(self, config, topology):
         self.config, self.topology = config, topology
         self.is_exact, self.assumptions = True, ("an assumption",)
+        self.batch_kind = BatchKind.of(config.data, bool(config.data.teachers))
 
     def mesh_shape(self, stage):
         return stage_mesh(self.config, stage, self.topology.num_devices)
@@ -260,6 +263,15 @@ def test_a_run_that_fails_before_it_saves_is_refused(hours, cure, monkeypatch):
     rare = dataclasses.replace(THREE_STAGES, checkpoint=CheckpointConfig(every=10**7))
     with pytest.raises(ConfigError, match=rf"stage small would hardly end: .*; .*{cure} .*\(--hours-b"):
         make_plan(rare, None, hours_between_failures=hours)
+
+
+def test_evaluations_count_the_sequences_of_teachers(monkeypatch):
+    """As many of teachers as of text are evaluated."""
+    monkeypatch.setattr(planner, "Compiler", FakeCompiler)
+    many = dataclasses.replace(THREE_STAGES, evaluation_rows=480)
+    judged = dataclasses.replace(many, data=DataConfig(sources=("a",), teachers=("b",)))
+    text, both = (make_plan(config, None).stages[0].evaluations.seconds for config in (many, judged))
+    assert both == pytest.approx(2 * text)
 
 
 def test_more_failures_take_more_days(monkeypatch):

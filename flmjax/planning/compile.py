@@ -108,13 +108,16 @@ class Compiler:
             (spec.abstract.params, batch, sources),
             self.topology,
             name=f"the evaluation of stages[{stage.index}] ({stage.name})",
-            advice=self._step_advice(stage),
+            advice=self._microbatch_advice(stage),
         )
         return _beside(program, spec.abstract.opt_state)
 
     def _step_advice(self, stage: Stage) -> str:
         if stage.layout.remat != "full":
             return f"take {stage.setting_of('remat')}='full'"
+        return self._microbatch_advice(stage)
+
+    def _microbatch_advice(self, stage: Stage) -> str:
         counts = legal_microbatches(stage.config, self.mesh_shape(stage).data_shards)
         more = [count for count in counts if count > stage.layout.microbatches]
         return f"take stages[{stage.index}].microbatches={more[0]}" if more else MORE_DEVICES

@@ -117,7 +117,6 @@ class Schedule:
     def __init__(self, products: MatrixProducts, node_size: int):
         self.module, self.products, self.node_size = products.module, products, node_size
         self._cached_attention = functools.cache(self._attention)
-        self._chains: set[str] = set()  # collectives of a TPU that run in parts, one part in each of several fusions
 
     def attention_products(self) -> float:
         """Products of all kernels of fused attention in a step, in the unit of Work.attention."""
@@ -137,10 +136,11 @@ class Schedule:
             if instruction.operation == "async-start"
             for _, name in instruction.called()
         }
-        timelines = [self._timeline(name, count) for name, count in executions.items() if name not in wrapped]
+        chains: set[str] = set()  # collectives of a TPU that run in parts, one part in each of several fusions
+        timelines = [self._timeline(name, count, chains) for name, count in executions.items() if name not in wrapped]
         return [timeline for timeline in timelines if timeline.transfers]
 
-    def _timeline(self, computation: str, count: int) -> Timeline:
+    def _timeline(self, computation: str, count: int, chains: set[str]) -> Timeline:
         work: list[Work] = []
         transfers: list[Transfer] = []
         starts: dict[str, int] = {}  # index of the transfer that an instruction started or went on with
@@ -152,10 +152,10 @@ class Schedule:
             operation = instruction.operation
             if (collective := self._collective(computation, instruction)) is not None:
                 chain = re.search(r'chain_id="\d+"', instruction.line)
-                if chain and chain[0] in self._chains:
+                if chain and chain[0] in chains:
                     continue
                 if chain:
-                    self._chains.add(chain[0])
+                    chains.add(chain[0])
                 if operation == "send":
                     starts[_rendezvous(instruction)] = len(transfers)
                 elif operation.endswith("-start"):

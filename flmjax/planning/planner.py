@@ -196,7 +196,8 @@ def evaluations(compiler: Compiler, stage: Stage, machine: Machine) -> Evaluatio
     )
     every = config.evaluate_every
     number = stage.end // every - stage.start // every + (stage.end % every > 0)
-    return Evaluations(program, -(-config.evaluation_rows // rows) * time.seconds, number)
+    sequences = config.evaluation_rows * (2 if compiler.batch_kind.teachers else 1)  # as many of teachers as of text
+    return Evaluations(program, -(-sequences // rows) * time.seconds, number)
 
 
 def saves(compiler: Compiler, stage: Stage, step: StepPlan, operation: Operation) -> Saves:
@@ -290,9 +291,9 @@ def growth_plan(compiler: Compiler, stage: Stage, log: Log) -> GrowthPlan:
 def remarks(config: RunConfig, meshes: Sequence[MeshShape], platform: str) -> Iterator[str]:
     """Lines on what the sizes of the programs do not show: slow shards, and work that is not in the plan."""
     for stage, mesh in zip(config.schedule, meshes, strict=True):
-        width, tile = stage.model.embed_dim, TILE_ROWS[stage.model.dtype]
+        width, tile = stage.model.embed_dim, TILE_ROWS.get(stage.model.dtype)
         rows = width // mesh.fsdp
-        if platform == "tpu" and rows % tile and width % tile == 0:
+        if platform == "tpu" and tile is not None and rows % tile and width % tile == 0:
             fsdp = max(n for n in range(1, mesh.fsdp) if mesh.fsdp % n == 0 == width // n % tile)
             yield (
                 f"{stage.name}: over fsdp={mesh.fsdp} a shard has {rows} of {width} rows of a matrix, not a multiple "

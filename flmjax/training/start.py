@@ -43,6 +43,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     """
     validate(config)
     shapes = validate_meshes(config, jax.device_count())
+    meshes = [make_mesh(shape, jax.devices()) for shape in shapes]
     check_backends(config, jax.devices()[0].platform)
     with locked_workdir(workdir), StartEntry(workdir) as entry, ProgressBar(config.total_steps) as bar:
         with bar.doing("loading"):
@@ -64,7 +65,6 @@ def train(config: RunConfig, workdir: Path) -> None:
             ):
                 if jax.process_index() == 0:
                     remove_certificates(workdir, step)
-                meshes = [make_mesh(shape, jax.devices()) for shape in shapes]
                 run = Run(config, workdir, stream, meshes, checkpoints, writer, bar, entry, position, claim)
                 run.run_schedule()
         except KeyboardInterrupt:
