@@ -5,7 +5,7 @@ parameters (the paper: below 100M), 24.6 hours on 6 nodes of 8 A800. The values 
 muP carries them to 16B, whose base_embed_dim is this width. How many steps a run of the search had is not published.
 Of each number the comment says whether the paper states it, it is derived, or it is our choice.
 
-Devices: 48 A800 80 GB (6 nodes of 8), each with all parameters; 11 GiB a device by `flmjax plan`; a day: 52,000 steps
+Devices: 48 A800 80 GB (6 nodes of 8), each with all parameters; 2.5 GiB a device by `flmjax plan`; a day: 52,000 steps
 in the paper's 24.6 hours are 32 TFLOP/s of a device. The plan says 6 hours: it takes matrices 256 wide to be as fast as
 large ones.
 

@@ -1,5 +1,6 @@
 """Text for a terminal or a page: aligned columns, and printable characters."""
 
+import math
 import unicodedata
 from collections.abc import Sequence
 
@@ -23,8 +24,18 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`1.5 s`, or below a tenth of a second `1.5 ms`."""
-    return f"{1000 * seconds:.1f} ms" if 0 < seconds < 0.1 else f"{seconds:,.1f} s"
+    """`1.5 ms`, `1.5 s`, `2 min 30 s`, `1 h 15 min`."""
+    if seconds < 120:
+        return f"{1000 * seconds:.1f} ms" if 0 < seconds < 0.1 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def figure(value: float | None) -> str:
+    """A number with at least three significant digits, `0.00123`, `12.0`, `12,345`; `-` for None and NaN."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def printable(text: str) -> str:

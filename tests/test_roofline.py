@@ -271,11 +271,15 @@ def test_machines_have_data_sheets(name):
     assert topology.slices == topology.num_devices // topology.node_size or topology.platform == "cuda"
 
 
-@pytest.mark.parametrize(
-    "name", ["h100:2x4", "gb200:2x8", "a800:2x8*2", "v5p:2x2", "v5p:2x2x2*0", "v5p:2x2x2*", "h100"]
-)
+@pytest.mark.parametrize("name", ["h100:2x8x2", "a800:2x8*2", "v5p:2x2", "v5p:2x2x2*0", "v5p:2x2x2*", "h100"])
 def test_a_shape_that_a_machine_does_not_have_is_refused(name):
     with pytest.raises(ConfigError, match=r"is not a known machine; choices: .*h100:HOSTSx8.*gb200:HOSTSx4.*v7x:4x4x8"):
+        parse_topology(name)
+
+
+@pytest.mark.parametrize(("name", "cure"), [("h100:2x4", "h100:2x8"), ("gb200:2x8", "gb200:2x4")])
+def test_hosts_of_another_size_are_refused(name, cure):
+    with pytest.raises(ConfigError, match=rf"has hosts of \d GPUs; those of .* have \d: {cure}$"):
         parse_topology(name)
 
 

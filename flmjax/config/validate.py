@@ -275,7 +275,7 @@ def stage_mesh(config: RunConfig, stage: Stage, num_devices: int) -> MeshShape:
         sharing = [other for other in config.schedule if other.layout.mesh == axes]
         raise ConfigError(
             f"{stage.setting_of('mesh')}: replica {mesh.replica} x fsdp {mesh.fsdp} x tensor {mesh.tensor} has "
-            f"{mesh.num_devices} places for {num_devices} devices; {_filling_mesh(sharing, mesh, num_devices)}"
+            f"{mesh.num_devices} places for {num_devices} devices; {_matching_mesh(sharing, mesh, num_devices)}"
         )
     check_stage(stage, mesh)
     return mesh
@@ -286,13 +286,13 @@ def check_stage(stage: Stage, mesh: MeshShape) -> None:
     rows, shards = stage.config.batch_size // stage.layout.microbatches, mesh.data_shards
     _require(
         rows % shards == 0,
-        f"stages[{stage.index}]: batch_size / microbatches={rows} does not divide over mesh axis replica x "
-        f"fsdp={shards}; {_legal_batches(stage.config, shards)}",
+        f"stages[{stage.index}]: the {rows} sequences of a microbatch (batch_size / microbatches) do not divide over "
+        f"the {shards} data shards of the mesh (replica x fsdp); {_legal_batches(stage.config, shards)}",
     )
     check_mesh(stage.model, mesh, f"stages[{stage.index}]")
 
 
-def _filling_mesh(stages: Sequence[Stage], mesh: MeshShape, num_devices: int) -> str:
+def _matching_mesh(stages: Sequence[Stage], mesh: MeshShape, num_devices: int) -> str:
     """Advice: the mesh of all devices, valid for `stages`, that differs in the fewest axes and by the least factors."""
 
     def distance(other: MeshShape) -> tuple[int, float]:
@@ -313,7 +313,7 @@ def _filling_mesh(stages: Sequence[Stage], mesh: MeshShape, num_devices: int) ->
         except ConfigError:
             continue
         changed = [axis for axis in MESH_AXES if getattr(other, axis) != getattr(mesh, axis)]
-        return ", ".join(f"{axis}={getattr(other, axis)}" for axis in changed) + " would fill them"
+        return ", ".join(f"{axis}={getattr(other, axis)}" for axis in changed) + " would match"
     return f"no mesh of {num_devices} devices divides these sizes, batches and microbatches"
 
 

@@ -177,6 +177,11 @@ def parse_topology(name: str | None) -> Topology:
         arguments |= {"num_slices": slices} if slices > 1 else {}
         devices = math.prod(sizes) * tpu.devices  # of a slice
         return Topology(name, "tpu", _chip(tpu.name), slices * devices, devices, slices, arguments)
+    if gpu is not None and len(sizes) == 2 and count is None:
+        raise ConfigError(
+            f"mesh.topology='{name}' has hosts of {sizes[1]} GPUs; those of {family} have {gpu.host_size}: "
+            f"{family}:{sizes[0]}x{gpu.host_size}"
+        )
     raise ConfigError(
         f"mesh.topology='{name}' is not a known machine; choices: {', '.join(CHOICES)}, the same in other sizes, and "
         "several slices of TPUs: v5p:4x8x8*2"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from flmjax.config import ConfigError
 from flmjax.data.prepared import short_names
 from flmjax.disk import writing
-from flmjax.report.page import base64_text, duration, number, png, render, short
+from flmjax.report.page import base64_text, number, png, render, short
 from flmjax.report.run_figure import LEGEND, SMOOTHED_FROM, frame, series, smoothed, train_lines
 from flmjax.report.run_record import RunRecord, latest, read_run
 from flmjax.report.run_tables import Table
+from flmjax.text_table import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

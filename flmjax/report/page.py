@@ -75,14 +75,6 @@ def short(value: float, unit: str = "") -> str:
     return f"{value / 1000**power:.3g} {prefixes[power]}{unit}".strip()
 
 
-def duration(seconds: float) -> str:
-    """A time in seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def gib(size: float) -> str:
     """A number of bytes in GiB."""
     return f"{size / GiB:.1f} GiB"

@@ -9,6 +9,7 @@ from flmjax.hardware import GiB
 from flmjax.planning.plan import Plan
 from flmjax.report.page import base64_text, png, render, short
 from flmjax.report.plan_table import closing, growth_rows, stage_rows
+from flmjax.text_table import figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,12 +47,12 @@ def _boxes(plan: Plan) -> list[tuple[str, str, str]]:
     """The page's first line: (label, value, note) of each box."""
     costs, total = [stage.cost for stage in plan.stages], plan.total
     fits = "no" if plan.refusals else "yes" if plan.is_exact else "unknown"
-    price = "no price is known" if total.dollars is None else f"{total.dollars:,.0f} dollars"
+    price = "no price is known" if total.dollars is None else f"{figure(total.dollars)} dollars"
     tokens, flops = sum(stage.tokens for stage in costs), sum(stage.flops for stage in costs)
     boxes = [
         ("Fits", fits, f"{plan.devices} x {plan.chip.kind}"),
-        ("Days", f"{total.days:.1f}", "at the estimated step times, no pauses"),
-        ("Device-hours", f"{total.device_hours:,.0f}", price),
+        ("Days", figure(total.days), "at estimated step times, no pauses"),
+        ("Device-hours", figure(total.device_hours), price),
         ("Tokens", short(tokens), f"{flops / 1e21:.4g} zettaFLOPs"),
     ]
     if len(costs) > 1:

@@ -1,6 +1,5 @@
 """A plan, and a cost alone, as text for a terminal."""
 
-import math
 from collections.abc import Callable, Sequence
 
 from flmjax.config import ConfigError, GradientReduction, RunConfig
@@ -11,7 +10,7 @@ from flmjax.planning.program import Program
 from flmjax.planning.roofline import Assumptions
 from flmjax.planning.topology import PACKAGES
 from flmjax.report.page import gib, short
-from flmjax.text_table import duration, text_table
+from flmjax.text_table import duration, figure, text_table
 
 Row = list[str]  # of a table: a label, then one cell for each stage or growth
 
@@ -44,25 +43,27 @@ def stage_rows(plan: Plan) -> list[Row]:
         row("  peak", lambda s: gib(s.program.peak)),
         row(f"  fits {gib(plan.usable)}", lambda s: _fits(plan, s.program)),
         row("model FLOPs a step", lambda s: short(s.model_flops, "FLOP")),
-        row("executed, a device", lambda s: short(s.executed_flops, "FLOP")),
+        row("  executed, of one device", lambda s: short(s.executed_flops, "FLOP")),
         *_exchanges(plan, [s.program for s in stages]),
         *_replica_sum_rows(stages),
-        row("rematerialisations", lambda s: str(s.program.rematerialisations)),
-        row("compiled in", lambda s: f"{s.program.compile_seconds:.0f} s"),
+        row("involuntary rematerialisations", lambda s: str(s.program.rematerialisations)),
+        row("compiled in", lambda s: duration(s.program.compile_seconds)),
         row("step", lambda s: duration(s.step.seconds)),
         row("  compute", lambda s: duration(s.step.compute)),
         *_traffic_rows(stages),
-        row("TFLOP/s a device", lambda s: f"{plan.tflops(s):.0f}"),
+        row("  optimizer", lambda s: duration(s.step.update)),
+        row("TFLOP/s a device, estimated", lambda s: f"{plan.tflops(s):.0f}"),
+        row("  of its peak", lambda s: f"{plan.tflops(s) * 1e12 / plan.chip.bfloat16:.0%}"),
         row("tokens", lambda s: short(s.cost.tokens)),
         row("zettaFLOPs", lambda s: f"{s.cost.flops / 1e21:.4g}"),
-        row("days", lambda s: f"{s.bill.days:.2f}"),
+        row("days", lambda s: figure(s.bill.days)),
         row("evaluation: peak", lambda s: gib(s.evaluations.program.peak)),
         row(f"  fits {gib(plan.usable)}", lambda s: _fits(plan, s.evaluations.program)),
         row("  number x time", lambda s: f"{s.evaluations.number} x {duration(s.evaluations.seconds)}"),
-        row("checkpoint", lambda s: f"{s.saves.bytes / 1e9:,.0f} GB"),
-        row("  pause / written in", lambda s: f"{duration(s.saves.pause)} / {duration(s.saves.written)}"),
-        row("  every", lambda s: f"{s.saves.interval / 60:.0f} min"),
-        row("  best interval", lambda s: f"{s.saves.best / 60:.0f} min"),
+        row("checkpoint", lambda s: f"{figure(s.saves.bytes / 1e9)} GB"),
+        row("  pause of the run / written in", lambda s: f"{duration(s.saves.pause)} / {duration(s.saves.written)}"),
+        row("  saved every", lambda s: duration(s.saves.interval)),
+        row("  best interval", lambda s: duration(s.saves.best)),
         *bill_rows([s.bill for s in stages]),
     ]
     if any(stage.published for stage in stages):
@@ -79,6 +80,8 @@ def _traffic_rows(stages: Sequence[StagePlan]) -> list[Row]:
     rows: list[Row] = []
     for name, is_tensor in (("tensor", True), ("data", False)):
         times = [stage.step.traffic(is_tensor) for stage in stages]
+        if not any(seconds for seconds, _ in times):
+            continue
         rows.append([f"  {name} traffic, exposed", *(duration(seconds - hidden) for seconds, hidden in times)])
         rows.append(["    hidden by compute", *(duration(hidden) for _, hidden in times)])
     if any(stage.step.untold for stage in stages):
@@ -90,19 +93,19 @@ def _replica_sum_rows(stages: Sequence[StagePlan]) -> list[Row]:
     """Rows of the sums of gradients over replicas: the stages' setting, and the costs of both settings."""
     if all(stage.replica_sums is None for stage in stages):
         return []
-    words: dict[GradientReduction, str] = {"step": "once a step", "microbatch": "every microbatch"}
+    words: dict[GradientReduction, str] = {"step": "once a step", "microbatch": "in every microbatch"}
 
     def row(label: str, cell: Callable[[ReplicaSums], str]) -> Row:
         sums = [stage.replica_sums for stage in stages]
         return [label, *("-" if one is None else cell(one) for one in sums)]
 
     def cost_words(sums: SumCost) -> str:
-        return f"{sums.bytes / 1e9:.1f} GB, {sums.seconds:.2f} s"
+        return f"{figure(sums.bytes / 1e9)} GB, {duration(sums.seconds)}"
 
     return [
         row("gradients summed over replicas", lambda s: words[s.reduction]),
-        row(f"  {words['step']}", lambda s: cost_words(s.step)),
-        row(f"  {words['microbatch']}", lambda s: cost_words(s.microbatch)),
+        row("  costs once a step", lambda s: cost_words(s.step)),
+        row("  costs in every microbatch", lambda s: cost_words(s.microbatch)),
     ]
 
 
@@ -127,22 +130,23 @@ def growth_rows(plan: Plan, title: str = "", arrow: str = "→") -> list[Row]:
         row("  peak", lambda p: gib(p.peak)),
         row(f"  fits {gib(plan.usable)}", lambda p: _fits(plan, p)),
         *_exchanges(plan, programs),
-        row("rematerialisations", lambda p: str(p.rematerialisations)),
-        row("compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
+        row("involuntary rematerialisations", lambda p: str(p.rematerialisations)),
+        ["time", *(duration(growth.seconds) for growth in plan.growths)],
+        row("compiled in", lambda p: duration(p.compile_seconds)),
         certificate_row("growth certificate: peak", lambda p: gib(p.peak)),
         certificate_row(f"  fits {gib(plan.usable)}", lambda p: _fits(plan, p)),
         ["  time", *(duration(growth.certificate_seconds) for growth in plan.growths)],
-        certificate_row("  compiled in", lambda p: f"{p.compile_seconds:.0f} s"),
+        certificate_row("  compiled in", lambda p: duration(p.compile_seconds)),
     ]
 
 
 def bill_rows(bills: Sequence[cost.Bill]) -> list[Row]:
     """Rows of the figures that have a price, one cell for each bill."""
     return [
-        ["device-hours", *(f"{b.device_hours:,.0f}" for b in bills)],
-        ["dollars", *(_or_dash(b.dollars, ",.0f") for b in bills)],
-        ["MWh", *(_or_dash(b.megawatt_hours, ".1f") for b in bills)],
-        ["tCO2e", *(_or_dash(b.tonnes_co2e, ".1f") for b in bills)],
+        ["device-hours", *(figure(b.device_hours) for b in bills)],
+        ["dollars", *(figure(b.dollars) for b in bills)],
+        ["MWh", *(figure(b.megawatt_hours) for b in bills)],
+        ["tCO2e", *(figure(b.tonnes_co2e) for b in bills)],
     ]
 
 
@@ -158,7 +162,7 @@ def closing(plan: Plan) -> list[str]:
     lines.append(_chip_words(plan.chip, plan.platform))
     if plan.is_exact and plan.compiler_options:
         lines.append(f"steps are compiled, here and in training, with {', '.join(plan.compiler_options)}")
-        lines[-1] += "; by --config.overlap_collectives and --config.deterministic"
+        lines[-1] += " (--config.overlap_collectives, --config.deterministic)"
     elif plan.is_exact:
         lines.append("overlap_collectives=False: steps are compiled without options that hide exchanges")
     if any(stage.step.untold for stage in plan.stages):
@@ -183,16 +187,18 @@ def calendar_lines(plan: Plan) -> list[str]:
     """Lines on the days that a run takes with everything that is not a step."""
     days, operation, bill = plan.calendar, plan.operation, plan.expected
     largest = max(stage.saves.bytes * stage.saves.kept for stage in plan.stages)
+    compilation = sum(program.compile_seconds for program in plan.programs)
     return [
-        f"calendar: {days.pure:.1f} days of steps; {days.expected:.1f} days expected with evaluations, growths, saves "
-        f"and {days.failures:.1f} failures; 90 of 100 runs take at most {days.percentile:.1f} days (simulated)",
-        f"expected: {bill.device_hours:,.0f} device-hours, {_or_dash(bill.dollars, ',.0f')} dollars, "
-        f"{_or_dash(bill.megawatt_hours, '.1f')} MWh, {_or_dash(bill.tonnes_co2e, '.1f')} tCO2e",
-        f"assumed: a failure in {operation.hours_between_failures:.0f} hours (--hours-between-failures; default: one "
-        f"in 1,000 device-days, between those of Llama 3 405B and OPT-175B); {operation.restart / 60:.0f} minutes "
+        f"calendar: {figure(days.pure)} days of steps; {figure(days.expected)} days expected with evaluations, "
+        f"growths, saves, compilation and {figure(days.failures)} failures; 90 of 100 runs take at most "
+        f"{figure(days.percentile)} days (simulated)",
+        f"expected: {_bill_words(bill)}",
+        f"assumed: compilation takes as long as here, {duration(compilation)}; a failure in "
+        f"{operation.hours_between_failures:.0f} hours (--hours-between-failures; default: one in 1,000 device-days, "
+        f"between those of Llama 3 405B and OPT-175B); {operation.restart / 60:.0f} minutes "
         "until a run restarts, then the checkpoint is read and the step compiled; "
         f"storage {operation.storage / 1e9:.0f} GB/s, {operation.host_link / 1e9:.0f} GB/s from a device to its host; "
-        f"at most {largest / 1e12:.2f} TB of checkpoints",
+        f"at most {figure(largest / 1e12)} TB of checkpoints",
     ]
 
 
@@ -203,7 +209,9 @@ def _chip_words(chip: PlannableChip, platform: str) -> str:
         "tpu": ("of ICI along an axis", "between slices"),
     }[platform]
     links = f"{chip.intra_node / 1e9:.0f} GB/s {inside}, {chip.inter_node / 1e9:.3g} GB/s {outside}"
-    watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W"
+    links += "; a ring with several devices of a node uses the ports of all" if platform == "cuda" else ""
+    carbon = f"{cost.CARBON} kg CO2e a kWh, FLM-101B's"
+    watts = "" if chip.watts is None else f"; energy is of the devices alone, {chip.watts:.0f} W, {carbon}"
     speeds = f"{chip.bfloat16 / 1e12:.0f} bfloat16 TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of HBM"
     return f"{chip.kind}, a device: {speeds}, {links}{watts}"
 
@@ -213,13 +221,21 @@ def totals(costs: Sequence[cost.StageCost], total: cost.Bill) -> str:
     parts = [
         f"{short(sum(c.tokens for c in costs))} tokens",
         f"{sum(c.flops for c in costs) / 1e21:.4g} zettaFLOPs",
-        f"{total.days:.1f} days",
-        f"{total.device_hours:,.0f} device-hours",
-        f"{_or_dash(total.dollars, ',.0f')} dollars",
-        f"{_or_dash(total.megawatt_hours, '.1f')} MWh",
-        f"{_or_dash(total.tonnes_co2e, '.1f')} tCO2e",
+        f"{figure(total.days)} days",
+        _bill_words(total),
     ]
     return f"in all: {', '.join(parts)}"
+
+
+def _bill_words(bill: cost.Bill) -> str:
+    """The known figures of a bill but its days."""
+    figures = {
+        "device-hours": bill.device_hours,
+        "dollars": bill.dollars,
+        "MWh": bill.megawatt_hours,
+        "tCO2e": bill.tonnes_co2e,
+    }
+    return ", ".join(f"{figure(amount)} {unit}" for unit, amount in figures.items() if amount is not None)
 
 
 PAPER = (
@@ -252,10 +268,6 @@ def _fits(plan: Plan, program: Program) -> str:
     if not plan.is_exact:
         return "unknown"
     return "yes" if program.fits(plan.usable) else "NO"
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 # ---- cost alone ------------------------------------------------------------------------------------------------------

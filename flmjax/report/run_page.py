@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flmjax.disk import writing
 from flmjax.model.flops import FLOPS_CONVENTION
-from flmjax.report.page import base64_text, duration, finite, number, png, render, short
+from flmjax.report.page import base64_text, finite, number, png, render, short
 from flmjax.report.run_figure import CHANCE, TINTS, has_teachers, run_figure
 from flmjax.report.run_record import RunRecord, latest, read_run
 from flmjax.report.run_tables import (
@@ -18,6 +18,7 @@ from flmjax.report.run_tables import (
     validation_table,
     wall_time_table,
 )
+from flmjax.text_table import duration
 
 
 def write_report(workdir: Path, output: Path | None = None) -> Path:

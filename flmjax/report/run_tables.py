@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 from flmjax.data.prepared import short_names
-from flmjax.report.page import duration, finite, number, short
+from flmjax.report.page import finite, number, short
 from flmjax.report.run_figure import has_teachers, train_lines
 from flmjax.report.run_record import RunRecord, latest
+from flmjax.text_table import duration
 from flmjax.workdir.metrics import Record
 
 

@@ -86,6 +86,11 @@ def run_stage(
             yield step, state, metrics
 
 
+def mesh_words(mesh: Mesh) -> str:
+    """`replica 2 x fsdp 4 x tensor 1`."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
 def spent(stage: Stage, step: int) -> tuple[int, float]:
     """(tokens, model FLOPs) of the first `step` updates of a run, computed from the config alone.
 
@@ -165,7 +170,7 @@ class Run:
         self.bar.log(
             f"{'start' if position is None else f'resume at step {position.step}'}: stage {stage.name}, "
             f"{count_parameters(state.params):,} parameters ({m.num_layers} layers x {m.embed_dim}, {m.num_heads} "
-            f"heads, mlp {m.mlp_dim}), mesh {dict(spec.mesh.shape)}"
+            f"heads, mlp {m.mlp_dim}), mesh {mesh_words(spec.mesh)}"
         )
         self.bar.log(f"peak {self.peak:.3g} FLOP/s a device, {self.peak_source}")
         self.entry.add(first_step=int(state.step))
@@ -320,6 +325,8 @@ class Run:
         pair = (state.params, grown.params)
         growth = Growth.into(stage, key)
         meshes = (spec.mesh, new.mesh)
+        if spec.mesh != new.mesh:
+            self.bar.log(f"{stage.name}: mesh {mesh_words(spec.mesh)} -> {mesh_words(new.mesh)}")
         prove_growth(self.config, self.workdir, self.stream, meshes, pair, growth, point, self.bar.log)
         self.write("growth", point.step, stage, from_stage=point.from_stage, seconds=time.monotonic() - start)
         return new, grown
