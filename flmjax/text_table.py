@@ -28,7 +28,8 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{1000 * seconds:.1f} ms" if 0 < seconds < 0.1 else f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    high, low = ((minutes, "min"), (seconds, "s")) if minutes < 60 else ((minutes // 60, "h"), (minutes % 60, "min"))
+    return " ".join(f"{amount} {unit}" for amount, unit in (high, low) if amount)
 
 
 def figure(value: float | None) -> str:

@@ -11,8 +11,8 @@ def test_labels_are_flush_left_and_figures_flush_right():
 
 def test_short_durations_are_in_milliseconds():
     """The step of a small model was 0.0 s."""
-    assert [duration(s) for s in (0.0, 0.00123, 0.0999, 0.1, 95.04, 12345.6)] == [
-        *("0.0 s", "1.2 ms", "99.9 ms", "0.1 s", "95.0 s", "3 h 25 min")
+    assert [duration(s) for s in (0.0, 0.00123, 0.0999, 0.1, 95.04, 900.0, 12345.6)] == [
+        *("0.0 s", "1.2 ms", "99.9 ms", "0.1 s", "95.0 s", "15 min", "3 h 25 min")
     ]
 
 
