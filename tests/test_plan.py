@@ -260,7 +260,10 @@ def test_a_plan_has_every_program_of_a_run(monkeypatch):
 def test_a_run_that_fails_before_it_saves_is_refused(hours, cure, monkeypatch):
     """Its days overflowed, or were simulated for ever."""
     monkeypatch.setattr(planner, "Compiler", FakeCompiler)
-    rare = dataclasses.replace(THREE_STAGES, checkpoint=CheckpointConfig(every=10**7))
+    long = tuple(dataclasses.replace(stage, steps=10**7) for stage in THREE_STAGES.stages)
+    rare = dataclasses.replace(THREE_STAGES, stages=long, checkpoint=CheckpointConfig(every=10**7))
+    short = dataclasses.replace(rare, stages=(dataclasses.replace(rare.stages[0], steps=20),))
+    assert make_plan(short, None, hours_between_failures=1).stages[0].saves.interval < 600  # its end is saved
     with pytest.raises(ConfigError, match=rf"stage small would hardly end: .*; .*{cure} .*\(--hours-b"):
         make_plan(rare, None, hours_between_failures=hours)
 
@@ -390,6 +393,8 @@ PLAN = ["plan", f"--config={ROOT}/configs/flm_101b.py"]
         (["--hours-between-failures=0"], "--hours-between-failures=0 must be a positive number"),
         (["--cost-only", "--hours-between-failures=9"], "--hours-between-failures=9 is not read with --cost-only"),
         (["--price=nan"], "--price=nan must be"),
+        (["--hours-between-failures=1e306"], r"--hours-between-failures=1e\+306 must be a positive number below 1e9"),
+        (["--config.model.dtype=float64"], "model.dtype='float64' has no price"),
         (["--tflops=100"], "--tflops=100 is read with --cost-only alone"),
         (["--search-layout", "--price=2"], "--price=2 is not read with --search-layout"),
         (["--cost-only", "--search-layout"], "--search-layout is not read with --cost-only"),

@@ -160,9 +160,12 @@ def test_a_setting_that_every_stage_states_is_refused_for_the_run(config, path, 
 def test_a_setting_is_read_where_one_stage_states_none():
     stages = (StageConfig(mesh=StageMeshConfig(tensor=2), remat="full"), StageConfig(num_layers=3))
     for path in ("mesh.tensor", "mesh.fsdp", "model.remat", "model.num_layers"):
-        refuse_unread(RunConfig(stages=stages), path)
+        refuse_unread([RunConfig(stages=stages)], path)
+    config = RunConfig(stages=(StageConfig(num_layers=3),))
     with pytest.raises(ConfigError, match=r"model.num_layers is not read.*stages\[0\].num_layers"):
-        refuse_unread(RunConfig(stages=(StageConfig(num_layers=3),)), "model.num_layers")
+        refuse_unread([config, config], "model.num_layers")
+    for pair in ((config, RunConfig()), (RunConfig(), config)):  # the command states or takes back the stage's
+        refuse_unread(pair, "model.num_layers")
 
 
 def test_the_smallest_and_the_largest_seed_are_legal():

@@ -254,11 +254,12 @@ def read_config(command: str, values: Flags) -> RunConfig | None:
 
 
 def _overridden(config: RunConfig, values: Flags) -> RunConfig:
+    overridden = config
     for path, value in values.overrides.items():
-        config = override(config, path, value)
+        overridden = override(overridden, path, value)
     for path in values.overrides:
-        refuse_unread(config, path)
-    return config
+        refuse_unread((config, overridden), path)
+    return overridden
 
 
 def _define_overrides(values: flags.FlagValues, arguments: list[str]) -> dict[str, Any]:

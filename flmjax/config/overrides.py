@@ -7,11 +7,12 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from flmjax.config.convert import convert
 from flmjax.config.errors import RENAMED_FIELDS, ConfigError, did_you_mean, nearest
-from flmjax.config.fields import MESH_AXES, STAGE_SIZES, StageMeshConfig
+from flmjax.config.fields import MESH_AXES, STAGE_SIZES, StageConfig, StageMeshConfig
 from flmjax.config.run import RunConfig
 
 
@@ -86,27 +87,33 @@ def override(config: RunConfig, path: str, value: object) -> RunConfig:
     return _replace(config, path.split("."), value, path)
 
 
-def refuse_unread(config: RunConfig, path: str) -> None:
-    """Refuse a setting of the run that changes nothing, because every stage that would read it states its own.
+def refuse_unread(configs: Sequence[RunConfig], path: str) -> None:
+    """Refuse to set a setting of the run that changes nothing, because every stage that would read it states its own.
+
+    Args:
+        configs: without and with the settings of the command. A command that states those of the stages too, or takes
+            them back, is not refused.
 
     Raises:
         ConfigError: naming the run's setting and the stage's.
     """
-    stages = config.stages
+    if not any(_is_read(config.stages, path) for config in configs):
+        setting = path if path.startswith("mesh.") else path.removeprefix("model.")
+        raise ConfigError(f"config.{path} is not read: the stages state their own; set config.stages[0].{setting}")
+
+
+def _is_read(stages: Sequence[StageConfig], path: str) -> bool:
+    """Whether a stage reads the run's setting `path`."""
     group, _, name = path.rpartition(".")
     if path == "mesh.fsdp":  # a stage that states any axis takes fsdp from the number of devices
-        stated = [stage.mesh != StageMeshConfig() for stage in stages]
-    elif group == "mesh" and name in MESH_AXES:
-        stated = [getattr(stage.mesh, name) is not None for stage in stages]
-    elif path in ("model.remat", "model.attention"):
-        stated = [getattr(stage, name) is not None for stage in stages]
-    elif group == "model" and name in STAGE_SIZES:  # the first stage's; later ones start from it
-        stated = [getattr(stages[0], name) is not None]
-    else:
-        return
-    if all(stated):
-        setting = path if group == "mesh" else name
-        raise ConfigError(f"config.{path} is not read: the stages state their own; set config.stages[0].{setting}")
+        return any(stage.mesh == StageMeshConfig() for stage in stages)
+    if group == "mesh" and name in MESH_AXES:
+        return any(getattr(stage.mesh, name) is None for stage in stages)
+    if path in ("model.remat", "model.attention"):
+        return any(getattr(stage, name) is None for stage in stages)
+    if group == "model" and name in STAGE_SIZES:  # the first stage's; later ones start from it
+        return getattr(stages[0], name) is None
+    return True
 
 
 def _replace(settings: Any, words: list[str], value: object, path: str) -> Any:

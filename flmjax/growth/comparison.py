@@ -18,6 +18,7 @@ from flmjax.growth.rescaled import Factors, draw_factors, rescaled
 from flmjax.model.loss import divisor, token_cross_entropy
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
 from flmjax.sharding.axes import Params, path_name
+from flmjax.sharding.reshard import reshard
 from flmjax.sharding.rules import Placement, batch_sharding, tree_shardings, whole_rows
 
 # Rescaled models whose largest difference is the own rounding. Where one token amplifies roundings far more than the
@@ -151,18 +152,23 @@ def _in_float64(
 ) -> tuple[tuple[Params, Params], Params, Params]:
     """Both trees in float64, the errors and the mask_changes of a Measurement."""
 
+    shardings = None  # pinned, else the partitioner may not shard the parameters
+    if placements is not None:
+        before_axes = abstract_params(growth.old)[1]
+        old, new = placements
+        moved_shardings = tree_shardings(new.mesh, before_axes)
+        shardings = tree_shardings(old.mesh, before_axes), tree_shardings(new.mesh, abstract_params(growth.new)[1])
+
     def program(before: Params, after: Params, key: jax.Array) -> tuple[tuple[Params, Params], Params, Params]:
         before, converted = (jax.tree.map(lambda x: x.astype(jnp.float64), tree) for tree in (before, after))
         if growth.family.tunes:
             return (before, converted), {}, {}
-        grown = grow_params(before, dataclasses.replace(growth, key=key))
+        moved = before if shardings is None else jax.tree.map(reshard, before, shardings[0], moved_shardings)
+        grown = grow_params(moved, dataclasses.replace(growth, key=key))
         return (before, grown), _changes(grown, converted), _mask_changes(grown, growth)
 
-    shardings = None
-    if placements is not None:  # pinned, else the partitioner may not shard them
-        models = zip(placements, (growth.old, growth.new), strict=True)
-        shardings = (tuple(tree_shardings(x.mesh, abstract_params(config)[1]) for x, config in models), None, None)
-    return jax.jit(program, out_shardings=shardings)(*params, growth.key)
+    out_shardings = None if shardings is None else (shardings, None, None)
+    return jax.jit(program, out_shardings=out_shardings)(*params, growth.key)
 
 
 def _changes(before: Params, after: Params) -> Params:

@@ -103,7 +103,9 @@ class Transformer(nn.Module):
         x_BLD = rows_BLD.astype(jnp.promote_types(c.dtype, jnp.float32)) * table["input"].forward
         if not c.is_rotary:
             init = declare(normal, length="index", embed="write")
-            x_BLD = x_BLD + self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)[positions_BL]
+            table_LD = self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)
+            # The small table is gathered: a lookup of its shards would gather the activations.
+            x_BLD = x_BLD + constrain(self.placement, table_LD, None, None)[positions_BL]
         x_BLD = constrain(self.placement, x_BLD.astype(c.dtype), *RESIDUAL)
         x_BLD = dropout_of(c, self.deterministic, self.placement)(x_BLD)
         x_BLD, _ = self._layers()(x_BLD, rotation(c, positions_BL), segment_ids_BL)

@@ -58,6 +58,7 @@ def make_plan(
     costs = cost.stage_costs(config)
     topology = parse_topology(config.mesh.topology)
     meshes = validate_meshes(config, topology.num_devices)
+    peak_rate(topology.chip, config.model)  # refuses a dtype before anything is compiled
     compiler = Compiler(config, topology)
     machine = cost.machine_of(topology.chip, topology.num_devices, price)
     operation = Operation(hours_between_failures or default_hours_between_failures(topology.num_devices))
@@ -202,11 +203,12 @@ def evaluations(compiler: Compiler, stage: Stage, machine: Machine) -> Evaluatio
 
 
 def saves(compiler: Compiler, stage: Stage, step: StepPlan, operation: Operation) -> Saves:
-    """The checkpoints of a stage: parameters and both moments in float32."""
+    """The checkpoints of a stage: parameters and both moments in float32; its end is always saved."""
     config, devices = compiler.config, compiler.topology.num_devices
     size = 12.0 * num_parameters(stage.model)
     pause, written = size / devices / operation.host_link, size / operation.storage
-    intervals = [config.checkpoint.every * step.time.seconds, 60 * (config.checkpoint.every_minutes or math.inf)]
+    intervals = [steps * step.time.seconds for steps in (config.checkpoint.every, stage.end - stage.start)]
+    intervals.append(60 * (config.checkpoint.every_minutes or math.inf))
     return Saves(
         bytes=size,
         kept=config.checkpoint.keep,

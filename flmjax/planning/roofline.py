@@ -26,7 +26,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
-from flmjax.config import MeshShape, ModelConfig
+from flmjax.config import ConfigError, MeshShape, ModelConfig
 from flmjax.hardware import Chip, PlannableChip
 from flmjax.planning.exchanges import Collective, Timeline
 from flmjax.planning.program import Program
@@ -219,7 +219,13 @@ def _is_tensor(exchange: Collective, mesh: MeshShape) -> bool:
 
 
 def peak_rate(chip: Chip, model: ModelConfig) -> float:
-    """Peak FLOP/s of a chip in the dtype of a model's matrix products."""
+    """Peak FLOP/s of a chip in the dtype of a model's matrix products.
+
+    Raises:
+        ConfigError: for float64, for which there is no figure.
+    """
+    if model.dtype == "float64":
+        raise ConfigError("model.dtype='float64' has no price: data sheets of bfloat16 and float32 are known")
     return chip.bfloat16 if model.dtype == "bfloat16" else chip.float32
 
 

@@ -23,7 +23,7 @@ def write_plan(plan: Plan, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.html"
     with writing(path):
-        (folder / "plan.json").write_text(json.dumps(plan.to_json(), indent=1))
+        (folder / "plan.json").write_text(json.dumps(plan.to_json(), indent=1, allow_nan=False))
         path.write_text(_plan_page(plan), encoding="utf-8")
     return path
 

@@ -54,7 +54,10 @@ def grow_into(
     model = dataclasses.replace(new.config, dropout=0.0)
 
     def value_and_grad(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Params]:
-        sums, grads = gradients(params, batch, key, model, Placement(new.mesh), stage.layout.microbatches)
+        layout = stage.layout
+        sums, grads = gradients(
+            params, batch, key, model, Placement(new.mesh), layout.microbatches, layout.gradient_reduction
+        )
         return sums["loss"] / divisor(sums["weight"]), grads
 
     params, losses = tune(state.params, Growth.into(stage, key), value_and_grad, batches, new.shardings.params)

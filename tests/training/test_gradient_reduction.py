@@ -21,6 +21,7 @@ from flmjax.planning.roofline import replica_sum
 from flmjax.planning.topology import parse_topology
 from flmjax.sharding.mesh import make_mesh
 from flmjax.sharding.rules import Placement, batch_sharding, tree_shardings
+from flmjax.stderr import captured_stderr
 from flmjax.training.state import state_spec
 from flmjax.training.step import gradients, jit_train_step
 
@@ -36,6 +37,25 @@ NODE = 4  # devices of a replica: a group of more of them exchanges between repl
 
 def mesh_of(shape):
     return make_mesh(MeshShape(*shape), jax.devices()[: int(np.prod(shape))])
+
+
+@pytest.mark.parametrize("reduction", ["step", "microbatch"])
+def test_learned_positions_of_documents_gather_no_activation(reduction):
+    """The table is split over fsdp like the sequences: a lookup of its shards gathered all sequences everywhere."""
+    config, mesh = with_fields(TINY, position="learned"), mesh_of(MESH)
+    batch = uneven_batch(config)
+    batch["positions"] = np.tile(np.arange(config.max_length, dtype=np.int32), (16, 1))
+    shardings = tree_shardings(mesh, abstract_params(config)[1])
+    compute = functools.partial(
+        gradients, config=config, placement=Placement(mesh), microbatches=MICROBATCHES, reduction=reduction
+    )
+    params = jax.device_put(random_params(config), shardings)
+    with captured_stderr() as stderr_text:
+        jax.jit(compute, out_shardings=(None, shardings)).lower(
+            params, on_mesh(batch, mesh), jax.random.key(0)
+        ).compile()
+        warnings = stderr_text()
+    assert "Involuntary full rematerialization" not in warnings
 
 
 def uneven_batch(config):
@@ -147,9 +167,9 @@ def test_the_planned_costs_are_those_of_the_program():
     assert sums.microbatch.seconds == MICROBATCHES * sums.step.seconds
 
 
-@pytest.mark.parametrize(("mesh", "microbatches"), [((1, 8, 1), 4), ((2, 2, 2), 1)], ids=str)
-def test_without_a_choice_the_plan_shows_none(mesh, microbatches):
-    run = RunConfig(model=TINY, stages=(StageConfig(batch_size=16, microbatches=microbatches),), mesh=MeshConfig(*mesh))
+def test_without_replicas_the_plan_shows_no_sum_over_them():
+    mesh = (1, 8, 1)
+    run = RunConfig(model=TINY, stages=(StageConfig(batch_size=16, microbatches=4),), mesh=MeshConfig(*mesh))
     compiler = SimpleNamespace(mesh_shape=lambda _: MeshShape(*mesh), topology=parse_topology("a800:1x8"))
     assert replica_sums(compiler, run.schedule[0]) is None
 
