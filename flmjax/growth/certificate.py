@@ -137,7 +137,8 @@ class Certificate:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items()) or "equal sizes"
-        failure = "" if self.failure is None else f"; FAILED: {self.failure}"
+        result = "accepted" if self.failure is None else f"FAILED: {self.failure}"
+        bar = f" ({self.roundings:g} times that is accepted)" if self.exact else ""
         removed = (
             ""
             if self.mask_removed is None
@@ -146,11 +147,11 @@ class Certificate:
         return (
             f"growth certificate at step {self.step}: {self.from_stage} -> {self.to_stage} by '{self.family}' "
             f"({self.claim}); {sizes}; parameters {self.parameters[0]:,} -> {self.parameters[1]:,}; "
-            f"max |difference| of logits on {self.tokens:,} validation tokens, beside the old model's own rounding: "
-            f"{self._differences()} (max |logit| {self.max_logit:.3g}){removed}; "
+            f"max |difference| of logits on {self.tokens:,} validation tokens, beside the old model's own rounding"
+            f"{bar}: {self._differences()} (max |logit| {self.max_logit:.3g}){removed}; "
             f"loss {_change(self.loss_before, self.loss_after, '.6f')}, "
-            f"KL {self.kl:.2g} beside {self.kl_rounding:.2g}; "
-            f"gradient norm {_change(*self.gradient_norm, '.4g')}{failure}"
+            f"KL {self.kl:.2g}, of own rounding {self.kl_rounding:.2g}; "
+            f"gradient norm {_change(*self.gradient_norm, '.4g')}; {result}"
         )
 
     def _differences(self) -> str:
