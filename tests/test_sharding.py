@@ -223,7 +223,7 @@ def test_a_stage_has_its_own_mesh():
         ({"mesh": StageMeshConfig(replica=3, fsdp=2)}, ".mesh: replica 3 x fsdp 2 x tensor 1 has 6 places"),
         (
             {"mesh": StageMeshConfig(tensor=4), "batch_size": 7},
-            ": batch_size / microbatches=7 does not divide",
+            ": the 7 sequences of a microbatch (batch_size / microbatches) do not divide over the 2 data shards",
         ),
         (
             {"mesh": StageMeshConfig(tensor=8), "num_heads": 4},

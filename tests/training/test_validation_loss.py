@@ -112,17 +112,6 @@ def test_a_source_without_a_sequence_has_no_mean():
     assert absent == {"loss/zh", "bits_per_byte/zh", "judgement_accuracy/cola"}
 
 
-def test_judged_targets_of_two_processes_are_counted_once(tiny_spec, monkeypatch):
-    """Every process has all held-out rows, so their sum over processes counts each target once a process."""
-    rows = mixed_batch(rows=4, teachers=(1, 2))
-    alone, _ = evaluate_rows(tiny_spec, rows, 4)
-    twice = {name: np.concatenate([x, x]) for name, x in rows.items()}
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    both, _ = evaluate_rows(tiny_spec, twice, 8)
-    assert both["judged"] == alone["judged"] == 10
-    assert both == pytest.approx(alone, rel=1e-6, nan_ok=True)
-
-
 @pytest.mark.parametrize(("teachers", "missing"), [((), "teacher"), (range(4), "language")])
 def test_validation_without_one_kind_has_nan_for_it(teachers, missing, tiny_spec):
     line, _ = evaluate_rows(tiny_spec, mixed_batch(rows=4, teachers=teachers), 4, None, np.array([False, False, True]))
