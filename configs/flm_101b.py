@@ -5,7 +5,7 @@ says whether the paper states it, it is derived from what the paper states, or i
 and 51B are not published. The text is the paper's English and Chinese mixture in kind, not in its documents.
 
 Argument: at most one word of each kind, separated by commas, for example `tpu_v4,16b`.
-    machine   a800 (default), tpu_v5p, tpu_v4, tpu_v6e; or cpu, a small twin that runs in minutes (below)
+    machine   a800 (default), h100, h200, tpu_v5p, tpu_v4, tpu_v6e; or cpu, a small twin that runs in minutes (below)
     stage     without a word all three stages, grown. `16b` and `51b`: the model of that stage alone, from random
               weights, with the stage's steps, batch and rates.
               16b: 245.4B tokens. configs/eflm_16b.py continues from this run, and `flmjax grow` makes a larger model
@@ -25,10 +25,13 @@ Argument: at most one word of each kind, separated by commas, for example `tpu_v
 Machines, 2048 tokens a sequence; by `flmjax plan --config=configs/flm_101b.py:MACHINE[,STAGE]`, the memory of a device
 where it is largest, and days. The paper: 21.5 days, of them 9.63 for 16B and 5.37 for 51B.
                                                all stages         16b               51b
-    a800     192 A800 80 GB (24 nodes of 8)    53 GiB, 20 days    14 GiB, 10 days   30 GiB, 5 days
+    a800     192 A800 80 GB (24 nodes of 8)    66 GiB, 18 days    58 GiB,  7 days   66 GiB, 4 days
+    h100     128 H100 80 GB (16 nodes of 8)    67 GiB,  9 days    58 GiB,  4 days   66 GiB, 2 days
     tpu_v5p  256 chips, 4x8x8                  24 GiB, 12 days     8 GiB,  6 days   14 GiB, 3 days
     tpu_v4   256 chips, 4x8x8                  16 GiB, 20 days     4 GiB, 10 days    9 GiB, 5 days
     tpu_v6e  256 chips, 16x16                  16 GiB,  8 days     4 GiB,  4 days    9 GiB, 2 days
+h200 is 128 H200 (16 nodes of 8), with layouts to start a search from. The figures of TPUs are older: of programs that
+summed gradients in bfloat16, with 80 % of their exchanges assumed to be hidden.
 
 Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b
@@ -75,7 +78,8 @@ class Machine(NamedTuple):
     layouts: tuple[Layout, Layout, Layout]
 
 
-# The layouts of a800 are the fastest that `flmjax plan --search-layout` found; of TPUs one layout serves all stages.
+# The layouts of a800 and h100 are the fastest that `flmjax plan --search-layout` found; those of h200 are to start a
+# search from, and of TPUs one layout serves all stages.
 # Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside a node. Over fsdp 64 a
 # shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third of 16B's gradients are
 # reduced without scattering there. Mesh 2 x 32 x 4 would scatter them; it takes the same time and 1.3 GiB more.
