@@ -37,7 +37,8 @@ def test_the_twin_of_eflm_continues_the_twin_of_16b(tmp_path):
     )
     assert after[-1]["judged"] > 50
     first = next(line for line in read_metrics(tmp_path / "eflm") if line["kind"] == "train")
-    assert first["language_loss"] < before[-1]["loss"] + 0.3 < math.log(257) - 1  # no start from random weights
+    # No start from random weights, whose loss is ln 257; one of its texts is not the source's.
+    assert before[-1]["loss"] < first["language_loss"] < math.log(257) - 1
 
 
 @pytest.mark.slow
