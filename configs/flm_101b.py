@@ -52,30 +52,25 @@ from flmjax.config import (
     DataConfig,
     GrowthConfig,
     MeshConfig,
+    MeshShape,
     ModelConfig,
     RunConfig,
     StageConfig,
     StageMeshConfig,
     choose_words,
     to_config_dict,
+    with_layout,
 )
 
 
-class Layout(NamedTuple):
-    """How a stage is computed: devices along each mesh axis, what is recomputed, parts of a batch."""
-
-    replica: int
-    fsdp: int
-    tensor: int
-    remat: str
-    microbatches: int
-
-
 class Machine(NamedTuple):
-    """A machine, and the layouts of 16B, 51B and 101B on it."""
+    """A machine, and the layouts of 16B, 51B and 101B on it.
+
+    A layout is a mesh of replica x fsdp x tensor, what is recomputed, and the number of parts of a batch.
+    """
 
     topology: str
-    layouts: tuple[Layout, Layout, Layout]
+    layouts: tuple[tuple[MeshShape, str, int], ...]
 
 
 # The layouts of a800 and h100 are the fastest that `flmjax plan --search-layout` found; those of h200 are to start a
@@ -86,19 +81,19 @@ class Machine(NamedTuple):
 MACHINES = {
     "a800": Machine(
         "a800:24x8",
-        (Layout(3, 64, 1, "dots", 2), Layout(3, 64, 1, "dots", 4), Layout(3, 16, 4, "full", 3)),
+        ((MeshShape(3, 64, 1), "dots", 2), (MeshShape(3, 64, 1), "dots", 4), (MeshShape(3, 16, 4), "full", 3)),
     ),
     "h100": Machine(
         "h100:16x8",
-        (Layout(2, 64, 1, "dots", 3), Layout(2, 64, 1, "full", 1), Layout(2, 64, 1, "full", 3)),
+        ((MeshShape(2, 64, 1), "dots", 3), (MeshShape(2, 64, 1), "full", 1), (MeshShape(2, 64, 1), "full", 3)),
     ),
     "h200": Machine(
         "h200:16x8",
-        (Layout(2, 64, 1, "dots", 2), Layout(2, 64, 1, "dots", 3), Layout(2, 64, 1, "dots", 6)),
+        ((MeshShape(2, 64, 1), "dots", 2), (MeshShape(2, 64, 1), "dots", 3), (MeshShape(2, 64, 1), "dots", 6)),
     ),
-    "tpu_v5p": Machine("v5p:4x8x8", (Layout(1, 64, 4, "full", 3),) * 3),
-    "tpu_v4": Machine("v4:4x8x8", (Layout(1, 64, 4, "full", 9),) * 3),
-    "tpu_v6e": Machine("v6e:16x16", (Layout(1, 64, 4, "full", 9),) * 3),
+    "tpu_v5p": Machine("v5p:4x8x8", ((MeshShape(1, 64, 4), "full", 3),) * 3),
+    "tpu_v4": Machine("v4:4x8x8", ((MeshShape(1, 64, 4), "full", 9),) * 3),
+    "tpu_v6e": Machine("v6e:16x16", ((MeshShape(1, 64, 4), "full", 9),) * 3),
 }
 MODEL = ModelConfig(
     num_layers=40,  # our choice, like the next four: 16B of the paper's several possible shapes
@@ -194,15 +189,7 @@ def _stages(growth: GrowthConfig, is_sawtooth: bool, machine: str) -> tuple[Stag
         ),
     )
     layouts = zip(_with_borders(stages, is_sawtooth), MACHINES[machine].layouts, strict=True)
-    return tuple(
-        dataclasses.replace(
-            stage,
-            mesh=StageMeshConfig(layout.replica, layout.fsdp, layout.tensor),
-            remat=layout.remat,
-            microbatches=layout.microbatches,
-        )
-        for stage, layout in layouts
-    )
+    return tuple(with_layout(stage, *layout) for stage, layout in layouts)
 
 
 def _with_borders(stages: tuple[StageConfig, ...], is_sawtooth: bool) -> tuple[StageConfig, ...]:

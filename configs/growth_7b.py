@@ -16,38 +16,41 @@ Launch on every host, with the same workdir on a file system that all hosts see:
 """
 
 import dataclasses
-from typing import NamedTuple
 
 from flmjax.config import (
     CheckpointConfig,
     DataConfig,
     GrowthConfig,
     MeshConfig,
+    MeshShape,
     ModelConfig,
     RunConfig,
     StageConfig,
-    StageMeshConfig,
     choose_words,
     to_config_dict,
+    with_layout,
 )
 
-
-class Layout(NamedTuple):
-    """How a stage is computed: devices along each mesh axis, what is recomputed, parts of a batch."""
-
-    replica: int
-    fsdp: int
-    tensor: int
-    remat: str
-    microbatches: int
-
-
-# The topology of a machine, and the layouts of 1.0B, 3.6B and 6.9B that `flmjax plan --search-layout` found for it.
+# The topology of a machine, and the layouts of 1.0B, 3.6B and 6.9B on it: a mesh of replica x fsdp x tensor, what is
+# recomputed, and the number of parts of a batch. Those of H100s are the fastest that `flmjax plan --search-layout`
+# found; those of TPUs are not from a search.
 MACHINES = {
-    "h100_64": ("h100:8x8", (Layout(2, 32, 1, "none", 2), Layout(1, 64, 1, "dots", 2), Layout(1, 64, 1, "dots", 4))),
-    "h100_8": ("h100:1x8", (Layout(8, 1, 1, "none", 32), Layout(1, 8, 1, "dots", 16), Layout(2, 4, 1, "dots", 64))),
-    "v5e_64": ("v5e:8x8", (Layout(1, 64, 1, "full", 4), Layout(1, 64, 1, "full", 8), Layout(1, 64, 1, "full", 16))),
-    "v6e_64": ("v6e:8x8", (Layout(1, 64, 1, "full", 2), Layout(1, 64, 1, "full", 4), Layout(1, 64, 1, "full", 8))),
+    "h100_64": (
+        "h100:8x8",
+        ((MeshShape(2, 32, 1), "none", 2), (MeshShape(1, 64, 1), "dots", 2), (MeshShape(1, 64, 1), "dots", 4)),
+    ),
+    "h100_8": (
+        "h100:1x8",
+        ((MeshShape(8, 1, 1), "none", 32), (MeshShape(1, 8, 1), "dots", 16), (MeshShape(2, 4, 1), "dots", 64)),
+    ),
+    "v5e_64": (
+        "v5e:8x8",
+        ((MeshShape(1, 64, 1), "full", 4), (MeshShape(1, 64, 1), "full", 8), (MeshShape(1, 64, 1), "full", 16)),
+    ),
+    "v6e_64": (
+        "v6e:8x8",
+        ((MeshShape(1, 64, 1), "full", 2), (MeshShape(1, 64, 1), "full", 4), (MeshShape(1, 64, 1), "full", 8)),
+    ),
 }
 
 
@@ -113,13 +116,5 @@ def get_config(argument: str = ""):
         evaluation_rows=1024,
         certificate_rows=64,
     )
-    stages = [
-        dataclasses.replace(
-            stage,
-            mesh=StageMeshConfig(layout.replica, layout.fsdp, layout.tensor),
-            remat=layout.remat,
-            microbatches=layout.microbatches,
-        )
-        for stage, layout in zip(run.stages, layouts, strict=True)
-    ]
-    return to_config_dict(dataclasses.replace(run, stages=tuple(stages)))
+    stages = tuple(with_layout(stage, *layout) for stage, layout in zip(run.stages, layouts, strict=True))
+    return to_config_dict(dataclasses.replace(run, stages=stages))

@@ -69,7 +69,10 @@ def complain(capsys, *argv: str) -> str:
         (["train", QUICKSTART, "--config.optimizer.clip_norm=abc", "--workdir=WORKDIR"], "must be of type float"),
         (["train", QUICKSTART, "--config.stages[1].embed_dim=64", "--workdir=WORKDIR"], "smaller than 128"),
         (["train", QUICKSTART, "more", "--workdir=WORKDIR"], "'more' is not a flag"),
-        (["train", *CUDNN, "--config.data.document_attention=True"], "'cudnn' cannot keep a row's documents apart"),
+        (
+            ["train", *CUDNN, "--config.data.document_attention=True"],
+            "'cudnn' cannot keep the documents of a sequence apart",
+        ),
         (["train", *CUDNN, "--config.data.teachers=('hsk_levels',)"], "apart, which data.teachers requires"),
         (["prepare", QUICKSTART, "--config.data.vocabulary=cl10k", "--workdir=WORKDIR"], "did you mean cl100k"),
         (

@@ -34,7 +34,7 @@ from flmjax.config.fields import (
     StageMeshConfig,
 )
 from flmjax.config.overrides import field_type, override, parse_value, refuse_unread
-from flmjax.config.run import RunConfig, Stage, resize
+from flmjax.config.run import RunConfig, Stage, resize, with_layout
 from flmjax.config.shapes import MeshShape, split_factor
 
 __all__ = [
@@ -81,4 +81,5 @@ __all__ = [
     "to_config_dict",
     "to_json",
     "to_stored",
+    "with_layout",
 ]

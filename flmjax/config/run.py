@@ -18,7 +18,9 @@ from flmjax.config.fields import (
     OptimizerConfig,
     Remat,
     StageConfig,
+    StageMeshConfig,
 )
+from flmjax.config.shapes import MeshShape
 from flmjax.config.values import Count, NonNegativeInt, PositiveFloat, PositiveInt, Seed, make_tuples
 
 
@@ -101,6 +103,12 @@ class RunConfig:
     def total_steps(self) -> int:
         """Number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+
+def with_layout(stage: StageConfig, mesh: MeshShape, remat: Remat, microbatches: int) -> StageConfig:
+    """The stage on a mesh of its own, with what it recomputes and the number of parts of its batch."""
+    sizes = StageMeshConfig(**dataclasses.asdict(mesh))
+    return dataclasses.replace(stage, mesh=sizes, remat=remat, microbatches=microbatches)
 
 
 class Layout(NamedTuple):

@@ -43,13 +43,8 @@ def validate(config: RunConfig) -> RunConfig:
         raise ConfigError("; ".join(refusals[:5]))
     _validate_model(config.model)
     _validate_data(config.data)
-    apart = "data.document_attention" if config.data.document_attention else "data.teachers"
-    for stage in config.schedule if config.data.document_attention or config.data.teachers else ():
-        _require(
-            stage.layout.attention != "cudnn",
-            f"{stage.setting_of('attention')}='cudnn' cannot keep a row's documents apart, which {apart} requires; "
-            "take 'plain'",
-        )
+    if config.data.document_attention or config.data.teachers:
+        refuse_cudnn(config, "data.document_attention" if config.data.document_attention else "data.teachers")
     for i, settings in enumerate(config.stages):
         _validate_stage(settings, f"stages[{i}]", config.data.num_sources)
     _validate_schedule(config.stages)
@@ -254,6 +249,23 @@ def _validate_growth(stage: Stage) -> None:
         split_factor(old, new)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def refuse_cudnn(config: RunConfig, cause: str) -> None:
+    """Refuse cuDNN's attention, which cannot keep the documents of a sequence apart, in every stage.
+
+    Args:
+        cause: what requires it, in the message.
+
+    Raises:
+        ConfigError: naming the setting of the attention.
+    """
+    for stage in config.schedule:
+        _require(
+            stage.layout.attention != "cudnn",
+            f"{stage.setting_of('attention')}='cudnn' cannot keep the documents of a sequence apart, which {cause} "
+            "requires; take 'plain'",
+        )
 
 
 def validate_meshes(config: RunConfig, num_devices: int) -> tuple[MeshShape, ...]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from flmjax.config import ConfigError, RunConfig, stored_entry
+from flmjax.config.validate import refuse_cudnn
 from flmjax.data.sources.freelm import Marks
 from flmjax.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -136,12 +137,8 @@ def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
             f"model.vocab_size={config.model.vocab_size} but the data's vocabulary has {data.vocab_size} ids; "
             "leave it None to take the tokenizer's"
         )
-    for stage in config.schedule if data.marks is not None else ():  # a seqio mixture may have teachers
-        if stage.layout.attention == "cudnn":
-            raise ConfigError(
-                f"{stage.setting_of('attention')}='cudnn' cannot keep a row's propositions apart, and {data.directory} "
-                "has teachers; take 'plain'"
-            )
+    if data.marks is not None:  # a seqio mixture may have teachers
+        refuse_cudnn(config, f"teachers in {data.directory}")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
 
 

@@ -37,7 +37,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from flmjax.config import SIZES
+from flmjax.config import SIZES, RunConfig
 from flmjax.disk import writing
 from flmjax.growth.comparison import Comparison, Measurement, Placements, measure
 from flmjax.growth.growth import Growth
@@ -181,8 +181,8 @@ def certify(
     point: GrowthPoint,
     *,
     placements: Placements | None = None,
-    float64_below: int = 20_000_000,
-    roundings: float = 8.0,
+    float64_below: int = RunConfig.certificate_float64_below,
+    roundings: float = RunConfig.certificate_roundings,
 ) -> Certificate:
     """Compare the models before and after growth on `batch`.
 

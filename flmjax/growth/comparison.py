@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import masked
 from flmjax.growth.rescaled import Factors, draw_factors, rescaled
 from flmjax.model.loss import divisor, token_cross_entropy
+from flmjax.model.microbatches import in_parts
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
 from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.reshard import reshard
@@ -135,8 +136,7 @@ def _float64_rounding(rounding: Difference) -> Difference:
 def _sample(batch: Mapping[str, jax.Array], placements: Placements | None) -> tuple[Mapping[str, jax.Array], int]:
     """The first sequence of each data shard, and the number of sequences from one to the next.
 
-    These have enough logits to find a wrong parameter in float64; all sequences would double the memory of the run's
-    comparison.
+    These have enough logits to find a wrong parameter in float64, which many devices compute slowly.
     """
     shards = 1 if placements is None else whole_rows(1, *(placement.mesh for placement in placements))
     sharding = None if placements is None else batch_sharding(placements[1].mesh)
@@ -225,60 +225,14 @@ def jit_comparison(
     """The jitted program of a certificate: ((old, new) parameters, batch) -> the fields of a Comparison.
 
     Without `rounding` the own rounding is NaN.
-
-    Both models are compared on the old vocabulary: padded ids are left out, and so are new words, which have no logits
-    before growth.
     """
-    # Attention is "plain" in every dtype: the rounding of a fused kernel would hide the difference that growth makes.
-    # Remat is "full", whatever the model trains with: two models are in memory at once.
-    old, is_masked = growth.old, growth.family.ramps
-    before, after = (
-        dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full") for c in (old, growth.new)
-    )
+    models = _Models(growth, dtype, placements)
     shards = 1 if placements is None else whole_rows(1, *(placement.mesh for placement in placements))
-
-    def placement_of(config: ModelConfig) -> Placement | None:
-        return None if placements is None else placements[config is after]
-
-    def logits(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
-        extras = batch.get("segment_ids"), batch.get("positions")
-        y_BLV = forward(params, config, batch["tokens"], *extras, placement_of(config))
-        return jnp.where(real_ids(old), y_BLV[..., : old.padded_vocab_size], -jnp.inf)
-
-    def loss(params: Params, config: ModelConfig, batch: Mapping[str, jax.Array]) -> Any:
-        if config is after and is_masked:
-            params = masked(params, growth, 0.0)
-        y_BLV = logits(params, config, batch)
-        loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
-        return jnp.sum(loss_BL * batch["weights"]), (loss_BL, (y_BLV, log_probs_BLV))
-
-    def compared(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
-        grads, losses, outputs = [], [], []
-        for p, c in zip(params, (before, after), strict=True):
-            if gradients:
-                (_, (loss_BL, output)), grad = jax.value_and_grad(loss, has_aux=True)(p, c, batch)
-                grads.append(_pinned(grad, c, placement_of(c)))
-            else:
-                loss_BL, output = loss(p, c, batch)[1]
-            losses.append(loss_BL)
-            outputs.append(output)
-
-        def own_rounding(by: Factors) -> _TokenDifference:
-            y_BLV = logits(*rescaled(params[0], before, by), batch)
-            return _difference(outputs[0], (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), old)
-
-        first, second = outputs
-        largest_BL = jnp.max(jnp.where(real_ids(old), jnp.abs(first[0]), 0), axis=-1)
-        tokens: dict[str, Any] = {"loss": losses, "largest": largest_BL, "growth": _difference(first, second, old)}
-        if rounding:
-            draws = jax.lax.map(own_rounding, draw_factors(old, DRAWS))
-            tokens["rounding"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), draws)  # sequences first
-        return grads, tokens
 
     def program(params: tuple[Params, Params], batch: Mapping[str, jax.Array]) -> Any:
         weights_BL = batch["weights"]
         parts = max(len(weights_BL) // shards, 1)
-        grads, tokens = _by_parts(functools.partial(compared, params), batch, parts)
+        grads, tokens = in_parts(lambda part, _: models.compare(params, part, gradients, rounding), batch, parts)
         largest = jnp.nan, jnp.nan, (0, 0), jnp.nan
         if rounding:
             draws = jax.vmap(functools.partial(_summary, weights_BL=weights_BL), in_axes=-1)(tokens["rounding"])
@@ -298,26 +252,67 @@ def jit_comparison(
     return jax.jit(program, compiler_options=quick)
 
 
-def _by_parts(function: Callable[[Any], tuple[Any, Any]], batch: Mapping[str, jax.Array], parts: int) -> Any:
-    """function(batch), computed in parts so that the memory for logits is that of one part.
+class _Models:
+    """The models before and after a growth, as a certificate computes them.
 
-    Args:
-        function: returns arrays to be summed over the parts, and arrays whose first axis is the sequences.
-        batch: its sequences are a multiple of `parts`. Part j has sequences j, j + parts, ..., so that each device
-            keeps the sequences that it holds.
+    Both are compared on the old vocabulary: padded ids are left out, and so are new words, which have no logits before
+    growth. Attention is "plain" in every dtype: the rounding of a fused kernel would hide the difference that growth
+    makes. Remat is "full", whatever the model trains with: two models are in memory at once.
     """
-    if parts == 1:
-        return function(batch)
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def body(total: Any, part: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-        sums, rows = function(part)
-        return jax.tree.map(jnp.add, total, sums), rows
+    def __init__(self, growth: Growth, dtype: Dtype, placements: Placements | None):
+        self._growth = growth
+        self._configs = tuple(
+            dataclasses.replace(c, dtype=dtype, attention="plain", scan_unroll=1, remat="full")
+            for c in (growth.old, growth.new)
+        )
+        self._placements = placements or (None, None)
 
-    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], split))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums, rows = jax.lax.scan(body, zeros, split)
-    return sums, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
+    @property
+    def _real(self) -> jax.Array:
+        return real_ids(self._growth.old)
+
+    def compare(
+        self, params: tuple[Params, Params], batch: Mapping[str, jax.Array], gradients: bool, rounding: bool
+    ) -> tuple[list[Params], dict[str, Any]]:
+        """(gradients of both models' summed losses if wanted, arrays with a value or a _TokenDifference a token)."""
+        grads, losses, outputs = [], [], []
+        for index, (p, config, placement) in enumerate(zip(params, self._configs, self._placements, strict=True)):
+            if gradients:
+                (_, (loss_BL, output)), grad = jax.value_and_grad(self._loss, has_aux=True)(p, index, batch)
+                grads.append(_pinned(grad, config, placement))
+            else:
+                loss_BL, output = self._loss(p, index, batch)[1]
+            losses.append(loss_BL)
+            outputs.append(output)
+        before, after = outputs
+        largest_BL = jnp.max(jnp.where(self._real, jnp.abs(before[0]), 0), axis=-1)
+        growth = _difference(before, after, self._real)
+        tokens: dict[str, Any] = {"loss": losses, "largest": largest_BL, "growth": growth}
+        if rounding:
+
+            def own_rounding(by: Factors) -> _TokenDifference:
+                y_BLV = self._logits(*rescaled(params[0], self._configs[0], by), self._placements[0], batch)
+                return _difference(before, (y_BLV, jax.nn.log_softmax(y_BLV, axis=-1)), self._real)
+
+            draws = jax.lax.map(own_rounding, draw_factors(self._growth.old, DRAWS))
+            tokens["rounding"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), draws)  # sequences first
+        return grads, tokens
+
+    def _loss(self, params: Params, index: int, batch: Mapping[str, jax.Array]) -> Any:
+        """(summed loss, (losses of the tokens, (logits, log-probabilities))) of the model before or after growth."""
+        if index == 1 and self._growth.family.ramps:
+            params = masked(params, self._growth, 0.0)
+        y_BLV = self._logits(params, self._configs[index], self._placements[index], batch)
+        loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
+        return jnp.sum(loss_BL * batch["weights"]), (loss_BL, (y_BLV, log_probs_BLV))
+
+    def _logits(
+        self, params: Params, config: ModelConfig, placement: Placement | None, batch: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        extras = batch.get("segment_ids"), batch.get("positions")
+        y_BLV = forward(params, config, batch["tokens"], *extras, placement)
+        return jnp.where(self._real, y_BLV[..., : self._growth.old.padded_vocab_size], -jnp.inf)
 
 
 def _pinned(grads: Params, config: ModelConfig, placement: Placement | None) -> Params:
@@ -339,10 +334,9 @@ class _TokenDifference(NamedTuple):
     kl: jax.Array
 
 
-def _difference(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], old: ModelConfig) -> _TokenDifference:
-    """The difference of two models' (logits, log-probabilities), each (B, L, V)."""
+def _difference(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], real: jax.Array) -> _TokenDifference:
+    """The difference of two models' (logits, log-probabilities), each (B, L, V), over the `real` ids (V,)."""
     (y_a, log_a), (y_b, log_b) = a, b
-    real = real_ids(old)
     difference_BLV = jnp.where(real, jnp.abs(y_a - y_b), 0)
     return _TokenDifference(
         jnp.max(difference_BLV, axis=-1),

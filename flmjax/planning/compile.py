@@ -27,7 +27,7 @@ from flmjax.sharding.mesh import check_slices, make_mesh
 from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.stderr import captured_stderr
 from flmjax.training.state import StateSpec, state_spec
-from flmjax.training.step import jit_growth, jit_train_step
+from flmjax.training.step import jit_growth, jit_stage_step
 
 MORE_DEVICES = "take more devices along fsdp or tensor"
 
@@ -77,17 +77,10 @@ class Compiler:
             TooLargeError: from a compiler that makes no program that does not fit (the TPU's).
             ConfigError: for any other error of the compiler.
         """
-        spec, size, layout = self.spec(stage), stage.config.batch_size, stage.layout
+        spec, size = self.spec(stage), stage.config.batch_size
         batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(spec.mesh))
         return compile_program(
-            jit_train_step(
-                spec,
-                layout.microbatches,
-                ramp_of(stage),
-                layout.overlap_collectives,
-                layout.deterministic,
-                layout.gradient_reduction,
-            ),
+            jit_stage_step(spec, stage.layout, ramp_of(stage)),
             (spec.abstract, batch, np.float32(0)),
             self.topology,
             name=f"stages[{stage.index}] ({stage.name})",
@@ -148,9 +141,8 @@ class Compiler:
         The moments of both states are in memory beside it and are counted as arguments.
         """
         assert stage.previous is not None
-        config, old, new = self.config, self.spec(stage.previous), self.spec(stage)
-        meshes = (old.mesh, new.mesh)
-        rows, fewest = (whole_rows(n, *meshes) for n in (config.certificate_rows, 1))
+        old, new = self.spec(stage.previous), self.spec(stage)
+        rows = whole_rows(self.config.certificate_rows, old.mesh, new.mesh)
         batch = abstract_batch(self.batch_kind, rows, old.config.max_length, batch_sharding(new.mesh))
         program = compile_program(
             jit_comparison(
@@ -159,7 +151,7 @@ class Compiler:
             ((old.abstract.params, new.abstract.params), batch),
             self.topology,
             name=f"the certificate of growth {stage.previous.name} -> {stage.name}",
-            advice=f"take certificate_rows={fewest}" if rows > fewest else MORE_DEVICES,
+            advice=MORE_DEVICES,  # sequences are compared one by one: fewer of them take as much memory
         )
         return _beside(program, (old.abstract.opt_state, new.abstract.opt_state))
 

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from flmjax.config import MESH_AXES, ConfigError, MeshShape, ModelConfig, Remat, RunConfig, Stage, StageMeshConfig
+from flmjax.config import MESH_AXES, ConfigError, MeshShape, ModelConfig, Remat, RunConfig, Stage, with_layout
 from flmjax.config.validate import check_stage, legal_microbatches
 from flmjax.hardware import GiB
 from flmjax.model.flops import block_matrices, num_parameters
@@ -60,13 +60,8 @@ def with_layouts(config: RunConfig, layouts: Mapping[int, StageLayout]) -> RunCo
     """
     stages = list(config.stages)
     for index, layout in layouts.items():
-        stages[index] = dataclasses.replace(
-            stages[index],
-            mesh=StageMeshConfig(**dataclasses.asdict(layout.mesh)),
-            remat=layout.remat,
-            attention="fused",
-            microbatches=layout.microbatches,
-        )
+        stage = with_layout(stages[index], layout.mesh, layout.remat, layout.microbatches)
+        stages[index] = dataclasses.replace(stage, attention="fused")
     return dataclasses.replace(config, stages=tuple(stages))
 
 

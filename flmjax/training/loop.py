@@ -41,7 +41,7 @@ from flmjax.training.state import (
     state_spec,
     to_items,
 )
-from flmjax.training.step import jit_train_step, nonfinite_leaves
+from flmjax.training.step import jit_stage_step, nonfinite_leaves
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import MetricsWriter
 from flmjax.workdir.position import Position
@@ -76,10 +76,7 @@ def run_stage(
     for mask, end in [*phases, (None, stage.end)]:
         if step >= end:  # resumed after the mask was removed
             continue
-        layout = stage.layout
-        train_step = jit_train_step(
-            spec, layout.microbatches, mask, layout.overlap_collectives, layout.deterministic, layout.gradient_reduction
-        )
+        train_step = jit_stage_step(spec, stage.layout, mask)
         while step < end:
             state, metrics = train_step(state, next(batches), np.float32(rate(step)))
             step += 1

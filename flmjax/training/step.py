@@ -12,11 +12,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flmjax.config import GradientReduction, ModelConfig
+from flmjax.config.run import Layout
 from flmjax.growth.grow import grow
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp
 from flmjax.hardware import compiler_options
 from flmjax.model.loss import divisor, loss_sums, teacher_means
+from flmjax.model.microbatches import in_parts
 from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.reshard import divides, reshard
@@ -29,22 +31,15 @@ Batch = dict[str, jax.Array]
 def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
     """Function transform for gradient accumulation: the results of value_and_grad(params, batch, key), summed.
 
-    Microbatch j has the sequences j, j + microbatches, ..., so that each device keeps the sequences that it holds. The
-    results must be sums, not means: the caller divides once, and a microbatch without a weighted target adds 0.
+    The results must be sums, not means: the caller divides once, and a microbatch without a weighted target adds 0.
     """
 
     def summed(params: Params, batch: Batch, key: jax.Array) -> Any:
-        if microbatches == 1:
-            return value_and_grad(params, batch, key)
-        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        def of_part(part: Batch, number: Any) -> tuple[Any, None]:
+            key_of_part = key if number is None else jax.random.fold_in(key, number)
+            return value_and_grad(params, part, key_of_part), None
 
-        def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            result = value_and_grad(params, part[0], jax.random.fold_in(key, part[1]))
-            return jax.tree.map(jnp.add, total, result), None
-
-        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))[0]
+        return in_parts(of_part, batch, microbatches)[0]
 
     return summed
 
@@ -199,6 +194,18 @@ def jit_train_step(
         out_shardings=(spec.shardings, replicated(spec.mesh)),
         donate_argnums=0,
         compiler_options=options or None,
+    )
+
+
+def jit_stage_step(spec: StateSpec, layout: Layout, ramp: Ramp | None) -> Callable[..., Any]:
+    """The jitted train_step of a stage with this layout: what training executes and a plan compiles."""
+    return jit_train_step(
+        spec,
+        layout.microbatches,
+        ramp,
+        layout.overlap_collectives,
+        layout.deterministic,
+        layout.gradient_reduction,
     )
 
 

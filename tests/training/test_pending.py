@@ -57,7 +57,7 @@ def test_metrics_are_copied_once_in_a_window(monkeypatch):
 def test_the_loop_dispatches_before_it_waits(monkeypatch):
     """The learning rate and the batch of an update do not come from the devices."""
     devices = Devices(monkeypatch)
-    monkeypatch.setattr(loop, "jit_train_step", lambda *_: lambda state, *_: (state, devices.step()))
+    monkeypatch.setattr(loop, "jit_stage_step", lambda *_: lambda state, *_: (state, devices.step()))
     stage = RunConfig(stages=(StageConfig(steps=20),)).schedule[0]
     state = SimpleNamespace(step=np.int32(0))
     waiting = PendingMetrics(5)

@@ -224,10 +224,10 @@ def test_a_stage_leaves_its_mask_behind(one_device_mesh, monkeypatch):
     config = RunConfig(model=TINY, stages=stages)
     model = config.stage_models[1]
     spec = state_spec(model, OptimizerConfig(), one_device_mesh)
-    texts = []
+    texts, jit_stage_step = [], loop.jit_stage_step
 
-    def lowered(*args, **kwargs):
-        step = jit_train_step(*args, **kwargs)
+    def lowered(*args):
+        step = jit_stage_step(*args)
 
         def spy(state, batch, rate):
             texts.append(step.lower(state, batch, rate).as_text())
@@ -235,7 +235,7 @@ def test_a_stage_leaves_its_mask_behind(one_device_mesh, monkeypatch):
 
         return spy
 
-    monkeypatch.setattr(loop, "jit_train_step", lowered)
+    monkeypatch.setattr(loop, "jit_stage_step", lowered)
     sharding = batch_sharding(one_device_mesh)
     batches = (global_batch(random_batch(model, seed=i), sharding) for i in range(9))
     for at, masked_steps in ((3, 2), (4, 1), (5, 0)):
