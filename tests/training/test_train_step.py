@@ -18,6 +18,7 @@ from flmjax.data.batch import global_batch
 from flmjax.growth.growth import Growth
 from flmjax.growth.ramp import Ramp, masked
 from flmjax.model.loss import loss_sums
+from flmjax.model.microbatches import in_parts
 from flmjax.model.mup import scaling_of
 from flmjax.model.transformer import abstract_params, init_params
 from flmjax.optimizer.adam import AdamState, make_optimizer
@@ -215,6 +216,21 @@ def test_a_masked_step_is_a_step_of_the_masked_model(microbatches, one_device_me
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
     moments = adam(after).mu
     chex.assert_trees_all_close(moments, jax.tree.map(lambda g: 0.1 * g, gradient), rtol=1e-4, atol=1e-8)
+
+
+def test_a_part_has_every_third_sequence_and_results_keep_their_order():
+    """Neighbouring sequences are on one device: parts of neighbours would move them between devices."""
+    seen = []
+
+    def function(part, number):
+        jax.debug.callback(lambda x: seen.append(x.tolist()), part["x"])
+        return jnp.sum(part["x"]) * (number + 1), part["x"] * 10
+
+    sums, rows = jax.jit(lambda batch: in_parts(function, batch, 3))({"x": jnp.arange(6)})
+    jax.effects_barrier()
+    assert seen == [[0, 3], [1, 4], [2, 5]]
+    assert rows.tolist() == [0, 10, 20, 30, 40, 50]
+    assert sums == 1 * 3 + 2 * 5 + 3 * 7
 
 
 def test_a_stage_leaves_its_mask_behind(one_device_mesh, monkeypatch):
