@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from quick_xla import QUICK_XLA
+
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import read_metrics
 
@@ -136,7 +138,7 @@ def start(
     driver = Path(__file__).parent / "driver.py"
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{QUICK_XLA} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(lab / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",

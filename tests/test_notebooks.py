@@ -7,6 +7,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from quick_xla import QUICK_XLA
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SMALL = {"02_growth.ipynb": ("STEPS = 200", "STEPS = 4")}
@@ -28,7 +29,7 @@ def test_notebook_runs(name, tmp_path):
     for cell in notebook.cells:
         cell.source = cell.source.replace(settings, small)
     notebook.cells = [cell for cell in notebook.cells if "%pip" not in cell.source]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_XLA}
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environment)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from quick_xla import QUICK_XLA
 
 import flmjax
 from flmjax import cli
@@ -148,7 +149,7 @@ def test_a_config_of_ones_own_trains_and_goes_on(folder, own_environment):
     batches = ("stages[0].batch_size=2", "stages[1].batch_size=2", "data.validation_fraction=0.2")
     small = [flag for flag in SMALL if "[2]" not in flag and "[1].warmup" not in flag]
     small += [f"--config.{setting}" for setting in (*sizes, *batches)]
-    environment = own_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    environment = own_environment | {"XLA_FLAGS": QUICK_XLA, "JAX_PLATFORMS": "cpu"}
     for argv in ([*train, *small], resume):
         command = [sys.executable, "-m", "flmjax", *argv]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
