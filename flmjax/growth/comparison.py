@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from flmjax.config import Dtype, ModelConfig
 from flmjax.growth.grow import grow_params
@@ -20,7 +21,7 @@ from flmjax.model.microbatches import in_parts
 from flmjax.model.transformer import abstract_params, count_parameters, forward, real_ids
 from flmjax.sharding.axes import Params, path_name
 from flmjax.sharding.reshard import reshard
-from flmjax.sharding.rules import Placement, batch_sharding, tree_shardings, whole_rows
+from flmjax.sharding.rules import Placement, batch_sharding, constrain, tree_shardings, whole_rows
 
 # Rescaled models whose largest difference is the own rounding. Where one token amplifies roundings far more than the
 # others, its error decides, which is one draw of a distribution around 0: a single model may be near 0 there by chance.
@@ -287,7 +288,8 @@ class _Models:
             outputs.append(output)
         before, after = outputs
         largest_BL = jnp.max(jnp.where(self._real, jnp.abs(before[0]), 0), axis=-1)
-        growth = _difference(before, after, self._real)
+        moved = (self._on_new_mesh(before[0]), self._on_new_mesh(before[1]))
+        growth = _difference(moved, after, self._real)
         tokens: dict[str, Any] = {"loss": losses, "largest": largest_BL, "growth": growth}
         if rounding:
 
@@ -299,12 +301,22 @@ class _Models:
             tokens["rounding"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), draws)  # sequences first
         return grads, tokens
 
+    def _on_new_mesh(self, x_BLV: jax.Array) -> jax.Array:
+        """Logits of the old model with the sharding of the new one's; the partitioner alone may gather them whole."""
+        old, new = self._placements
+        if old is None or new is None:
+            return x_BLV
+        before, after = (NamedSharding(p.mesh, p.spec("batch", None, "vocab")) for p in (old, new))
+        return reshard(x_BLV, before, after)
+
     def _loss(self, params: Params, index: int, batch: Mapping[str, jax.Array]) -> Any:
         """(summed loss, (losses of the tokens, (logits, log-probabilities))) of the model before or after growth."""
         if index == 1 and self._growth.family.ramps:
             params = masked(params, self._growth, 0.0)
         y_BLV = self._logits(params, self._configs[index], self._placements[index], batch)
         loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
+        # Pinned, else the old model's take the sharding of the new one's, and are gathered whole to be compared.
+        log_probs_BLV = constrain(self._placements[index], log_probs_BLV, "batch", None, "vocab")
         return jnp.sum(loss_BL * batch["weights"]), (loss_BL, (y_BLV, log_probs_BLV))
 
     def _logits(

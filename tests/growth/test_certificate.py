@@ -1,6 +1,7 @@
 """The certificate of a growth: what it measures, in which precision, and which growths it stops."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import reference
 from conftest import random_batch, random_params, with_fields
 from growth_cases import EXACT, KEY, SMALL, certificate_of, with_rule
 
-from flmjax.config import GrowthConfig, resize
+from flmjax.config import GrowthConfig, MeshShape, resize
 from flmjax.growth import comparison
 from flmjax.growth.certificate import GrowthPoint, certify
 from flmjax.growth.grow import grow_params
@@ -19,6 +20,8 @@ from flmjax.growth.ramp import masked
 from flmjax.growth.rules import GrowthError, Rule
 from flmjax.model.loss import loss_sums
 from flmjax.model.transformer import abstract_params
+from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.rules import Placement, batch_sharding, tree_shardings
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -182,6 +185,27 @@ def test_sequences_are_compared_one_by_one():
         for rows in (1, 12)
     ]
     assert sizes[1] < 2 * sizes[0]
+
+
+def test_logits_are_not_gathered_where_the_growth_changes_the_mesh():
+    """A TPU of 31 GiB would need 205 GiB for the certificate of 101B."""
+    sizes = {"embed_dim": 32, "num_heads": 4, "head_dim": 8, "mlp_dim": 48}
+    old = with_fields(SMALL, vocab_size=512, max_length=16, **sizes)
+    growth = Growth(old, resize(old, num_layers=2 * old.num_layers), GrowthConfig("zero"))
+    meshes = [make_mesh(MeshShape(*shape), jax.devices()) for shape in ((2, 2, 2), (1, 2, 4))]
+
+    def sharded(mesh, config):
+        params, axes = abstract_params(config)
+        shardings = tree_shardings(mesh, axes)
+        return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), params, shardings)
+
+    params = (sharded(meshes[0], growth.old), sharded(meshes[1], growth.new))
+    batch = {name: random_batch(old, rows=8)[name] for name in ("tokens", "targets", "weights")}
+    placements = tuple(Placement(mesh) for mesh in meshes)
+    program = comparison.jit_comparison(growth, "float32", placements, gradients=True)
+    text = program.lower(params, jax.device_put(batch, batch_sharding(meshes[1]))).compile().as_text()
+    assert not re.search(r"= f32\[\d+,16,512\]\S* all-gather", text)
+    assert re.search(r"all-gather", text)
 
 
 def test_the_bar_is_a_multiple_of_the_old_models_own_rounding():
