@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick_xla import QUICK_XLA
 
 from flmjax.config import SIZES, STAGE_SIZES, ConfigError, RunConfig, choose_words, from_config_dict
 from flmjax.config.validate import validate, validate_meshes
@@ -131,7 +132,8 @@ def test_the_twin_of_minutes_has_the_runs_stages_and_operators(name, full, twin)
 def test_the_twin_of_flm_101b_grows_twice_by_masks(tmp_path, own_environment):
     steps = [f"--config.stages[{i}].steps=12" for i in (1, 2)]
     argv = ["train", f"--config={CONFIGS}/flm_101b.py:cpu,mask", "--config.stages[0].steps=30", *steps]
-    subprocess.run([sys.executable, "-m", "flmjax", *argv, f"--workdir={tmp_path}"], env=own_environment, check=True)
+    environment = own_environment | {"XLA_FLAGS": QUICK_XLA}
+    subprocess.run([sys.executable, "-m", "flmjax", *argv, f"--workdir={tmp_path}"], env=environment, check=True)
     certificates = [json.loads(path.read_text()) for path in sorted((tmp_path / "certificates").iterdir())]
     assert [certificate["parameters"][1] for certificate in certificates] == [661_120, 1_279_680]
     assert all(certificate["max_difference"]["float64"] < 1e-12 for certificate in certificates)

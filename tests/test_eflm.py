@@ -7,17 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick_xla import QUICK_XLA
 
 from flmjax.workdir.metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def run_command(command: str, *flags: str, seconds: int = 1100) -> str:
-    """What `flmjax COMMAND FLAGS` prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+def run_command(command: str, *flags: str, options: str = QUICK_XLA) -> str:
+    """What `flmjax COMMAND FLAGS` prints, with options of XLA."""
+    environment = os.environ | {"XLA_FLAGS": options}
     line = [sys.executable, "-m", "flmjax", command, *flags]
-    process = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=seconds)
+    process = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=1100)
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
 
@@ -44,7 +45,7 @@ def test_the_twin_of_eflm_continues_the_twin_of_16b(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_judgements_of_held_out_propositions_rise_well_above_chance(tmp_path):
-    run_command("train", f"--config={CONFIGS}/eflm_16b.py:scratch", f"--workdir={tmp_path}/run")
+    run_command("train", f"--config={CONFIGS}/eflm_16b.py:scratch", f"--workdir={tmp_path}/run", options="")
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
     accuracy = [line["judgement_accuracy"] for line in lines]
     print([f"{value:.3f}" for value in accuracy])
