@@ -27,11 +27,10 @@ where it is largest, and days. The paper: 21.5 days, of them 9.63 for 16B and 5.
                                                all stages         16b               51b
     a800     192 A800 80 GB (24 nodes of 8)    66 GiB, 18 days    58 GiB,  7 days   66 GiB, 4 days
     h100     128 H100 80 GB (16 nodes of 8)    67 GiB,  9 days    58 GiB,  4 days   66 GiB, 2 days
-    tpu_v5p  256 chips, 4x8x8                  24 GiB, 12 days     8 GiB,  6 days   14 GiB, 3 days
+    h200     128 H200 (16 nodes of 8)         111 GiB,  8 days    88 GiB,  3 days  111 GiB, 2 days
+    tpu_v6e  256 chips, 16x16                  30 GiB,  6 days    18 GiB,  3 days   30 GiB, 1 day
+    tpu_v5p  256 chips, 4x8x8                  23 GiB, 12 days     7 GiB,  6 days   14 GiB, 3 days
     tpu_v4   256 chips, 4x8x8                  16 GiB, 20 days     4 GiB, 10 days    9 GiB, 5 days
-    tpu_v6e  256 chips, 16x16                  16 GiB,  8 days     4 GiB,  4 days    9 GiB, 2 days
-h200 is 128 H200 (16 nodes of 8), with layouts to start a search from. The figures of TPUs are older: of programs that
-summed gradients in bfloat16, with 80 % of their exchanges assumed to be hidden.
 
 Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b
@@ -73,8 +72,8 @@ class Machine(NamedTuple):
     layouts: tuple[tuple[MeshShape, str, int], ...]
 
 
-# The layouts of a800 and h100 are the fastest that `flmjax plan --search-layout` found; those of h200 are to start a
-# search from, and of TPUs one layout serves all stages.
+# The layouts of a800, h100, h200 and tpu_v6e are the fastest that `flmjax plan --search-layout` found. On tpu_v5p and
+# tpu_v4 one layout serves all stages.
 # Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside a node. Over fsdp 64 a
 # shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third of 16B's gradients are
 # reduced without scattering there. Mesh 2 x 32 x 4 would scatter them; it takes the same time and 1.3 GiB more.
@@ -89,11 +88,14 @@ MACHINES = {
     ),
     "h200": Machine(
         "h200:16x8",
-        ((MeshShape(2, 64, 1), "dots", 2), (MeshShape(2, 64, 1), "dots", 3), (MeshShape(2, 64, 1), "dots", 6)),
+        ((MeshShape(4, 32, 1), "dots", 2), (MeshShape(2, 64, 1), "dots", 3), (MeshShape(2, 64, 1), "full", 1)),
     ),
     "tpu_v5p": Machine("v5p:4x8x8", ((MeshShape(1, 64, 4), "full", 3),) * 3),
     "tpu_v4": Machine("v4:4x8x8", ((MeshShape(1, 64, 4), "full", 9),) * 3),
-    "tpu_v6e": Machine("v6e:16x16", ((MeshShape(1, 64, 4), "full", 9),) * 3),
+    "tpu_v6e": Machine(
+        "v6e:16x16",
+        ((MeshShape(4, 64, 1), "full", 1), (MeshShape(2, 64, 2), "full", 1), (MeshShape(1, 64, 4), "full", 2)),
+    ),
 }
 MODEL = ModelConfig(
     num_layers=40,  # our choice, like the next four: 16B of the paper's several possible shapes

@@ -109,6 +109,35 @@ def test_flm_101b_takes_fewer_days_than_the_papers(flm_101b):
         assert stage["attention"] == "cudnn"
 
 
+EVALUATIONS = """
+import sys
+from flmjax import cli
+from flmjax.planning.compile import Compiler
+from flmjax.planning.topology import parse_topology
+
+_, config, _, _ = cli.parse(["plan", f"--config={sys.argv[1]}"])
+topology = parse_topology(config.mesh.topology)
+compiler = Compiler(config, topology)
+assert compiler.is_exact
+for stage in config.schedule:
+    print("REFUSAL", compiler.evaluation(stage).refusal(topology.chip, topology.usable))
+"""
+FLM_101B = ("a800", "h100", "h200", "tpu_v6e", "tpu_v5p", "tpu_v4")
+GROWTH_7B = ("h100_64", "h100_8", "v5e_64", "v6e_64")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "config", [f"flm_101b.py:{name}" for name in FLM_101B] + [f"growth_7b.py:{name}" for name in GROWTH_7B]
+)
+def test_the_evaluation_of_every_stage_fits_its_machine(config, compilers):
+    command = [sys.executable, "-c", EVALUATIONS, f"{ROOT}/configs/{config}"]
+    done = subprocess.run(command, env=compilers, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("REFUSAL")] == ["REFUSAL None"] * 3
+
+
 @pytest.mark.timeout(400)
 def test_a_step_that_compiles_but_does_not_fit_is_refused(compilers):
     flags = ("--config.stages[0].microbatches=1", "--config.stages[0].batch_size=9216")
