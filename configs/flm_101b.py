@@ -30,7 +30,7 @@ where it is largest, and days. The paper: 21.5 days, of them 9.63 for 16B and 5.
     h200     128 H200 (16 nodes of 8)         111 GiB,  8 days    88 GiB,  3 days  111 GiB, 2 days
     tpu_v6e  256 chips, 16x16                  30 GiB,  6 days    18 GiB,  3 days   30 GiB, 1 day
     tpu_v5p  256 chips, 4x8x8                  23 GiB, 12 days     7 GiB,  6 days   14 GiB, 3 days
-    tpu_v4   256 chips, 4x8x8                  16 GiB, 20 days     4 GiB, 10 days    9 GiB, 5 days
+    tpu_v4   256 chips, 4x8x8                  16 GiB, 25 days     4 GiB, 12 days    8 GiB, 6 days
 
 Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b
@@ -63,20 +63,17 @@ from flmjax.config import (
 
 
 class Machine(NamedTuple):
-    """A machine, and the layouts of 16B, 51B and 101B on it.
-
-    A layout is a mesh of replica x fsdp x tensor, what is recomputed, and the number of parts of a batch.
-    """
+    """A machine, and the layouts of 16B, 51B and 101B on it: (mesh, remat, microbatches)."""
 
     topology: str
     layouts: tuple[tuple[MeshShape, str, int], ...]
 
 
-# The layouts of a800, h100, h200 and tpu_v6e are the fastest that `flmjax plan --search-layout` found. On tpu_v5p and
-# tpu_v4 one layout serves all stages.
+# The layouts of a800, h100, h200 and tpu_v6e are the fastest that `flmjax plan --search-layout` found. Those of tpu_v5p
+# and tpu_v4 were not searched: one layout serves all stages.
 # Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside a node. Over fsdp 64 a
 # shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third of 16B's gradients are
-# reduced without scattering there. Mesh 2 x 32 x 4 would scatter them; it takes the same time and 1.3 GiB more.
+# reduced without scattering there.
 MACHINES = {
     "a800": Machine(
         "a800:24x8",

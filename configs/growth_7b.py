@@ -5,11 +5,11 @@ book. The block is Llama's (RMSNorm, SwiGLU, rotary positions, no biases) with t
 tokens and steps are our choice: 20 tokens for each parameter of the last model (arXiv 2203.15556), shared out over the
 stages about as FLM-101B shares them.
 
-Argument: the machine.
-    h100_64  64 H100 (8 nodes of 8), the default
-    h100_8   8 H100, one node
-    v5e_64   64 chips of TPU v5e, 8x8
-    v6e_64   64 chips of TPU v6e, 8x8
+Argument: the machine; by `flmjax plan`, the memory of a device where it is largest, and days.
+    h100_64  64 H100 (8 nodes of 8), the default: 56 GiB, 0.6 days
+    h100_8   8 H100, one node: 60 GiB, 4.8 days
+    v5e_64   64 chips of TPU v5e, 8x8; not planned
+    v6e_64   64 chips of TPU v6e, 8x8; not planned
 
 Launch on every host, with the same workdir on a file system that all hosts see:
         flmjax train --config=configs/growth_7b.py:h100_64 --workdir=/shared/growth_7b
@@ -31,9 +31,8 @@ from flmjax.config import (
     with_layout,
 )
 
-# The topology of a machine, and the layouts of 1.0B, 3.6B and 6.9B on it: a mesh of replica x fsdp x tensor, what is
-# recomputed, and the number of parts of a batch. Those of H100s are the fastest that `flmjax plan --search-layout`
-# found; those of TPUs are not from a search.
+# The topology of a machine, and the layouts of 1.0B, 3.6B and 6.9B on it: (mesh, remat, microbatches). The layouts of
+# H100s are the fastest that `flmjax plan --search-layout` found; the layouts of TPUs were not searched.
 MACHINES = {
     "h100_64": (
         "h100:8x8",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install into .venv with the test extra, then run lint, types and tests: launch/test.sh [PYTEST ARGUMENTS...]
-# Without arguments all tests run but those marked slow or nightly; `launch/test.sh -m slow` runs the slow ones, which a
-# change must pass too, and `launch/test.sh -m nightly` those that take too long for that.
+# Without arguments all tests run but those marked slow or nightly; `launch/test.sh -m slow` runs the slow ones, which
+# every change must pass too, and `launch/test.sh -m nightly`, by hand or in the night, what takes too long for that.
 extras=test source "$(dirname "$0")/environment.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -73,7 +73,7 @@ def complain(capsys, *argv: str) -> str:
             ["train", *CUDNN, "--config.data.document_attention=True"],
             "'cudnn' cannot keep the documents of a sequence apart",
         ),
-        (["train", *CUDNN, "--config.data.teachers=('hsk_levels',)"], "apart, which data.teachers requires"),
+        (["train", *CUDNN, "--config.data.teachers=('hsk_levels',)"], "apart; data.teachers needs that: take 'plain'"),
         (["prepare", QUICKSTART, "--config.data.vocabulary=cl10k", "--workdir=WORKDIR"], "did you mean cl100k"),
         (
             [

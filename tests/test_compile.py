@@ -225,10 +225,7 @@ def test_a_compilers_refusal_names_the_program_and_its_remedy(monkeypatch, kind,
         stages=tuple(StageConfig(name, batch_size=96, microbatches=2) for name in names),
         mesh=MeshConfig(1, 8, 1),
     )
-    if "remat" in change:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
-    else:
-        config = dataclasses.replace(config, **change)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
     compiler = Compiler(config, parse_topology("v6e:2x4"))
     with pytest.raises(TooLargeError, match=words) as refusal:
         getattr(compiler, kind)(config.schedule[index])

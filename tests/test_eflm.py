@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def run_command(command: str, *flags: str, options: str = QUICK_XLA) -> str:
-    """What `flmjax COMMAND FLAGS` prints, with options of XLA."""
+    """What `flmjax COMMAND FLAGS` prints, with XLA_FLAGS=`options`."""
     environment = os.environ | {"XLA_FLAGS": options}
     line = [sys.executable, "-m", "flmjax", command, *flags]
     process = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=1100)
@@ -45,7 +45,9 @@ def test_the_twin_of_eflm_continues_the_twin_of_16b(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_judgements_of_held_out_propositions_rise_well_above_chance(tmp_path):
-    run_command("train", f"--config={CONFIGS}/eflm_16b.py:scratch", f"--workdir={tmp_path}/run", options="")
+    run_command(
+        "train", f"--config={CONFIGS}/eflm_16b.py:scratch", f"--workdir={tmp_path}/run", options=""
+    )  # many updates: code that XLA optimises
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
     accuracy = [line["judgement_accuracy"] for line in lines]
     print([f"{value:.3f}" for value in accuracy])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_configs import module
 
 from flmjax import cli
 from flmjax.config.validate import validate_meshes
@@ -122,17 +123,15 @@ assert compiler.is_exact
 for stage in config.schedule:
     print("REFUSAL", compiler.evaluation(stage).refusal(topology.chip, topology.usable))
 """
-FLM_101B = ("a800", "h100", "h200", "tpu_v6e", "tpu_v5p", "tpu_v4")
-GROWTH_7B = ("h100_64", "h100_8", "v5e_64", "v6e_64")
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "config", [f"flm_101b.py:{name}" for name in FLM_101B] + [f"growth_7b.py:{name}" for name in GROWTH_7B]
+    ("name", "machine"), [(name, machine) for name in ("flm_101b", "growth_7b") for machine in module(name).MACHINES]
 )
-def test_the_evaluation_of_every_stage_fits_its_machine(config, compilers):
-    command = [sys.executable, "-c", EVALUATIONS, f"{ROOT}/configs/{config}"]
+def test_the_evaluation_of_every_stage_fits_its_machine(name, machine, compilers):
+    command = [sys.executable, "-c", EVALUATIONS, f"{ROOT}/configs/{name}.py:{machine}"]
     done = subprocess.run(command, env=compilers, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("REFUSAL")] == ["REFUSAL None"] * 3

@@ -106,9 +106,10 @@ class RunConfig:
 
 
 def with_layout(stage: StageConfig, mesh: MeshShape, remat: Remat, microbatches: int) -> StageConfig:
-    """The stage on a mesh of its own, with what it recomputes and the number of parts of its batch."""
-    sizes = StageMeshConfig(**dataclasses.asdict(mesh))
-    return dataclasses.replace(stage, mesh=sizes, remat=remat, microbatches=microbatches)
+    """The stage's settings with this mesh, remat and number of microbatches."""
+    return dataclasses.replace(
+        stage, mesh=StageMeshConfig(**dataclasses.asdict(mesh)), remat=remat, microbatches=microbatches
+    )
 
 
 class Layout(NamedTuple):

@@ -43,8 +43,9 @@ def validate(config: RunConfig) -> RunConfig:
         raise ConfigError("; ".join(refusals[:5]))
     _validate_model(config.model)
     _validate_data(config.data)
-    if config.data.document_attention or config.data.teachers:
-        refuse_cudnn(config, "data.document_attention" if config.data.document_attention else "data.teachers")
+    for name in ("document_attention", "teachers"):
+        if getattr(config.data, name):
+            refuse_cudnn(config, f"data.{name}")
     for i, settings in enumerate(config.stages):
         _validate_stage(settings, f"stages[{i}]", config.data.num_sources)
     _validate_schedule(config.stages)
@@ -255,7 +256,7 @@ def refuse_cudnn(config: RunConfig, cause: str) -> None:
     """Refuse cuDNN's attention, which cannot keep the documents of a sequence apart, in every stage.
 
     Args:
-        cause: what requires it, in the message.
+        cause: the setting or the data that needs documents kept apart, for the message.
 
     Raises:
         ConfigError: naming the setting of the attention.
@@ -263,8 +264,8 @@ def refuse_cudnn(config: RunConfig, cause: str) -> None:
     for stage in config.schedule:
         _require(
             stage.layout.attention != "cudnn",
-            f"{stage.setting_of('attention')}='cudnn' cannot keep the documents of a sequence apart, which {cause} "
-            "requires; take 'plain'",
+            f"{stage.setting_of('attention')}='cudnn' cannot keep the documents of a sequence apart; {cause} needs "
+            "that: take 'plain'",
         )
 
 

@@ -138,7 +138,7 @@ def with_vocabulary(config: RunConfig, data: Prepared) -> RunConfig:
             "leave it None to take the tokenizer's"
         )
     if data.marks is not None:  # a seqio mixture may have teachers
-        refuse_cudnn(config, f"teachers in {data.directory}")
+        refuse_cudnn(config, f"the teacher data in {data.directory}")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=data.vocab_size))
 
 

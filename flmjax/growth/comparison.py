@@ -137,7 +137,7 @@ def _float64_rounding(rounding: Difference) -> Difference:
 def _sample(batch: Mapping[str, jax.Array], placements: Placements | None) -> tuple[Mapping[str, jax.Array], int]:
     """The first sequence of each data shard, and the number of sequences from one to the next.
 
-    These have enough logits to find a wrong parameter in float64, which many devices compute slowly.
+    Their logits are enough to find a wrong parameter; more would take long on devices that are slow in float64.
     """
     shards = 1 if placements is None else whole_rows(1, *(placement.mesh for placement in placements))
     sharding = None if placements is None else batch_sharding(placements[1].mesh)
@@ -276,7 +276,10 @@ class _Models:
     def compare(
         self, params: tuple[Params, Params], batch: Mapping[str, jax.Array], gradients: bool, rounding: bool
     ) -> tuple[list[Params], dict[str, Any]]:
-        """(gradients of both models' summed losses if wanted, arrays with a value or a _TokenDifference a token)."""
+        """(gradients of both models' summed losses, or []; arrays of the tokens by name).
+
+        The names are "loss", "largest", "growth" and, with `rounding`, "rounding"; the last two are _TokenDifferences.
+        """
         grads, losses, outputs = [], [], []
         for index, (p, config, placement) in enumerate(zip(params, self._configs, self._placements, strict=True)):
             if gradients:
@@ -302,12 +305,12 @@ class _Models:
         return grads, tokens
 
     def _on_new_mesh(self, x_BLV: jax.Array) -> jax.Array:
-        """Logits of the old model with the sharding of the new one's; the partitioner alone may gather them whole."""
+        """The old model's logits or log-probabilities with the new model's sharding; XLA alone may gather them."""
         old, new = self._placements
         if old is None or new is None:
             return x_BLV
-        before, after = (NamedSharding(p.mesh, p.spec("batch", None, "vocab")) for p in (old, new))
-        return reshard(x_BLV, before, after)
+        old_sharding, new_sharding = (NamedSharding(p.mesh, p.spec("batch", None, "vocab")) for p in (old, new))
+        return reshard(x_BLV, old_sharding, new_sharding)
 
     def _loss(self, params: Params, index: int, batch: Mapping[str, jax.Array]) -> Any:
         """(summed loss, (losses of the tokens, (logits, log-probabilities))) of the model before or after growth."""
@@ -315,7 +318,7 @@ class _Models:
             params = masked(params, self._growth, 0.0)
         y_BLV = self._logits(params, self._configs[index], self._placements[index], batch)
         loss_BL, log_probs_BLV = token_cross_entropy(y_BLV, batch["targets"])
-        # Pinned, else the old model's take the sharding of the new one's, and are gathered whole to be compared.
+        # Without this pin XLA gives the old model's log-probabilities the new model's sharding, and gathers them.
         log_probs_BLV = constrain(self._placements[index], log_probs_BLV, "batch", None, "vocab")
         return jnp.sum(loss_BL * batch["weights"]), (loss_BL, (y_BLV, log_probs_BLV))
 

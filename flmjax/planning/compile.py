@@ -151,7 +151,7 @@ class Compiler:
             ((old.abstract.params, new.abstract.params), batch),
             self.topology,
             name=f"the certificate of growth {stage.previous.name} -> {stage.name}",
-            advice=MORE_DEVICES,  # sequences are compared one by one: fewer of them take as much memory
+            advice=MORE_DEVICES,  # certificate_rows decides the number of parts that are compared, not their size
         )
         return _beside(program, (old.abstract.opt_state, new.abstract.opt_state))
 

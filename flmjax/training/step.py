@@ -31,6 +31,7 @@ Batch = dict[str, jax.Array]
 def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
     """Function transform for gradient accumulation: the results of value_and_grad(params, batch, key), summed.
 
+    Microbatch j has the sequences that in_parts gives it, and its own key, fold_in(key, j).
     The results must be sums, not means: the caller divides once, and a microbatch without a weighted target adds 0.
     """
 
@@ -197,8 +198,10 @@ def jit_train_step(
     )
 
 
-def jit_stage_step(spec: StateSpec, layout: Layout, ramp: Ramp | None) -> Callable[..., Any]:
-    """The jitted train_step of a stage with this layout: what training executes and a plan compiles."""
+def jit_stage_step(
+    spec: StateSpec, layout: Layout, ramp: Ramp | None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted train_step with a stage's layout: training executes it, and `flmjax plan` compiles it."""
     return jit_train_step(
         spec,
         layout.microbatches,

@@ -70,10 +70,10 @@ def test_attention_that_cannot_keep_propositions_apart_is_refused(tmp_path):
     """A seqio mixture has teachers or not; that is known once its data are prepared."""
     prepared = stream(tmp_path / "data", KINDS["teachers"][0]).prepared
     config = RunConfig(model=ModelConfig(attention="cudnn"))
-    with pytest.raises(ConfigError, match=r"model\.attention='cudnn' .* teachers in .* requires; take 'plain'"):
+    with pytest.raises(ConfigError, match=r"model\.attention='cudnn' .* the teacher data in .*: take 'plain'"):
         with_vocabulary(config, prepared)
     of_stage = RunConfig(stages=(StageConfig(attention="cudnn"),))
-    with pytest.raises(ConfigError, match=r"stages\[0\]\.attention='cudnn' .* teachers in .* requires; take 'plain'"):
+    with pytest.raises(ConfigError, match=r"stages\[0\]\.attention='cudnn' .* the teacher data in .*: take 'plain'"):
         with_vocabulary(of_stage, prepared)
 
 
