@@ -71,7 +71,7 @@ def test_the_growths_of_flm_101b_move_at_most_the_new_state(flm_101b):
         assert growth["program"]["peak"] < 35 * GiB
     # Beside both states' moments; gradients that are not sharded would make the second 130 GiB.
     peaks = [growth["certificate"]["peak"] / GiB for growth in flm_101b["growths"]]
-    assert peaks == pytest.approx([27.1, 47.0], rel=0.05)
+    assert peaks == pytest.approx([27.1, 51.1], rel=0.05)
 
 
 @pytest.mark.slow
