@@ -45,9 +45,8 @@ def test_the_twin_of_eflm_continues_the_twin_of_16b(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_judgements_of_held_out_propositions_rise_well_above_chance(tmp_path):
-    run_command(
-        "train", f"--config={CONFIGS}/eflm_16b.py:scratch", f"--workdir={tmp_path}/run", options=""
-    )  # many updates: code that XLA optimises
+    config = f"--config={CONFIGS}/eflm_16b.py:scratch"
+    run_command("train", config, f"--workdir={tmp_path}/run", options="")  # of many updates, compiled to run fast
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
     accuracy = [line["judgement_accuracy"] for line in lines]
     print([f"{value:.3f}" for value in accuracy])
