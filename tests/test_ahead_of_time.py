@@ -42,7 +42,12 @@ SIZES = {
 
 def compiled(compilers, topology, family, start, end):
     arguments = json.dumps([topology, MESHES[topology], family, SIZES[start], SIZES[end]])
-    command = [sys.executable, "-c", PROGRAM, arguments]
+    return result_of([PROGRAM, arguments], compilers)
+
+
+def result_of(command, compilers):
+    """The program that a script compiles, as JSON."""
+    command = [sys.executable, "-c", *command]
     result = subprocess.run(command, env=compilers, capture_output=True, text=True, timeout=550)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, result.stderr[-2000:]
@@ -86,6 +91,34 @@ def test_the_step_of_101b_fits_a_v5p_pod(compilers):
     # A layer's 12 width^2 are multiplied with four times, but for the MLP's second product, which nothing needs again.
     by_hand = 2304 * 2048 * (80 * (2 * 4 * 12 - 2 * 4) * 10240**2 + 3 * 2 * 100_256 * 10240)
     assert program["matmul_flops"] * 256 == pytest.approx(by_hand, rel=0.01)
+
+
+CERTIFICATE = """
+import dataclasses, json
+from flmjax.config import GrowthConfig, ModelConfig, RunConfig, StageConfig, StageMeshConfig
+from flmjax.planning.compile import Compiler
+from flmjax.planning.topology import parse_topology
+
+sizes = {"num_layers": 2, "embed_dim": 256, "num_heads": 4, "head_dim": 64, "mlp_dim": 1024, "vocab_size": 4096}
+model = ModelConfig(**sizes, max_length=128, dtype="bfloat16")
+old = StageConfig("old", batch_size=16, mesh=StageMeshConfig(2, 2, 2))
+new = StageConfig("new", batch_size=16, num_layers=4, growth=GrowthConfig(), mesh=StageMeshConfig(1, 2, 4))
+config = RunConfig(model=model, stages=(old, new), certificate_rows=16)
+compiler = Compiler(config, parse_topology("v5e:2x4"))
+assert compiler.is_exact
+print("RESULT", json.dumps(dataclasses.asdict(compiler.certificate(config.schedule[1]))))
+"""
+
+
+def test_a_certificate_between_meshes_gathers_no_logits(compilers):
+    """Weights are gathered in bfloat16; float32 are the logits and the log-probabilities.
+
+    flm_101b's certificate on v6e had both of all sequences on each device: 205 GiB. A CPU's partitioner gathers no
+    log-probabilities in any case.
+    """
+    program = result_of([CERTIFICATE], compilers)
+    gathers = [x for x in program["collectives"] if x["kind"] == "all-gather"]
+    assert {x["dtype"] for x in gathers} == {"bf16"}
 
 
 # ---- FLOPs of small steps, and the options of the compilers ----------------------------------------------------------
