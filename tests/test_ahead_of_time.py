@@ -81,7 +81,7 @@ def test_growth_from_16b_to_51b_fits_192_a800s(family, compilers):
     assert 0 < moved <= 3 * program["outputs"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_the_step_of_101b_fits_a_v5p_pod(compilers):
     """With splash attention, which only this compiler compiles."""

@@ -42,7 +42,7 @@ def test_the_twin_of_eflm_continues_the_twin_of_16b(tmp_path):
     assert before[-1]["loss"] < first["language_loss"] < math.log(257) - 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_judgements_of_held_out_propositions_rise_well_above_chance(tmp_path):
     config = f"--config={CONFIGS}/eflm_16b.py:scratch"
