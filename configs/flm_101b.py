@@ -69,9 +69,8 @@ class Machine(NamedTuple):
     layouts: tuple[tuple[MeshShape, str, int], ...]
 
 
-# The layouts of a800, h100 and h200 are the fastest that `flmjax plan --search-layout` found. On tpu_v6e it found 51B's
-# mesh 2 x 64 x 2 the fastest, but took 1 x 64 x 4, because the certificate after it did not fit then; it fits now, by a
-# plan of the layouts here. Those of tpu_v5p and tpu_v4 were not searched: one layout serves all stages.
+# The layouts of a800, h100, h200 and tpu_v6e are the fastest that `flmjax plan --search-layout` found. Those of tpu_v5p
+# and tpu_v4 were not searched: one layout serves all stages.
 # Few and large microbatches: each one gathers all weights twice. Tensor parallelism stays inside a node. Over fsdp 64 a
 # shard has 160 rows of 10240, ten whole tiles of a TPU, and 88 of 5632, five and a half: a third of 16B's gradients are
 # reduced without scattering there.
