@@ -111,14 +111,15 @@ print("RESULT", json.dumps(dataclasses.asdict(compiler.certificate(config.schedu
 
 
 def test_a_certificate_between_meshes_gathers_no_logits(compilers):
-    """Weights are gathered in bfloat16; float32 are the logits and the log-probabilities.
+    """Weights are gathered in bfloat16; in float32 losses are, a number a token, but no logits or log-probabilities.
 
     flm_101b's certificate on v6e had both of all sequences on each device: 205 GiB. A CPU's partitioner gathers no
     log-probabilities in any case.
     """
     program = result_of([CERTIFICATE], compilers)
-    gathers = [x for x in program["collectives"] if x["kind"] == "all-gather"]
-    assert {x["dtype"] for x in gathers} == {"bf16"}
+    gathers = [x for x in program["collectives"] if x["kind"] == "all-gather" and x["dtype"] != "bf16"]
+    of_one_sequence = 4 * 128 * 4096
+    assert max((x["largest"] for x in gathers), default=0) < of_one_sequence / 100
 
 
 # ---- FLOPs of small steps, and the options of the compilers ----------------------------------------------------------
