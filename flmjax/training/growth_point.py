@@ -16,6 +16,7 @@ from flmjax.growth.growth import Growth
 from flmjax.growth.learned import tune
 from flmjax.model.loss import divisor
 from flmjax.sharding.axes import Params
+from flmjax.sharding.processes import is_writer
 from flmjax.sharding.rules import Placement, batch_sharding, whole_rows
 from flmjax.training.state import StateSpec, TrainState
 from flmjax.training.step import gradients, jit_growth
@@ -102,7 +103,7 @@ def prove_growth(
         roundings=config.certificate_roundings,
     )
     log(str(certificate))
-    if jax.process_index() == 0:
+    if is_writer():
         certificate.save(workdir / "certificates")
     certificate.check()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from flmjax.config import RunConfig, Stage, to_json
@@ -27,6 +26,7 @@ from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.sharding.axes import Params
+from flmjax.sharding.processes import from_writer
 from flmjax.sharding.rules import batch_sharding
 from flmjax.text_table import printable
 from flmjax.training.growth_point import grow_into, growth_key, prove_growth
@@ -252,7 +252,7 @@ class Run:
         if limit is None:
             return False
         is_over = (time.monotonic() - self.saved_at) / 60 >= limit
-        return bool(multihost_utils.broadcast_one_to_all(np.bool_(is_over)))
+        return bool(from_writer(is_over))
 
     def log(self, update: Fetched, stage: Stage, spec: StateSpec, clock: Clock) -> None:
         """Check the metrics of one update, and write them if due."""

@@ -15,6 +15,7 @@ from flmjax.data.prepared_folder import discard
 from flmjax.evaluation.generate import prompt_ids
 from flmjax.model.attention import check_backends
 from flmjax.sharding.mesh import make_mesh
+from flmjax.sharding.processes import is_writer
 from flmjax.training.continuation import check_continuation, continued_stream
 from flmjax.training.loop import Run
 from flmjax.workdir.checkpoint import Checkpoints
@@ -63,7 +64,7 @@ def train(config: RunConfig, workdir: Path) -> None:
                 Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
                 MetricsWriter(workdir, step) as writer,
             ):
-                if jax.process_index() == 0:
+                if is_writer():
                     remove_certificates(workdir, step)
                 run = Run(config, workdir, stream, meshes, checkpoints, writer, bar, entry, position, claim)
                 run.run_schedule()

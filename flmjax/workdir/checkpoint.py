@@ -18,6 +18,7 @@ from chex import ArrayTree
 
 from flmjax.config import HEADER, check_format, stored_entry
 from flmjax.sharding.axes import path_name
+from flmjax.sharding.processes import is_writer
 from flmjax.workdir.paths import is_complete, latest_whole_step
 
 
@@ -41,7 +42,7 @@ class Checkpoints:
             # Not read_only, of which Orbax warns on standard error at each opening: without a save nothing is deleted.
             options = ocp.CheckpointManagerOptions(create=False)
         else:
-            if jax.process_index() == 0:
+            if is_writer():
                 remove_incomplete(directory)
             policy = ocp.checkpoint_managers.LatestN(keep)
             options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)

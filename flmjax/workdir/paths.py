@@ -23,9 +23,9 @@ def data_directory(config: RunConfig, workdir: Path) -> Path:
 
 def locked_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
     """Keep the workdir for this run until the block ends; raises ConfigError if another process is at work in it."""
-    import jax
+    from flmjax.sharding.processes import is_writer
 
-    return contextlib.nullcontext() if jax.process_index() else locked(workdir / ".lock", str(workdir))
+    return contextlib.nullcontext() if not is_writer() else locked(workdir / ".lock", str(workdir))
 
 
 def stored_config(workdir: Path) -> RunConfig | None:

@@ -100,10 +100,10 @@ class StartEntry:
 
     def write(self, **values: object) -> None:
         """Store the entry with these values and the wall time so far; a kill leaves the old file or the new one."""
-        import jax
+        from flmjax.sharding.processes import is_writer
 
         self.add(**values)
-        if jax.process_index():
+        if not is_writer():
             return
         if self._before is None:
             self._before = self._path.read_bytes() if self._path.exists() else b""
