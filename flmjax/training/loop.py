@@ -19,10 +19,7 @@ from flmjax.evaluation.generate import generate, prompt_ids
 from flmjax.evaluation.validation_loss import SourceSums, describe, jit_source_sums, validation_loss
 from flmjax.growth.certificate import GrowthPoint
 from flmjax.growth.growth import Growth
-from flmjax.growth.learned import tuning_flops
 from flmjax.growth.ramp import ramp_of
-from flmjax.hardware import peak_flops
-from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import count_parameters
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.sharding.axes import Params
@@ -30,7 +27,8 @@ from flmjax.sharding.processes import from_writer
 from flmjax.sharding.rules import batch_sharding
 from flmjax.text_table import printable
 from flmjax.training.growth_point import grow_into, growth_key, prove_growth
-from flmjax.training.pending import Fetched, PendingMetrics
+from flmjax.training.pending import PendingMetrics
+from flmjax.training.run_metrics import RunMetrics
 from flmjax.training.state import (
     ITEMS,
     StateSpec,
@@ -41,22 +39,15 @@ from flmjax.training.state import (
     state_spec,
     to_items,
 )
-from flmjax.training.step import jit_stage_step, nonfinite_leaves
+from flmjax.training.step import jit_stage_step
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import MetricsWriter
 from flmjax.workdir.position import Position
 from flmjax.workdir.progress import Clock, ProgressBar
 from flmjax.workdir.starts import StartEntry
 
-METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
-OF_ALL_ROWS = ("loss", "gradient_norm")  # other metrics are of one kind of sequence, NaN in a batch without it
-
 Metrics = dict[str, jax.Array]
 Update = tuple[int, TrainState, Metrics]  # updates of the run so far, state and metrics after the last of them
-
-
-class TrainingError(RuntimeError):
-    """Training cannot continue; the message says at which step and why. The last checkpoint is intact."""
 
 
 def run_stage(
@@ -88,20 +79,6 @@ def mesh_words(mesh: Mesh) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
-def spent(stage: Stage, step: int) -> tuple[int, float]:
-    """(tokens, model FLOPs) of the first `step` updates of a run, computed from the config alone.
-
-    Args:
-        stage: the stage that `step` belongs to. The batches of its learned growth are included.
-    """
-    tokens_before, flops = spent(stage.previous, stage.start) if stage.previous else (0, 0.0)
-    tokens = stage.tokens_before(step)
-    flops += (tokens - tokens_before) * flops_per_token(stage.model, stage.model.max_length)
-    if stage.tuning_steps:
-        flops += stage.tuning_steps * tuning_flops(Growth.into(stage))
-    return tokens, flops
-
-
 class Run:
     """A run in progress; its config has the tokenizer's vocabulary size."""
 
@@ -124,17 +101,12 @@ class Run:
         self.position, self.claim = position, claim
         self.saved_at = time.monotonic()
         self.first_sample = 0 if position is None else position.first_sample
+        self.metrics = RunMetrics(config, writer, bar, {} if position is None else position.newest_metrics)
+        entry.add(peak_flops=self.metrics.peak, peak_source=self.metrics.peak_source)
         self.stream, self.tokenizer = stream, stream.prepared.tokenizer
         self.validation = self.stream.validation_set(config.evaluation_rows)
         if config.sample_tokens:
             self.prompt = prompt_ids(config.sample_prompt, self.tokenizer, config.model.max_length)
-        if config.peak_flops is None:  # may be measured
-            self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
-        else:
-            self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
-        entry.add(peak_flops=self.peak, peak_source=self.peak_source)
-        # Newest values since the last line of metrics, without OF_ALL_ROWS; checkpoints keep them.
-        self.newest: dict[str, float] = {} if position is None else position.newest_metrics
 
     def run_schedule(self) -> None:
         """Train every stage that is not finished, with growth between stages."""
@@ -169,7 +141,7 @@ class Run:
             f"{count_parameters(state.params):,} parameters ({m.num_layers} layers x {m.embed_dim}, {m.num_heads} "
             f"heads, mlp {m.mlp_dim}), mesh {mesh_words(spec.mesh)}"
         )
-        self.bar.log(f"peak {self.peak:.3g} FLOP/s a device, {self.peak_source}")
+        self.bar.log(f"peak {self.metrics.peak:.3g} FLOP/s a device, {self.metrics.peak_source}")
         self.entry.add(first_step=int(state.step))
         return stage.index, spec, state
 
@@ -191,13 +163,13 @@ class Run:
         updates = self.compiled(stage, run_stage(state, spec, stage, rate, batches))
         for step, state, metrics in updates:
             for update in pending.add(step, metrics):
-                self.log(update, stage, spec, clock)
+                self.metrics.log(update, stage, spec, clock)
             last, opened = step == stage.end, ramp is not None and step == ramp.end
             save_due = self.is_save_due(step, stage)
             evaluation_due = last or step % self.config.evaluate_every == 0
             if save_due or evaluation_due or opened:
                 for update in pending.flush():
-                    self.log(update, stage, spec, clock)
+                    self.metrics.log(update, stage, spec, clock)
                 if evaluation_due:
                     params = unmask(state.params, step) if step in stage.ramp else state.params
                     self.evaluate(step, params, sums_of, stage, spec.mesh)
@@ -254,48 +226,12 @@ class Run:
         is_over = (time.monotonic() - self.saved_at) / 60 >= limit
         return bool(from_writer(is_over))
 
-    def log(self, update: Fetched, stage: Stage, spec: StateSpec, clock: Clock) -> None:
-        """Check the metrics of one update, and write them if due."""
-        step, metrics, finished = update
-        skipped = int(metrics["skipped_updates"])
-        clock.tick(finished)
-        if skipped:
-            leaves = nonfinite_leaves(metrics["finite"], spec.abstract.params) or ["the loss"]
-            text = f"step {step}: update skipped, not finite: {', '.join(leaves[:3])} ({skipped} in a row)"
-            self.bar.log(text)
-            if skipped >= self.config.optimizer.max_skipped_updates:
-                raise TrainingError(f"{text}; training stopped with the parameters of step {step - skipped}")
-        if "teacher_loss" in metrics:
-            of_kinds = {name: float(metrics[name]) for name in METRICS if name not in OF_ALL_ROWS}
-            self.newest |= {name: x for name, x in of_kinds.items() if not np.isnan(x)}
-        if step % self.config.log_every and step != stage.end and not skipped:
-            return
-        length = stage.model.max_length
-        speed = clock.rate(stage.config.batch_size * length)
-        values = {name: float(metrics[name]) for name in METRICS if name in metrics}  # the last three: with teachers
-        if not skipped:  # where batches alternate, a line has the newest batch of either kind
-            values |= self.newest
-        self.newest = {}
-        flops = flops_per_token(spec.config, length)
-        self.write(
-            "train",
-            step,
-            stage,
-            **values,
-            learning_rate=learning_rate(self.config.stages, step - 1),
-            tokens_per_second=speed,
-            model_flops_utilization=None if speed is None else speed * flops / (self.peak * spec.mesh.size),
-            skipped_updates=skipped,
-        )
-        parts = {kind: values[f"{kind}_loss"] for kind in ("language", "teacher") if f"{kind}_loss" in values}
-        self.bar.update(step, stage.name, values["loss"], speed, parts)
-
     def evaluate(self, step: int, params: Params, sums_of: SourceSums, stage: Stage, mesh: Mesh) -> None:
         """Compute and write the validation loss."""
         batch_size = stage.config.batch_size // stage.layout.microbatches
         with self.time.during("evaluation"):
             values = validation_loss(params, self.validation, sums_of, batch_size, mesh)
-        self.write("validation", step, stage, **values)
+        self.metrics.write("validation", step, stage, **values)
         self.bar.log(f"{stage.name} {step}: {describe(values)}")
 
     def save(self, step: int, state: TrainState, stage: Stage) -> None:
@@ -304,7 +240,7 @@ class Run:
             "stage": stage.index,
             "samples_seen": self.first_sample + stage.samples_before(step),
             "fingerprint": self.stream.fingerprint,
-            "newest_metrics": self.newest,
+            "newest_metrics": self.metrics.newest,
             "config": to_json(self.config),
         }
         with self.time.during("checkpoints"):
@@ -325,7 +261,7 @@ class Run:
         if spec.mesh != new.mesh:
             self.bar.log(f"{stage.name}: mesh {mesh_words(spec.mesh)} -> {mesh_words(new.mesh)}")
         prove_growth(self.config, self.workdir, self.stream, meshes, pair, growth, point, self.bar.log)
-        self.write("growth", point.step, stage, from_stage=point.from_stage, seconds=time.monotonic() - start)
+        self.metrics.write("growth", point.step, stage, from_stage=point.from_stage, seconds=time.monotonic() - start)
         return new, grown
 
     def write_sample(self, state: TrainState, stage: Stage) -> None:
@@ -341,8 +277,3 @@ class Run:
         self.writer.write("sample", step, stage=stage.name, prompt=prompt, text=text)
         self.writer.write_text(f"sample/{stage.name}", prompt + text, step)
         self.bar.log(f"{stage.name} {step}: text sample\n{textwrap.indent(printable(prompt + text), '    ')}")
-
-    def write(self, kind: str, step: int, stage: Stage, **values: Any) -> None:
-        """Write a line of metrics with the stage's name, and the tokens and FLOPs up to it."""
-        tokens, flops = spent(stage, step)
-        self.writer.write(kind, step, stage=stage.name, **values, tokens=tokens, flops=flops)

@@ -1,6 +1,5 @@
 """Batches with teachers, the plain formula of the loss, and readers of a step's state and of its log line."""
 
-import functools
 from types import SimpleNamespace
 
 import jax
@@ -13,8 +12,8 @@ from flmjax.data.batch import global_batch
 from flmjax.model.transformer import forward
 from flmjax.optimizer.adam import AdamState
 from flmjax.sharding.rules import batch_sharding
-from flmjax.training import loop
 from flmjax.training.pending import Fetched
+from flmjax.training.run_metrics import RunMetrics
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
 
 
@@ -60,11 +59,10 @@ def on_mesh(batch, mesh):
 
 def log_train(workdir, spec, metrics):
     """Lines of metrics.jsonl after the training loop has logged one step."""
-    config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10),), log_every=1)
+    config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10),), log_every=1, peak_flops=1.0)
     bar = SimpleNamespace(update=lambda *_: None)
     with MetricsWriter(workdir, 0) as writer:
-        run = SimpleNamespace(config=config, writer=writer, bar=bar, peak=1.0, mesh=spec.mesh, newest={})
-        run.write = functools.partial(loop.Run.write, run)
+        run_metrics = RunMetrics(config, writer, bar, newest={})
         clock = SimpleNamespace(tick=lambda finished: None, rate=lambda tokens: 1.0)
-        loop.Run.log(run, Fetched(1, jax.device_get(metrics), 0.0), config.schedule[0], spec, clock)
+        run_metrics.log(Fetched(1, jax.device_get(metrics), 0.0), config.schedule[0], spec, clock)
     return read_metrics(workdir)
