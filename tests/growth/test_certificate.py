@@ -43,7 +43,8 @@ def test_certificate_of_an_exact_growth(family):
     assert 0 <= good.kl < 1e-6
     before, after = good.gradient_norm
     assert before > 0.1
-    assert after != before
+    # A closed mask lets no gradient through to the new parameters, which add 2 % here.
+    assert after == pytest.approx(before, rel=1e-5) if family == "mask" else after > 1.01 * before
     assert (good.mask_removed is not None) == (family == "mask")
     assert good.mask_removed is None or good.mask_removed <= 1e-12 * good.max_logit
 
