@@ -32,8 +32,10 @@ where it is largest, and days. The paper: 21.5 days, of them 9.63 for 16B and 5.
     tpu_v5p  256 chips, 4x8x8                  23 GiB, 12 days     7 GiB,  6 days   14 GiB, 3 days
     tpu_v4   256 chips, 4x8x8                  16 GiB, 25 days     4 GiB, 12 days    8 GiB, 6 days
 
-Launch on every host, with the same workdir on a file system that all hosts see:
-        flmjax train --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b
+Launch with a workdir that all hosts see; the file runs `flmjax train` with this config on every host. Site settings
+(partition, account, modules...) come from --site=FILE, a copy of flmjax/launch/site.toml:
+        flmjax launch slurm --config=configs/flm_101b.py:a800 --workdir=/shared/flm_101b --output=flm.sbatch
+        sbatch flm.sbatch
 
 The small twin runs in minutes on a CPU: the same block, stages and operators, 0.2M -> 0.7M -> 1.3M parameters, bytes of
 Python's documentation. Widths are 1/64 of the run's, steps 1/200, rates ten times as high. It shows that the schedule

@@ -18,7 +18,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> "LoadedMod
     """The model that the run in `workdir` trained: its `params`, `config` and `tokenizer`.
 
     Args:
-        workdir: folder of the run, of `flmjax train` or `flmjax grow`.
+        workdir: folder of the run, also on object storage, of `flmjax train` or `flmjax grow`.
         step: of the checkpoint; None: the newest.
 
     Raises:
@@ -26,7 +26,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> "LoadedMod
             that have one), or missing files of the tokenizer.
         CheckpointError: for an unreadable or damaged checkpoint.
     """
-    from flmjax.config.values import local_path
     from flmjax.evaluation import load as loading
+    from flmjax.workdir.local_copy import reading_copy
+    from flmjax.workdir.storage import run_path
 
-    return loading.load(local_path(os.fspath(workdir), "workdir"), step)
+    with reading_copy(run_path(os.fspath(workdir), "workdir")) as folder:
+        return loading.load(folder, step)

@@ -25,6 +25,8 @@ NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 POLL_SECONDS = 0.2
 SETTLE_SECONDS = 0.3  # two processes that remove the same dead lock: the second to create its own wins
 
+_held: set[Path] = set()  # lock files of this process
+
 Log = Callable[[str], None]
 SHOW: Log = functools.partial(print, flush=True)
 
@@ -37,23 +39,27 @@ class Owner(NamedTuple):
         pid: its number there.
         start: start time of the process as the system writes it; None: unknown. A number is used again later.
         since: local date and time at which it took the lock.
+        namespace: of its process number, as Linux names it; None: unknown. Containers on a host count processes apart.
     """
 
     host: str
     pid: int
     start: str | None
     since: str
+    namespace: str | None = None
 
     @classmethod
     def this_process(cls) -> "Owner":
         """This process, from now on."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _start_time(pid), time.strftime("%Y-%m-%d %H:%M:%S"))
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(socket.gethostname(), pid, _start_time(pid), since, _process_namespace())
 
     @property
     def is_local(self) -> bool:
-        """Whether the owner's host is this one."""
-        return self.host == socket.gethostname()
+        """Whether the owner's number is one of this host's, counted as this process counts them."""
+        namespaces = {self.namespace, _process_namespace()} - {None}
+        return self.host == socket.gethostname() and len(namespaces) < 2
 
     @property
     def is_dead(self) -> bool:
@@ -139,7 +145,8 @@ def _acquire(path: Path, owner: Owner, subject: str, created: list[Path], log: L
         file.truncate(0)
         file.write(json.dumps(owner._asdict()))
         file.flush()
-        stack.callback(path.unlink, missing_ok=True)
+        stack.callback(_release, path)
+        _held.add(path)
         return stack.pop_all()
 
 
@@ -164,8 +171,21 @@ def _create(path: Path, owner: Owner, subject: str, log: Log) -> "Owner | contex
     if (holder := _read(path)) is not None and holder != owner:
         return holder
     stack = contextlib.ExitStack()
-    stack.callback(path.unlink, missing_ok=True)
+    stack.callback(_release, path)
+    _held.add(path)
     return stack
+
+
+def remove_held() -> None:
+    """Remove the lock files of this process, which ends at once: the next owner need not be told of it."""
+    for path in list(_held):
+        with contextlib.suppress(OSError):
+            _release(path)
+
+
+def _release(path: Path) -> None:
+    _held.discard(path)
+    path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Owner | None:
@@ -181,6 +201,13 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def _process_namespace() -> str | None:
+    """Name of the namespace in which this process has its number; None where the system has none."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return None
 
 
 def _start_time(pid: int) -> str | None:

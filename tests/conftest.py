@@ -1,11 +1,19 @@
 """Eight devices on the CPU, a compile cache between runs, small models."""
 
+import logging
 import os
+import signal
 import tempfile
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from quick_xla import QUICK_XLA
 
+# A shell without job control starts what it puts in the background with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_XLA}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "flmjax-test-compile-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -60,6 +68,28 @@ def own_environment() -> dict[str, str]:
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     kept = {name: x for name, x in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The bucket s3://runs of a server in this process, for this process and its children."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with mock.patch.dict(os.environ, names):
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/runs", method="PUT"), timeout=30).close()
+        yield "s3://runs"
+    server.stop()
 
 
 @pytest.fixture(scope="session")

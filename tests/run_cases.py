@@ -121,12 +121,13 @@ def write_lab(folder: Path) -> None:
 def start(
     lab: Path,
     when: str,
-    workdir: Path,
+    workdir: Path | str,
     *flags: str,
     expect: int = 0,
     command: str = "train",
     config: str | None = "config.py",
     devices: int = 1,
+    log: Path | None = None,
 ) -> subprocess.CompletedProcess:
     """Run `flmjax COMMAND --config --workdir FLAGS` by driver.py in a process, and assert its exit status.
 
@@ -134,6 +135,7 @@ def start(
         lab: folder with the config and the compile cache.
         when: the point at which the process dies; see driver.py.
         expect: exit status.
+        log: file of the batches; None: beside the workdir.
     """
     driver = Path(__file__).parent / "driver.py"
     environment = {
@@ -142,7 +144,7 @@ def start(
         "JAX_COMPILATION_CACHE_DIR": str(lab / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
-        "DRIVER_LOG": str(workdir) + ".batches",
+        "DRIVER_LOG": str(log or f"{workdir}.batches"),
         "PYTHONPATH": os.pathsep.join([str(driver.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     file = [] if config is None else [f"--config={lab / config}"]

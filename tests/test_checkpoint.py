@@ -1,22 +1,44 @@
-"""Checkpoints read on other meshes, for other sizes and in part; incomplete and foreign ones are refused."""
+"""Checkpoints: which are kept, read on other meshes and in part, damaged, incomplete and foreign ones."""
 
+import contextlib
+import errno
 import json
+import os
 import re
+import resource
 import shutil
 import time
+from types import SimpleNamespace
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import TINY, random_batch, with_fields
 
 import flmjax
-from flmjax.config import FORMAT, ConfigError, MeshShape, OptimizerConfig, resize
+from flmjax.config import (
+    FORMAT,
+    CheckpointConfig,
+    ConfigError,
+    MeshShape,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    resize,
+)
+from flmjax.config.validate import validate
+from flmjax.planning.planner import kept_saves
 from flmjax.sharding.mesh import make_mesh
 from flmjax.training.state import from_items, init_state, state_spec, to_items
 from flmjax.training.step import jit_train_step
-from flmjax.workdir.checkpoint import CheckpointError, Checkpoints, remove_incomplete
+from flmjax.workdir import checkpoint as checkpoint_module
+from flmjax.workdir.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointError, remove_incomplete
+from flmjax.workdir.damage import is_damage
+from flmjax.workdir.paths import whole_steps
+from flmjax.workdir.position import resumed_position
 
 CONFIG = with_fields(TINY, num_heads=8)
 
@@ -82,6 +104,7 @@ def test_a_checkpoint_of_another_format_is_refused(saved, tmp_path):
     (meta,) = (tmp_path / "checkpoints" / "3" / "meta").glob("metadata")
     stored = json.loads(meta.read_text())
     assert (stored["version"], stored["format"]) == (flmjax.__version__, FORMAT)
+    del stored["digest"]
     meta.write_text(json.dumps({**stored, "format": FORMAT + 1}))
     with Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
         words = f"has format {FORMAT + 1}; flmjax .* reads format {FORMAT}"
@@ -90,12 +113,17 @@ def test_a_checkpoint_of_another_format_is_refused(saved, tmp_path):
 
 
 def test_incomplete_steps_are_removed_and_nothing_else(tmp_path):
-    """A killed save leaves a folder that blocks the next one: google/flax#1200, google/orbax#394."""
-    for name in ("2/params", "7", "9/params", "notes"):
+    """A killed save leaves a folder that blocks the next one (google/flax#1200, google/orbax#394), or a temporary one.
+
+    Step 1 is what a killed deletion left. Step 8, newer than all complete ones, has files: it was complete once.
+    """
+    stale = f"6{ocp.utils.TMP_DIR_SUFFIX}-17"
+    for name in ("1/params", "2/params", "7", "8/params", "9/params", "notes", f"{stale}/params", "5.unreadable"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text("{}")
-    assert [path.name for path in remove_incomplete(tmp_path)] == ["7", "9"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "notes"]
+    for name in ("1/params/d", "2/_CHECKPOINT_METADATA", "8/params/d", f"{stale}/params/d"):
+        (tmp_path / name).write_text("{}")
+    assert sorted(path.name for path in remove_incomplete(tmp_path)) == ["1", stale, "7", "9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5.unreadable", "8", "notes"]
     assert remove_incomplete(tmp_path / "absent") == []
 
 
@@ -135,3 +163,307 @@ def test_the_newest_steps_are_kept_and_a_reader_deletes_nothing(one_device_mesh,
     with Checkpoints(folder, keep=None) as reader:
         reader.restore(3, {"params": items["params"]})
     assert steps() == [3, 4]
+
+
+# ---- which are kept --------------------------------------------------------------------------------------------------
+
+ITEMS = {"params": {"x": jnp.arange(6.0)}, "train_state": {"step": jnp.zeros((), jnp.int32)}}
+
+
+def save_steps(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, ITEMS, {})
+    checkpoints.wait()
+
+
+def test_multiples_and_ends_of_stages_are_kept_for_ever(tmp_path):
+    with Checkpoints(tmp_path, keep=1, keep_every=4, kept_steps=[3]) as checkpoints:
+        save_steps(checkpoints, 1, 2, 3, 4, 5, 6)
+    assert whole_steps(tmp_path) == [3, 4, 6]
+
+
+def test_a_resumed_run_keeps_what_its_new_config_says(tmp_path):
+    """The second stage became longer: step 6 is the end of no stage any more; step 4 is, and stays."""
+    settings = CheckpointConfig(keep=1, every=2)
+    stages = (StageConfig("a", steps=4), StageConfig("b", steps=2))
+    config = RunConfig(stages=stages, checkpoint=settings)
+    with Checkpoints.of_run(tmp_path, config, {}) as checkpoints:
+        save_steps(checkpoints, 2, 4, 5, 6)
+    assert whole_steps(tmp_path / "checkpoints") == [4, 6]
+    longer = with_fields(config, stages=(stages[0], with_fields(stages[1], steps=4)))
+    with Checkpoints.of_run(tmp_path, longer, {}) as checkpoints:
+        save_steps(checkpoints, 8)
+    assert whole_steps(tmp_path / "checkpoints") == [4, 8]
+    plain = with_fields(longer, checkpoint=with_fields(settings, keep_stage_ends=False))
+    with Checkpoints.of_run(tmp_path, plain, {}) as checkpoints:
+        save_steps(checkpoints, 10)
+    assert whole_steps(tmp_path / "checkpoints") == [10]
+
+
+def test_a_period_that_no_save_has_is_refused():
+    config = RunConfig(checkpoint=CheckpointConfig(every=100, keep_every=250))
+    with pytest.raises(ConfigError, match=r"keep_every=250 must be a multiple of checkpoint\.every=100"):
+        validate(config)
+    validate(with_fields(config, checkpoint=CheckpointConfig(every=125, keep_every=250)))
+
+
+@pytest.mark.parametrize("keep_stage_ends", [True, False])
+@pytest.mark.parametrize("keep_every", [None, 5, 10])
+@pytest.mark.parametrize("keep", [1, 2, 5])
+@pytest.mark.parametrize("steps", [5, 6, 14, 20])
+def test_a_plan_counts_the_checkpoints_that_orbax_keeps(steps, keep, keep_every, keep_stage_ends, monkeypatch):
+    settings = CheckpointConfig(every=5, keep=keep, keep_every=keep_every, keep_stage_ends=keep_stage_ends)
+    config = RunConfig(stages=(StageConfig("a", steps=steps),), checkpoint=settings)
+    built = []
+    monkeypatch.setattr(checkpoint_module, "_manager", lambda *_, **options: built.append(options))
+    monkeypatch.setattr(Checkpoints, "__exit__", lambda *_: None)
+    with Checkpoints.of_run(checkpoint_module.Path("absent"), config, {}):
+        policy = built[1]["preservation_policy"]
+    on_disk = []
+    for step in range(1, steps + 1):
+        if step % 5 == 0 or step == steps:
+            on_disk.append(SimpleNamespace(step=step))
+            keeps = policy.should_preserve(on_disk, context=None)
+            on_disk = [info for info, is_kept in zip(on_disk, keeps, strict=True) if is_kept]
+    for_ever = [
+        x for x in on_disk if (keep_stage_ends and x.step == steps) or (keep_every and x.step % keep_every == 0)
+    ]
+    assert kept_saves(settings, config.schedule[0]) == (len(on_disk), len(for_ever))
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A folder with checkpoints of ITEMS at steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("pair") / "checkpoints"
+    with Checkpoints(folder, keep=2) as checkpoints:
+        save_steps(checkpoints, 1, 2)
+    return folder
+
+
+@pytest.fixture
+def damaged(pair, tmp_path):
+    """A copy of `pair`."""
+    return shutil.copytree(pair, tmp_path / "checkpoints")
+
+
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ITEMS)
+
+
+def read(folder, step=2):
+    with Checkpoints(folder, keep=None) as checkpoints:
+        return checkpoints.restore(step, ABSTRACT)
+
+
+def files_of(step):
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x15
+    path.write_bytes(data)
+
+
+def test_a_changed_byte_of_any_file_is_damage_or_harmless(damaged):
+    """Of 5 places in each file."""
+    noticed = set()
+    for path in files_of(damaged / "2"):
+        whole = path.read_bytes()
+        for place in sorted({i * (len(whole) - 1) // 4 for i in range(5)} if whole else ()):
+            flip(path, place)
+            try:
+                chex.assert_trees_all_equal(read(damaged), ITEMS)
+            except DamagedCheckpointError:
+                noticed.add(str(path.relative_to(damaged / "2")))
+            path.write_bytes(whole)
+    print(f"damage was noticed in {sorted(noticed)}")
+    assert "meta/metadata" in noticed
+    assert {"params", "train_state"} <= {name.split("/")[0] for name in noticed}
+
+
+def test_a_changed_byte_inside_an_array_is_noticed_by_its_checksum(tmp_path):
+    """The file format compresses nothing in random numbers, and has no checksum of them."""
+    noise = {**ITEMS, "params": {"x": jax.random.normal(jax.random.key(0), (4096,))}}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, noise, {})
+        checkpoints.wait()
+        largest = max(files_of(tmp_path / "1"), key=lambda path: path.stat().st_size)
+        flip(largest, largest.stat().st_size // 2)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), noise)
+        with pytest.raises(DamagedCheckpointError, match="damaged on disk: params/x"):
+            checkpoints.restore(1, abstract)
+
+
+def test_a_changed_name_in_the_description_of_arrays_is_damage(damaged):
+    """It is not taken for a checkpoint of another model, which would be refused and stay."""
+    description = damaged / "2" / "params" / "_METADATA"
+    stored = json.loads(description.read_text())
+    stored["tree_metadata"] = {
+        key.replace("x", "y"): {**leaf, "key_metadata": [{**part, "key": "y"} for part in leaf["key_metadata"]]}
+        for key, leaf in stored["tree_metadata"].items()
+    }
+    description.write_text(json.dumps(stored))
+    with pytest.raises(DamagedCheckpointError):
+        read(damaged)
+
+
+@pytest.mark.parametrize("cut", ["absent", "empty", "half"])
+def test_an_absent_or_short_file_is_damage_or_harmless(cut, damaged):
+    noticed = set()
+    for path in files_of(damaged / "2"):
+        whole = path.read_bytes()
+        path.unlink() if cut == "absent" else path.write_bytes(whole[: 0 if cut == "empty" else len(whole) // 2])
+        try:
+            chex.assert_trees_all_equal(read(damaged), ITEMS)
+        except DamagedCheckpointError:
+            noticed.add(str(path.relative_to(damaged / "2")))
+        path.write_bytes(whole)
+    assert {"meta/metadata", "params/_METADATA", "params/manifest.ocdbt"} <= noticed
+
+
+def test_a_changed_number_of_the_metadata_is_damage(damaged):
+    meta = damaged / "2" / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"format": ', '"format":  '))
+    read(damaged)  # spaces say nothing
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "samples_seen": 7}))
+    with pytest.raises(
+        DamagedCheckpointError, match=r"2 cannot be read: its metadata were changed on disk; .* step 1$"
+    ):
+        read(damaged)
+
+
+NO_DAMAGE = [
+    MemoryError(),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    TimeoutError("no answer"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes"),
+    jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer"),
+    ValueError('PERMISSION_DENIED: Error opening "zarr" driver: Error reading local file "a"'),
+    ValueError("No step path found: [Errno 116] Stale file handle: 'checkpoints/2'"),
+    ValueError("UNKNOWN: Failed to open: \"a\": Input/output error [os_error_code='5']"),
+    ExceptionGroup("of two threads", [ValueError("not found"), OSError(errno.EIO, "Input/output error")]),
+    KeyboardInterrupt(),
+]
+DAMAGE = [
+    FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    NotADirectoryError(errno.ENOTDIR, "Not a directory"),
+    ValueError("NOT_FOUND: Failed to open: \"a\": No such file or directory [os_error_code='2']"),
+    ValueError("DATA_LOSS: CRC-32C checksum verification failed"),
+    json.JSONDecodeError("Expecting value", "", 0),
+    KeyError("params"),
+    Exception("cannot decode"),
+]
+
+
+@pytest.mark.parametrize("error", NO_DAMAGE, ids=repr)
+def test_an_error_of_the_machine_is_no_damage(error):
+    assert not is_damage(error)
+    outer = RuntimeError("restoring failed")
+    outer.__cause__ = error
+    assert not is_damage(outer)
+
+
+@pytest.mark.parametrize("error", DAMAGE, ids=repr)
+def test_an_error_of_the_files_is_damage(error):
+    outer = RuntimeError("restoring failed")
+    outer.__cause__ = error
+    assert is_damage(error)
+    assert is_damage(outer)
+
+
+@contextlib.contextmanager
+def without_rights():
+    """File access as another user than root."""
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextlib.contextmanager
+def without_descriptors():
+    """No further file can be opened."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def refusal_of(folder) -> str:
+    with pytest.raises(CheckpointError) as refused:
+        read(folder)
+    assert not isinstance(refused.value, DamagedCheckpointError), refused.value
+    return str(refused.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user for a moment")
+@pytest.mark.parametrize("part", ["meta/metadata", "params/_METADATA", "params/d", "params/manifest.ocdbt"])
+def test_a_lack_of_rights_sets_nothing_aside(part, damaged):
+    for folder in (*damaged.parents, damaged):
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    (damaged / "2" / part).chmod(0)
+    with without_rights():
+        error = refusal_of(damaged)
+    assert str(damaged / "2") in error
+    assert "permission" in error.lower()
+    assert "aside" not in error
+
+
+def test_a_lack_of_file_descriptors_sets_nothing_aside(damaged):
+    with Checkpoints(damaged, keep=None) as checkpoints:
+        checkpoints.restore(1, ABSTRACT)  # imports and threads are there
+        with without_descriptors(), pytest.raises(CheckpointError) as refused:
+            checkpoints.restore(2, ABSTRACT)
+    assert not isinstance(refused.value, DamagedCheckpointError), refused.value
+
+
+def test_a_loop_of_links_is_an_error_of_the_file_system(damaged):
+    """TensorStore's own words for an error of the operating system that is not an absent file."""
+    path = damaged / "2" / "params" / "manifest.ocdbt"
+    path.unlink()
+    path.symlink_to(path)
+    assert "cannot be read now" in refusal_of(damaged)
+
+
+# ---- setting aside ---------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_step_is_renamed_and_can_be_saved_again(damaged):
+    (damaged / "2.unreadable").mkdir()
+    with Checkpoints(damaged, keep=2, damaged={2: "a byte changed"}) as checkpoints:
+        (line,) = checkpoints.set_aside(1)
+        assert line == (
+            f"warning: checkpoint {damaged / '2'} cannot be read: a byte changed; it is now 2.unreadable.2, and "
+            "training goes on from step 1"
+        )
+        assert checkpoints.set_aside(1) == []
+        save_steps(checkpoints, 2, 3)
+    assert sorted(path.name for path in damaged.iterdir()) == ["2", "2.unreadable", "2.unreadable.2", "3"]
+    assert files_of(damaged / "2.unreadable.2")
+
+
+def test_steps_that_cannot_be_read_are_passed_over_until_none_is_left(damaged):
+    """Without an older checkpoint the run is refused: it must not start from scratch in a used workdir."""
+    (damaged / "2" / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoints/2 cannot be read: files are missing.*step 1$"):
+        resumed_position(damaged.parent, {})
+    (damaged / "1" / "meta" / "metadata").write_text("{")
+    with pytest.raises(DamagedCheckpointError, match="checkpoints/1 cannot be read") as refused:
+        resumed_position(damaged.parent, {2: "files are missing"})
+    words = rf"no checkpoint in {damaged} can be read \(step 2: files are missing; step 1: a\); nothing was deleted"
+    with pytest.raises(CheckpointError, match=words):
+        resumed_position(damaged.parent, {1: "a", 2: "files are missing"})
+    assert refused.value.step == 1
+    assert resumed_position(damaged.parent / "absent", {}) is None

@@ -33,7 +33,7 @@ IN_A_CALLBACK = """
 import gc, os, runpy, signal, sys, time
 from flmjax import cli
 
-def command(*_):
+def command(*_, **__):
     begin()
     interrupt = lambda *_: (gc.callbacks.clear(), os.kill(os.getpid(), signal.SIGINT))
     gc.callbacks.append(interrupt)

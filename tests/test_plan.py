@@ -71,7 +71,7 @@ def plan_of(*peaks: float, growth: float = 20.0, exact: bool = True) -> Plan:
             step=StepTime(8.0, 0.5, (TENSOR, DATA)),
             bill=bill,
             evaluations=Evaluations(program(peak / 2, f"the evaluation of s{i}"), seconds=20.0, number=11),
-            saves=Saves(1.2e12, 3, pause=0.5, written=120.0, interval=2500.0, best=900.0, restart=800.0),
+            saves=Saves(1.2e12, 3, 1, pause=0.5, written=120.0, interval=2500.0, best=900.0, restart=800.0),
             published=None,
         )
         for i, (name, peak) in enumerate(zip(names, peaks, strict=True))

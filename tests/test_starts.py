@@ -14,7 +14,8 @@ from flmjax.workdir.starts import StartEntry, WallTime, checkout, read_starts
 
 
 def test_seconds_of_all_kinds_add_up_to_the_wall_time():
-    start, wall = time.monotonic(), WallTime()
+    turns = []
+    start, wall = time.monotonic(), WallTime(turns.append)
     with wall.during("updates"):
         time.sleep(0.05)
         with wall.during("evaluation"):
@@ -28,6 +29,7 @@ def test_seconds_of_all_kinds_add_up_to_the_wall_time():
     least = {"updates": 0.05, "evaluation": 0.1, "samples": 0.05, "other": 0.05}
     assert all(seconds[work] >= 0.99 * value for work, value in least.items())
     assert {work for work, value in seconds.items() if not value} == seconds.keys() - least.keys()
+    assert turns == ["updates", "evaluation", "updates", "samples", "updates", "other"]
 
 
 def test_every_start_keeps_its_entry(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ FLOORS = {
     "evaluation": 7,
     "training": 8,
     "planning": 9,
+    "launch": 10,
     "scaling": 10,
     "report": 11,
     "cli": 12,
@@ -44,6 +45,7 @@ NARROWER = {
     "text_table": set(),
     "data": {"config", "disk", "lock", "stderr", "text_table"},
     "workdir": {"config", "disk", "lock", "sharding"},
+    "launch": {"config", "planning", "sharding"},
 }
 
 

@@ -11,13 +11,21 @@ from flmjax.config import ConfigError, RunConfig
 from flmjax.interrupt import raise_interrupts
 
 
-def train(config: RunConfig, workdir: Path) -> None:
+def train(config: RunConfig, workdir: Path, profile: range | None) -> None:
     """Train the stages of a run, or resume the run of the workdir from its last checkpoint."""
+    from flmjax.report.goodput import goodput_text
     from flmjax.report.run_page import write_report
+    from flmjax.sharding.processes import is_writer, start_processes
     from flmjax.training.start import train as run
+    from flmjax.workdir.starts import read_starts
 
     raise_interrupts()
-    run(config, workdir)
+    start_processes(config.distributed)
+    run(config, workdir, profile)
+    if not is_writer():
+        return
+    if (text := goodput_text(read_starts(workdir))) is not None:
+        print(text, flush=True)
     print(f"report: {write_report(workdir)}", flush=True)
 
 
@@ -27,11 +35,15 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
     from flmjax.data.inspection import show_samples, summary
     from flmjax.data.loader import TrainingStream
     from flmjax.data.prepare import prepare as run
+    from flmjax.workdir.local_copy import fetch_data, store_data, working_copy
     from flmjax.workdir.paths import data_directory
 
     raise_interrupts()
-    directory, mixtures = data_directory(config, workdir), mixtures_of(config)
-    data = run(config.data, directory, mixtures=mixtures, progress=True, full_check=True)
+    with working_copy(workdir) as copy:
+        fetch_data(copy.folder)
+        directory, mixtures = data_directory(config, copy.folder), mixtures_of(config)
+        data = run(config.data, directory, mixtures=mixtures, progress=True, full_check=True)
+        store_data(copy.folder)
     stream = TrainingStream.of_run(config, data)
     print(summary(stream), flush=True)
     for text in show_samples(stream, inspect, sys.stdout.isatty()):
@@ -41,12 +53,19 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
 def grow(config: RunConfig, workdir: Path | None = None, *, source: str, dry_run: bool, weights_only: bool) -> None:
     """Grow the newest checkpoint of another run into the model of this config's first stage."""
     from flmjax.training.grow_checkpoint import grow_checkpoint, plan_checkpoint
+    from flmjax.workdir.local_copy import reading_copy
+    from flmjax.workdir.storage import run_path
 
     raise_interrupts()
-    if dry_run or workdir is None:
-        print(plan_checkpoint(config, Path(source), workdir), flush=True)
-        return
-    grow_checkpoint(config, Path(source), workdir, weights_only)
+    with reading_copy(run_path(source, "--source")) as folder:
+        if workdir is None:
+            print(plan_checkpoint(config, folder, None), flush=True)
+            return
+        if dry_run:
+            with reading_copy(workdir) as target:
+                print(plan_checkpoint(config, folder, target), flush=True)
+            return
+        grow_checkpoint(config, folder, workdir, weights_only)
     print(f"{workdir}: checkpoint at step 0; 'flmjax train' with this config and workdir continues from it", flush=True)
 
 
@@ -102,7 +121,9 @@ def plan(
 
 def report(workdir: tuple[str, ...], output: str | None) -> None:
     """Write report.html of a run, finished or not; or compare several runs on one page."""
-    runs, folder = [Path(run) for run in workdir], Path(output) if output else None
+    from flmjax.workdir.storage import run_path
+
+    runs, folder = [run_path(run, "--workdir") for run in workdir], Path(output) if output else None
     if len(runs) == 1:
         from flmjax.report.run_page import write_report
 
@@ -115,10 +136,21 @@ def report(workdir: tuple[str, ...], output: str | None) -> None:
     print(f"comparison: {write_comparison(runs, folder or Path('comparison'))}", flush=True)
 
 
+def launch(
+    config: RunConfig, *, kind: str, flags: tuple[str, ...], workdir: str, output: str, site: str | None
+) -> None:
+    """Write the file that starts a run on the hosts of a cluster."""
+    from flmjax.launch.launch_file import Run, write_launch_file
+
+    start = write_launch_file(kind, config, Run(flags, workdir), site, output)
+    print(f"{output}: start the run by: {start}", flush=True)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "prepare": prepare,
     "grow": grow,
     "plan": plan,
     "report": report,
+    "launch": launch,
 }

@@ -20,12 +20,14 @@ from flmjax.cli.parsing import (
     continues,
     read_config,
     read_flags,
+    split_kind,
     takes_config,
     takes_workdir,
 )
 from flmjax.config import RunConfig
 from flmjax.config.validate import constraints
 from flmjax.config.values import Range
+from flmjax.launch.launch_file import KINDS
 
 HELP_FLAGS = ("--help", "-help", "-h")
 SETTINGS = "Settings stand in flmjax/config/run.py and fields.py; with --config=FILE this help prints a file's."
@@ -42,6 +44,7 @@ EXAMPLES = {
         "flmjax train --config=configs/quickstart.py --workdir=runs/quickstart",
         "flmjax report --workdir=runs/quickstart",
     ),
+    "launch": ("flmjax launch slurm --config=configs/flm_101b.py:a800 --workdir=/shared/flm --output=flm.sbatch",),
 }
 
 
@@ -64,7 +67,7 @@ def help_text(argv: list[str]) -> str:
     command = check_command(words[0])
     text = _command_help(command)
     if takes_config(command):
-        config = read_config(command, read_flags(command, words[1:]))
+        config = read_config(command, read_flags(command, split_kind(command, words[1:])[1]))
         if config is not None:
             lines = (shlex.quote(flag) + (f"  # {comment}" if comment else "") for flag, comment in settings(config))
             text += "\n\nSettings of this config:\n" + "\n".join(lines)
@@ -146,6 +149,7 @@ def _command_help(command: str) -> str:
         *(f"  {option.flag:{width}}  {option.help}" for option in options),
         *(["", SETTINGS] if takes_config(command) else []),
         *(["The workdir of an existing run needs no --config."] if continues(command) else []),
+        *([f"KIND is one of {', '.join(KINDS)}."] if command == "launch" else []),
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,9 @@ from flmjax.cli.config_file import load_config
 from flmjax.config import ConfigError, RunConfig, field_type, nearest, override, parse_value, refuse_unread, shorten
 from flmjax.config.validate import validate
 from flmjax.config.values import local_path
+from flmjax.launch.launch_file import KINDS, check_kind
 from flmjax.workdir.paths import read_config as read_workdir_config
+from flmjax.workdir.storage import connect, is_url, run_path
 
 
 class Option(NamedTuple):
@@ -23,7 +25,7 @@ class Option(NamedTuple):
         name: the flag without its dashes.
         value: placeholder of the flag's value in the help; None for a switch.
         help: one line, a noun phrase or a statement.
-        type: of the value.
+        type: of the value; range for START:STEPS.
         is_folder: whether the value is the path of a folder.
         is_repeated: whether the flag may stand several times; its value is a tuple.
     """
@@ -59,19 +61,20 @@ CONFIG = Option(
     "configuration file; its docstring lists the words of its argument",
 )
 OVERRIDE = Option("config.FIELD", "VALUE", "one setting in place of the file's, e.g. '--config.stages[0].steps=50'")
-WORKDIR = Option("workdir", "DIR", "folder of the run: config, metrics, checkpoints, certificates, report")
+WORKDIR = Option("workdir", "DIR", "folder of the run, or a gs:// or s3:// URL: config, metrics, checkpoints")
 FILE_FLAGS = f"{CONFIG.flag} [{OVERRIDE.flag} ...]"
 USAGES = {
-    "train": f"{FILE_FLAGS} {WORKDIR.flag}",
+    "train": f"{FILE_FLAGS} {WORKDIR.flag} [--profile=START:STEPS]",
     "prepare": f"{FILE_FLAGS} {WORKDIR.flag} [--inspect=N]",
     "grow": f"[{CONFIG.flag}] [{OVERRIDE.flag} ...] --source=WORKDIR ({WORKDIR.flag} [--weights-only] | --dry-run)",
     "plan": f"{FILE_FLAGS} [--output=DIR | --search-layout | --cost-only [--tflops=N]] [--price=DOLLARS] "
     "[--hours-between-failures=N]",
     "report": f"{WORKDIR.flag} [{WORKDIR.flag} ...] [--output=DIR]",
+    "launch": f"KIND {FILE_FLAGS} {WORKDIR.flag} --output=FILE [--site=FILE]",
 }
 # The flags of each command beside --config and --workdir.
 OPTIONS: dict[str, tuple[Option, ...]] = {
-    "train": (),
+    "train": (Option("profile", "START:STEPS", "trace updates START + 1 to START + STEPS, for xprof", range),),
     "prepare": (Option("inspect", "N", "print N samples of the training data as text", int),),
     "grow": (
         Option("source", "WORKDIR", "workdir of the run to grow; its newest checkpoint is read", is_folder=True),
@@ -90,6 +93,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         WORKDIR._replace(help="folder of a run; several are compared on one page", is_folder=True, is_repeated=True),
         Option("output", "DIR", "folder of the page; default: the run's, of several ./comparison", is_folder=True),
     ),
+    "launch": (
+        WORKDIR._replace(help="folder of the run as every host sees it; of TPUs gs://BUCKET/FOLDER"),
+        Option("output", "FILE", "the launch file; one that stands there is replaced"),
+        Option("site", "FILE", "partition, zone, image ... of your site: a copy of flmjax/launch/site.toml"),
+    ),
 }
 
 
@@ -104,8 +112,8 @@ def continues(command: str) -> bool:
 
 
 def takes_workdir(command: str) -> bool:
-    """Whether a command works in one workdir: plan has none, and report reads any number."""
-    return command not in ("plan", "report")
+    """Whether a command works in one workdir: plan has none, report reads any number, and launch names it only."""
+    return command not in ("plan", "report", "launch")
 
 
 class CommandLine(NamedTuple):
@@ -146,11 +154,14 @@ def parse(argv: list[str]) -> CommandLine:
         ConfigError or absl.flags.Error: for anything that is not understood, with the nearest names.
     """
     command = check_command(argv[0])
-    values = read_flags(command, argv[1:])
+    kind, arguments = split_kind(command, argv[1:])
+    values = read_flags(command, arguments)
     workdir, options = values.workdir, values.options
     if command == "grow" and not options["source"]:
         raise ConfigError(f"--source is missing: the workdir of the run to grow; {usage(command)}")
-    if command == "report":
+    if command == "launch" and kind is None:
+        raise ConfigError(f"KIND is missing: {', '.join(KINDS)}; {usage(command)}")
+    if command in ("report", "launch"):
         is_missing = not options["workdir"]
     else:
         is_missing = takes_workdir(command) and workdir is None and not options.get("dry_run")
@@ -162,7 +173,23 @@ def parse(argv: list[str]) -> CommandLine:
     if config is None:
         absent = f"; {workdir} holds no run whose config could be read" if continues(command) else ""
         raise ConfigError(f"--config is missing{absent}; {usage(command)}")
+    if command == "launch":
+        if not options["output"]:
+            raise ConfigError(f"--output is missing; {usage(command)}")
+        options = {**options, "kind": kind, "flags": train_flags(values)}
     return CommandLine(command, validate(config), workdir, options)
+
+
+def split_kind(command: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The kind of launch file of `flmjax launch KIND`, None without one, and the arguments after it."""
+    if command != "launch" or not arguments or arguments[0].startswith("-"):
+        return None, arguments
+    return check_kind(arguments[0]), arguments[1:]
+
+
+def train_flags(values: Flags) -> tuple[str, ...]:
+    """The flags of `flmjax train` that make the same config."""
+    return f"--config={values.config}", *(f"--config.{path}={value}" for path, value in values.overrides.items())
 
 
 def usage(command: str) -> str:
@@ -207,6 +234,8 @@ def read_flags(command: str, arguments: list[str]) -> Flags:
             options[option.name] = tuple(str(_folder(option, value)) for value in options[option.name] if value)
         elif option.is_folder and options[option.name]:
             options[option.name] = str(_folder(option, options[option.name]))
+        elif option.type is range and options[option.name] is not None:
+            options[option.name] = _window(option, options[option.name])
     overrides = {path: _override_value(values[f"config.{path}"].value, hint, path) for path, hint in fields.items()}
     config = values["config"].value if takes_config(command) else None
     workdir = _folder(WORKDIR, values["workdir"].value or "") if takes_workdir(command) else None
@@ -241,16 +270,25 @@ def read_config(command: str, values: Flags) -> RunConfig | None:
     """
     if values.config:
         config = load_config(values.config)
-    elif continues(command) and values.workdir is not None and (values.workdir / "config.json").is_file():
+    elif continues(command) and values.workdir is not None and _is_run(values.workdir):
         config = read_workdir_config(values.workdir)
     elif command == "grow" and values.options["source"]:
         from flmjax.training.grow_config import grown_config, source_config
 
+        if is_url(values.options["source"]):
+            raise ConfigError(f"--config is missing; growth from a run on object storage needs it; {usage(command)}")
         base = source_config(Path(values.options["source"]))
         return grown_config(_overridden(base, values), base)
     else:
         return None
     return _overridden(config, values)
+
+
+def _is_run(workdir: Path) -> bool:
+    """Whether a workdir has a config; raises ConfigError for a store that cannot be used."""
+    if is_url(workdir):
+        connect(str(workdir))
+    return (workdir / "config.json").is_file()
 
 
 def _overridden(config: RunConfig, values: Flags) -> RunConfig:
@@ -293,9 +331,13 @@ def _folder(option: Option, value: str) -> Path | None:
     Raises:
         ConfigError: for a file or a link to nothing, and for a folder below one of them.
         OSError: for a path that the file system refuses.
+
+    The workdir of a run may be a URL on object storage.
     """
     if not value:
         return None
+    if option.name in ("workdir", "source") and is_url(value):
+        return run_path(value, f"--{option.name}")
     folder = local_path(value, f"--{option.name}")
     for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():
@@ -306,6 +348,16 @@ def _folder(option: Option, value: str) -> Path | None:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--{option.name}={value}: {path} is a file; name a folder")
     return folder
+
+
+def _window(option: Option, value: str) -> range:
+    """range(START, START + STEPS) for `START:STEPS`."""
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", value)
+    if match is None or int(match[2]) == 0:
+        raise ConfigError(
+            f"--{option.name}={value} must be {option.value}, an update's number and a positive number of updates"
+        )
+    return range(int(match[1]), int(match[1]) + int(match[2]))
 
 
 def _unknown_flag(command: str, name: str) -> str:

@@ -159,13 +159,16 @@ class DataConfig:
     teacher_weight: PositiveFloat = 1.0  # loss weight of a target of a teacher; a target of text has 1
     # Text and teachers in every batch, or "alternating": every batch is only text or only teachers.
     teacher_mixing: Literal["mixed", "alternating"] = "mixed"
+    # Samples that no update reads, such as those of a loss spike: ranges "FIRST:END" of their numbers, in rising order.
+    # A run that goes on takes ranges of samples that it has not read yet.
+    skip_samples: tuple[str, ...] = ()
     # Folder of the token files; None: WORKDIR/data.
     directory: str | None = dataclasses.field(default=None, metadata=EXECUTION)
     # Processes that tokenise; None: one per core.
     workers: PositiveInt | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
-        make_tuples(self, "sources", "teachers", "mixture_weights")
+        make_tuples(self, "sources", "teachers", "mixture_weights", "skip_samples")
         for name in ("sources", "teachers", "vocabulary", "directory"):
             object.__setattr__(self, name, expand_home(getattr(self, name)))
 
@@ -295,3 +298,43 @@ class CheckpointConfig:
     # Minutes since the last checkpoint, beside `every`; read every log_every steps. None: no limit of time.
     every_minutes: PositiveFloat | None = None
     keep: PositiveInt = 3  # newest checkpoints
+    # Steps; checkpoints at its multiples are kept for ever, beside the newest. A multiple of `every`. None: no such.
+    keep_every: PositiveInt | None = None
+    # Whether the last checkpoint of each stage is kept for ever.
+    keep_stage_ends: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Settings of the processes of a run on several hosts or devices; one process alone reads none of them."""
+
+    # Time in which all processes must have met at the start: the nodes of a large job come up minutes apart.
+    start_timeout_seconds: PositiveInt = 300
+    # Time without a sign of life after which a process is lost, and the run ends. A process gives its sign from a
+    # thread of its own, also while it compiles; a host that swaps or whose network pauses needs more than 10 seconds.
+    heartbeat_seconds: PositiveInt = 100
+    # Time that a process waits for the end of the others at the end of the run, while the first one writes the report.
+    shutdown_seconds: PositiveInt = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class SpikeConfig:
+    """How a run tells a loss spike, and what it does then.
+
+    The loss of an update spikes if it lies more than `deviations` deviations above the median of the losses before it.
+    Numbers are those of OLMo-core's SkipStepOptimizer, which skips at 6 standard deviations above the mean of 128
+    losses; here a deviation is 1.4826 times the median absolute one, which spikes themselves do not widen. PaLM
+    (arXiv:2204.02311, section 5.1) restarted about 100 steps before a spike and skipped 200 to 500 batches, those
+    before and during the spike among them.
+    """
+
+    # "skip": the update is not made. "roll_back": the run goes back to an older checkpoint and leaves out the samples
+    # from there to the spike and some more; after optimizer.max_skipped_updates updates that are not finite, too.
+    # "stop": the run stops.
+    action: Literal["none", "skip", "roll_back", "stop"] = "none"
+    window: Annotated[int, Range(2, 4096)] = 128  # losses that an update is compared with; half of them are enough
+    deviations: PositiveFloat = 6.0
+    # "roll_back": least number of steps that the run goes back; a checkpoint as old as that must be kept.
+    roll_back_steps: NonNegativeInt = 100
+    skip_batches: NonNegativeInt = 100  # "roll_back": batches after the spike that are left out too
+    max_roll_backs: PositiveInt = 10  # of the run; at the next spike it stops

@@ -12,16 +12,18 @@ from flmjax.config.fields import (
     AttentionBackend,
     CheckpointConfig,
     DataConfig,
+    DistributedConfig,
     GradientReduction,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     Remat,
+    SpikeConfig,
     StageConfig,
     StageMeshConfig,
 )
 from flmjax.config.shapes import MeshShape
-from flmjax.config.values import Count, NonNegativeInt, PositiveFloat, PositiveInt, Seed, make_tuples
+from flmjax.config.values import Count, NonNegativeInt, PositiveFloat, PositiveInt, Seed, expand_home, make_tuples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,20 @@ class RunConfig:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=EXECUTION)
     checkpoint: CheckpointConfig = dataclasses.field(default=CheckpointConfig(), metadata=EXECUTION)
+    distributed: DistributedConfig = dataclasses.field(default=DistributedConfig(), metadata=EXECUTION)
+    # Time since the start of the process after which the run saves and ends with exit status 75; the same command goes
+    # on. For machines that are lent for some hours. None: no limit.
+    stop_after_seconds: PositiveFloat | None = dataclasses.field(default=None, metadata=EXECUTION)
+    # Acts on the updates from then on where it changes when a run goes on.
+    spike: SpikeConfig = dataclasses.field(default=SpikeConfig(), metadata=EXECUTION)
     # Whether the compilers of GPUs and TPUs are told to run exchanges between devices behind computation.
     overlap_collectives: bool = dataclasses.field(default=True, metadata=EXECUTION)
     # Whether updates on GPUs give the same bits in every execution, which makes them slower; on CPUs they always do.
     deterministic: bool = dataclasses.field(default=False, metadata=EXECUTION)
     # Steps between lines of training metrics.
     log_every: PositiveInt = dataclasses.field(default=10, metadata=EXECUTION)
+    # Steps between lines of the norms of gradients and parameters, for every kind of leaf; None: no such lines.
+    norms_every: PositiveInt | None = dataclasses.field(default=None, metadata=EXECUTION)
     # Steps between evaluations; the end of a stage is always evaluated.
     evaluate_every: PositiveInt = dataclasses.field(default=100, metadata=EXECUTION)
     # Validation sequences per evaluation.
@@ -54,11 +64,14 @@ class RunConfig:
     certificate_roundings: PositiveFloat = dataclasses.field(default=8.0, metadata=EXECUTION)
     sample_prompt: str = dataclasses.field(default="The ", metadata=EXECUTION)
     sample_tokens: NonNegativeInt = dataclasses.field(default=64, metadata=EXECUTION)
+    # Folder of compiled programs, which runs may share; None: JAX_COMPILATION_CACHE_DIR, else WORKDIR/compile_cache.
+    compile_cache: str | None = dataclasses.field(default=None, metadata=EXECUTION)
     # Peak FLOP/s per device; None: from the table of known chips, else measured.
     peak_flops: PositiveFloat | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self) -> None:
         make_tuples(self, "stages")
+        object.__setattr__(self, "compile_cache", expand_home(self.compile_cache))
 
     @functools.cached_property
     def schedule(self) -> "tuple[Stage, ...]":
@@ -85,6 +98,7 @@ class RunConfig:
                 self.overlap_collectives,
                 self.deterministic,
                 stage.gradient_reduction,
+                self.norms_every is not None,
             )
             model = dataclasses.replace(model, remat=layout.remat, attention=layout.attention)
             schedule.append(Stage(index, stage, model, layout, start, start + stage.steps, previous))
@@ -122,6 +136,7 @@ class Layout(NamedTuple):
     overlap_collectives: bool = True
     deterministic: bool = False
     gradient_reduction: GradientReduction = "step"
+    norms: bool = False  # whether the training step returns the norms of the gradients of every leaf
 
 
 @dataclasses.dataclass(frozen=True)

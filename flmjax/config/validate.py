@@ -20,6 +20,7 @@ from flmjax.config.fields import (
     StageConfig,
 )
 from flmjax.config.run import RunConfig, Stage
+from flmjax.config.sample_ranges import parse_ranges
 from flmjax.config.shapes import MeshShape, split_factor
 from flmjax.config.values import FLOAT32_TINY, INT32_MAX, Range, local_path
 
@@ -43,12 +44,16 @@ def validate(config: RunConfig) -> RunConfig:
         raise ConfigError("; ".join(refusals[:5]))
     _validate_model(config.model)
     _validate_data(config.data)
+    if config.compile_cache is not None:
+        folder = local_path(config.compile_cache, "compile_cache")
+        _require(not folder.is_file(), f"compile_cache={folder} is a file; name a folder")
     for name in ("document_attention", "teachers"):
         if getattr(config.data, name):
             refuse_cudnn(config, f"data.{name}")
     for i, settings in enumerate(config.stages):
         _validate_stage(settings, f"stages[{i}]", config.data.num_sources)
     _validate_schedule(config.stages)
+    _validate_roll_back(config)
     _require(
         config.total_steps <= INT32_MAX, f"stages have {config.total_steps} steps; at most {INT32_MAX} can be counted"
     )
@@ -58,6 +63,11 @@ def validate(config: RunConfig) -> RunConfig:
         _validate_growth(stage)
     for stage in config.schedule:
         _validate_model(stage.model, f"stages[{stage.index}]")
+    saved, kept = config.checkpoint.every, config.checkpoint.keep_every
+    _require(
+        kept is None or kept % saved == 0,
+        f"checkpoint.keep_every={kept} must be a multiple of checkpoint.every={saved}, the steps that are saved",
+    )
     return config
 
 
@@ -176,6 +186,7 @@ def _validate_data(d: DataConfig) -> None:
         f"data.teacher_weight={d.teacher_weight} is not read with teacher_mixing='alternating': a batch of teachers "
         "alone is divided by its weights",
     )
+    parse_ranges(d.skip_samples, "data.skip_samples")
     _require(bool(d.true_mark) and bool(d.false_mark), "data.true_mark and data.false_mark must not be empty")
     _require(d.true_mark != d.false_mark, f"data.true_mark and data.false_mark are both '{d.true_mark}'")
 
@@ -236,6 +247,20 @@ def _validate_schedule(stages: tuple[StageConfig, ...]) -> None:
                 f"stages[{i}].{field}={getattr(stage, field)} is not read: stages[{i}].growth.rate_policy="
                 f"'{stage.growth.rate_policy}' continues the schedule before it; 'stage' would start this one",
             )
+
+
+def _validate_roll_back(config: RunConfig) -> None:
+    """Check that a checkpoint which is old enough for a roll-back is kept.
+
+    The newest may be of the step before the spike, and two of the others are of a growth: before and after it.
+    """
+    settings, steps = config.checkpoint, config.spike.roll_back_steps
+    extra = 1 if len(config.stages) == 1 else 3
+    _require(
+        config.spike.action != "roll_back" or steps <= (settings.keep - extra) * settings.every,
+        f"spike.roll_back_steps={steps} needs a checkpoint of that age, but checkpoint.keep={settings.keep} with "
+        f"checkpoint.every={settings.every} may keep none; keep={-(-steps // settings.every) + extra} does",
+    )
 
 
 def _validate_growth(stage: Stage) -> None:

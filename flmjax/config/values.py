@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -79,11 +80,13 @@ def local_path(text: str, name: str) -> Path:
         name: of the setting or the flag, for messages.
 
     Raises:
-        ConfigError: for `~user` where no user has that name, or a path with the character NUL.
+        ConfigError: for `~user` where no user has that name, a path with the character NUL, or a URL.
     """
     shown = f"{name}={shorten(text, str)}"
     if "\0" in text:
         raise ConfigError(f"{shown!r}: a path cannot have the character NUL")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ConfigError(f"{shown}: a URL; only the workdir of a run may be one, at gs:// or s3://; name a local path")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         user = text.partition("/")[0]

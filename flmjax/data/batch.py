@@ -94,6 +94,8 @@ def global_batch(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax
         batch: the sequences of this process's data host.
         sharding: of the sequences over the devices.
     """
+    if sharding.is_fully_addressable:  # one process: one call for all arrays takes half the time
+        return jax.device_put(dict(batch), sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 

@@ -1,7 +1,8 @@
 """`TrainingStream`: prepared tokens as batches. Sample n of a run is a function of seed, mixture schedule and n.
 
 The stream has no state: a checkpoint stores the number of samples seen, and `batches(start=...)` continues the stream
-from there with any batch size and any number of hosts, threads and buffered batches.
+from there with any batch size and any number of hosts, threads and buffered batches. Samples may be left out
+(skipped.py, which explains the two numbers of a sample).
 
 A row is a sequence of `length` tokens: one sample of the stream, one row of a batch (batch.py).
 """
@@ -18,10 +19,12 @@ import grain
 import numpy as np
 
 from flmjax.config import ConfigError, DataConfig, RunConfig
+from flmjax.config.sample_ranges import Ranges, count_samples, join_ranges, parse_ranges
 from flmjax.data.batch import Batch, BatchKind
 from flmjax.data.mixture import ENDLESS, ExactPhase, MixturePhase, SampleOrder, exact_phases, mixture_schedule
 from flmjax.data.packing import first_propositions, make_proposition_row, make_row, num_rows
 from flmjax.data.prepared import Prepared, short_names
+from flmjax.data.skipped import check_blocks, lengthened, samples_passed, stream_number
 from flmjax.data.sources.documents import key_bytes
 
 STREAM_VERSION = 1  # of the rules in this package that decide sample n
@@ -40,11 +43,12 @@ class TrainingStream:
         data: settings of packing and loss: document_attention, teacher_weight.
         seed: of the order of rows.
         length: tokens of a row.
-        schedule: phases of the mixture; the last has no end.
+        schedule: phases of the mixture, of the samples that are read; the last has no end.
+        skipped: samples that `batches` leaves out, by their numbers in the stream.
 
     Raises:
         ConfigError: for a schedule without phases, or with mixture weights that are negative, all 0 or not one for
-            each source (mixture.exact_phases).
+            each source (mixture.exact_phases); for skipped samples that are not whole blocks of it.
     """
 
     prepared: Prepared
@@ -52,19 +56,29 @@ class TrainingStream:
     seed: int
     length: int
     schedule: tuple[MixturePhase, ...]
+    skipped: Ranges = ()
 
     def __post_init__(self) -> None:
         _ = self._phases  # raises the errors of a schedule at once
 
     @classmethod
-    def of_run(cls, config: RunConfig, prepared: Prepared) -> "TrainingStream":
-        """The stream of a run."""
+    def of_run(cls, config: RunConfig, prepared: Prepared, rolled_back: Ranges = ()) -> "TrainingStream":
+        """The stream of a run.
+
+        Args:
+            rolled_back: samples that the run skips beside data.skip_samples.
+        """
         schedule = mixture_schedule(config, prepared)
-        return cls(prepared, config.data, config.seed, config.model.max_length, schedule)
+        skipped = join_ranges([*parse_ranges(config.data.skip_samples, "data.skip_samples"), *rolled_back])
+        return cls(prepared, config.data, config.seed, config.model.max_length, schedule, skipped)
+
+    def samples_passed(self, read: int) -> int:
+        """Number in the stream after `read` samples that are read; the run's first sample counts those before it."""
+        return samples_passed(self.skipped, read)
 
     @functools.cached_property
     def samples(self) -> grain.MapDataset[Batch]:
-        """The samples: element n is sample n of the run, a Batch without the axis B."""
+        """The samples, skipped ones too: element n is sample n of the stream, a Batch without the axis B."""
         datasets = []
         for source in self.prepared.sources:
             seed = int.from_bytes(hashlib.sha256(key_bytes(f"{self.seed} {source}")).digest()[:4])
@@ -108,16 +122,21 @@ class TrainingStream:
             teachers = [source for source in prepared.sources if prepared.is_teacher(source)]
             identity["teachers"] = {source: prepared.loss_weights_checksum(source, "train") for source in teachers}
             identity["teacher_weight"] = data.teacher_weight
+        if self.skipped:
+            identity["skipped"] = self.skipped
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def batches(
-        self, *, start: int, batch_size: int, host: int = 0, hosts: int = 1, threads: int = 1, prefetch: int = 4
-    ) -> grain.DatasetIterator[Batch]:
-        """Endless batches of the samples start, start + 1, ...; this host's rows of each.
+    def batches(self, **options: int) -> grain.DatasetIterator[Batch]:
+        """Iterator over batch_dataset(**options); its `close()` ends its threads, and so does dropping it."""
+        return iter(self.batch_dataset(**options))
 
-        The iterator's `close()` ends its threads, and so does dropping it.
+    def batch_dataset(
+        self, *, start: int, batch_size: int, host: int = 0, hosts: int = 1, threads: int = 1, prefetch: int = 4
+    ) -> grain.IterDataset[Batch]:
+        """Endless batches of the samples start, start + 1, ... of those that are read; this host's rows of each.
 
         Args:
+            start: read number of the first sample.
             batch_size: rows of a batch over all hosts, B.
             host, hosts: host h has rows h B / hosts to (h + 1) B / hosts - 1 of every batch.
             threads: threads that read. 0: the caller's thread reads.
@@ -132,10 +151,10 @@ class TrainingStream:
             raise ConfigError(f"batch_size={batch_size} does not divide over {hosts} data hosts")
         if start < 0:
             raise ConfigError(f"start={start} must not be negative")
-        share = _HostShare(start, batch_size, host, batch_size // hosts)
+        share = _HostShare(start, batch_size, host, batch_size // hosts, self.skipped)
         rows_of_host = grain.MapDataset.select_from_datasets([self.samples], share)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
-        return iter(rows_of_host.batch(batch_size // hosts).to_iter_dataset(options))
+        return rows_of_host.batch(batch_size // hosts).to_iter_dataset(options)
 
     def validation_set(self, rows: int) -> "ValidationSet":
         """At most `rows` held-out rows of text, then at most `rows` of teachers, evenly spread over the sources.
@@ -185,7 +204,10 @@ class TrainingStream:
 
     @functools.cached_property
     def _phases(self) -> list[ExactPhase]:
-        return exact_phases(self.schedule, len(self.prepared.sources))
+        exact_phases(self.schedule, len(self.prepared.sources))  # messages number the phases of the schedule
+        phases = exact_phases(lengthened(self.schedule, self.skipped), len(self.prepared.sources))
+        check_blocks(phases, self.skipped)
+        return phases
 
     @functools.cached_property
     def _order(self) -> SampleOrder:
@@ -326,16 +348,17 @@ class _PropositionRows:
 
 
 class _HostShare(grain.transforms.DatasetSelectionMap):
-    """Row i of one host's batches, laid end to end -> number of the sample in the run."""
+    """Row i of one host's batches, laid end to end -> number of the sample in the stream."""
 
-    def __init__(self, start: int, batch_size: int, host: int, rows: int):
+    def __init__(self, start: int, batch_size: int, host: int, rows: int, skipped: Ranges):
         self._first = start + host * rows
         self._batch_size = batch_size
         self._rows = rows
+        self._skipped = skipped
 
     def __len__(self) -> int:
-        return (ENDLESS - self._first) // self._batch_size * self._rows
+        return (ENDLESS - count_samples(self._skipped) - self._first) // self._batch_size * self._rows
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         step, row = divmod(index, self._rows)
-        return 0, self._first + step * self._batch_size + row
+        return 0, stream_number(self._skipped, self._first + step * self._batch_size + row)

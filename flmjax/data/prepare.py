@@ -51,6 +51,7 @@ def prepare(
     mixtures: Mixtures | None = None,
     progress: bool = False,
     full_check: bool = False,
+    is_trusted: bool = False,
 ) -> Prepared:
     """Write the token files of `data` to `directory`, or load them if an earlier call wrote them.
 
@@ -70,6 +71,7 @@ def prepare(
             of `data` alone.
         progress: show progress bars on standard error.
         full_check: read every file of an existing directory, as `full` of `load`.
+        is_trusted: another process of this run has checked the files; checksums are not computed again.
 
     Raises:
         ConfigError: for a source without documents, for no training or no validation documents, for text that is not
@@ -83,7 +85,8 @@ def prepare(
     if sources is not None and set(sources) != set(names):
         raise ConfigError(f"sources are {sorted(sources)}, but data.sources and data.teachers are {sorted(names)}")
     if (directory / META_FILE).exists():
-        return _load_same(directory, data, mixtures, settings, full_check, sources is None)
+        check_sources = sources is None and not is_trusted
+        return _load_same(directory, data, mixtures, settings, full_check, check_sources, is_trusted)
     target, partial, lock = places_of(directory)  # only the process with the lock writes to them
     # A wrong name is refused here, before anything is written.
     preparation = _Preparation(data, mixtures, settings, partial, sources, progress)
@@ -125,6 +128,7 @@ def _load_same(
     settings: dict[str, Any],
     full: bool,
     check_sources: bool,
+    is_trusted: bool = False,
 ) -> Prepared:
     stored = {**_settings(DataConfig()), **read_meta(directory)["settings"]}
     names = with_portable_names(DataConfig(**{name: stored[name] for name in ("sources", "teachers", "vocabulary")}))
@@ -138,7 +142,7 @@ def _load_same(
             f"{directory} was prepared with other settings: {'; '.join(differing)}; take another folder, or "
             "delete this one to prepare it anew"
         )
-    prepared = load(directory, full)
+    prepared = load(directory, full, is_trusted)
     counts = {
         name: {split: of_source[split]["documents"] for split in SPLITS}
         for name, of_source in prepared.meta["sources"].items()

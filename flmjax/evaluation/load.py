@@ -12,7 +12,7 @@ from flmjax.growth.ramp import ramp_of
 from flmjax.model.transformer import abstract_params
 from flmjax.sharding.axes import Params
 from flmjax.workdir.checkpoint import Checkpoints
-from flmjax.workdir.paths import data_directory, whole_steps
+from flmjax.workdir.paths import checkpoint_directory, data_directory, whole_steps
 from flmjax.workdir.position import position_at
 
 
@@ -47,7 +47,7 @@ def load(workdir: Path, step: int | None = None) -> LoadedModel:
             that have one), or missing files of the tokenizer.
         CheckpointError: for an unreadable or damaged checkpoint.
     """
-    directory = workdir / "checkpoints"
+    directory = checkpoint_directory(workdir)
     steps = whole_steps(directory)
     if not steps:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no complete checkpoint")

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 from flmjax.config import StageConfig
 
@@ -48,11 +49,20 @@ def learning_rate(stages: tuple[StageConfig, ...], step: int) -> float:
     index = bisect.bisect_right(ends, step)
     if index == len(stages):
         raise ValueError(f"the schedule ends {step - ends[-1]} steps before this one")
-    stage, begin = stages[index], ends[index] - stages[index].steps
+    return rates_of_stage(stages, index)(step)
+
+
+def rates_of_stage(stages: tuple[StageConfig, ...], index: int) -> Callable[[int], float]:
+    """learning_rate of the updates of stage number `index`, whose schedule is found once for all of them."""
+    stage, begin = stages[index], sum(stage.steps for stage in stages[:index])
     schedule, start = _schedule_in(stages, index)
-    rate = stage_rate(schedule, step - start)
-    if index and stage.growth.rate_policy == "rewarm":
-        rate *= min(1.0, (step - begin + 1) / _rewarm_updates(stage))
+    rewarm_updates = _rewarm_updates(stage) if index and stage.growth.rate_policy == "rewarm" else None
+
+    def rate(step: int) -> float:
+        if rewarm_updates is None:
+            return stage_rate(schedule, step - start)
+        return stage_rate(schedule, step - start) * min(1.0, (step - begin + 1) / rewarm_updates)
+
     return rate
 
 

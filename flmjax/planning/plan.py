@@ -1,6 +1,7 @@
 """The plan of a run: memory, time and price of every stage and every growth on a machine. This file needs no JAX."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 from flmjax.config import GradientReduction, MeshShape, Remat
@@ -31,7 +32,8 @@ class Saves:
     """The checkpoints of a stage, in bytes and seconds.
 
     Attributes:
-        bytes: of one checkpoint. kept: number of checkpoints on disk.
+        bytes: of one checkpoint.
+        kept: number of the stage's checkpoints on disk at its end. stay: those of them that are kept for ever.
         pause: of the run for a save. written: until the save is complete on disk.
         interval: of work between two saves, by the settings.
         best: interval that loses the least time, never shorter than a save takes.
@@ -40,6 +42,7 @@ class Saves:
 
     bytes: float
     kept: int
+    stay: int
     pause: float
     written: float
     interval: float
@@ -177,6 +180,13 @@ class Plan:
         """A line for each program that does not fit; none for those of fake devices, whose memory is not known."""
         refusals = [program.refusal(self.chip, self.usable) for program in self.programs] if self.is_exact else []
         return tuple(refusal for refusal in refusals if refusal is not None)
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Most bytes of checkpoints on disk: at a stage's end, with those of earlier stages that are kept for ever."""
+        saves = [stage.saves for stage in self.stages]
+        staying = itertools.accumulate((x.bytes * x.stay for x in saves), initial=0.0)
+        return max(x.bytes * x.kept + earlier for x, earlier in zip(saves, staying, strict=False))
 
     def tflops(self, stage: StagePlan) -> float:
         """Model TFLOP/s of one device as the paper counts them: attention in full, nothing twice."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from flmjax.config import ConfigError, MeshShape, RunConfig, Stage
+from flmjax.config import CheckpointConfig, ConfigError, MeshShape, RunConfig, Stage
 from flmjax.config.validate import validate_meshes
 from flmjax.hardware import GiB, compiler_options
 from flmjax.model.flops import flops_per_token, num_parameters
@@ -209,15 +209,35 @@ def saves(compiler: Compiler, stage: Stage, step: StepPlan, operation: Operation
     pause, written = size / devices / operation.host_link, size / operation.storage
     intervals = [steps * step.time.seconds for steps in (config.checkpoint.every, stage.end - stage.start)]
     intervals.append(60 * (config.checkpoint.every_minutes or math.inf))
+    kept, stay = kept_saves(config.checkpoint, stage)
     return Saves(
         bytes=size,
-        kept=config.checkpoint.keep,
+        kept=kept,
+        stay=stay,
         pause=pause,
         written=written,
         interval=min(intervals),
         best=max(best_interval(pause, operation.seconds_between_failures), written),
         restart=operation.restart + written + step.program.compile_seconds,
     )
+
+
+def kept_saves(settings: CheckpointConfig, stage: Stage) -> tuple[int, int]:
+    """Number of a stage's checkpoints on disk at its end, and of those among them that are kept for ever.
+
+    Saves that checkpoint.every_minutes adds are counted as those of checkpoint.every.
+    """
+    every, kept_every = settings.every, settings.keep_every
+
+    def stays(step: int) -> bool:
+        return (step == stage.end and settings.keep_stage_ends) or (kept_every is not None and step % kept_every == 0)
+
+    before_end = range((stage.end - 1) // every * every, stage.start, -every)  # the end is always saved
+    newest = [stage.end, *before_end[: settings.keep - 1]]
+    stay = int(stays(stage.end))
+    if kept_every is not None:
+        stay += (stage.end - 1) // kept_every - stage.start // kept_every
+    return stay + sum(not stays(step) for step in newest), stay
 
 
 def _seconds(stages: Sequence[StagePlan]) -> float:

@@ -14,6 +14,7 @@ from flmjax.report.run_figure import LEGEND, SMOOTHED_FROM, frame, series, smoot
 from flmjax.report.run_record import RunRecord, latest, read_run
 from flmjax.report.run_tables import Table
 from flmjax.text_table import duration
+from flmjax.workdir.storage import resolved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ def write_comparison(workdirs: Sequence[Path], output: Path) -> Path:
     Raises:
         ConfigError: for a folder that is no run or stands there twice, naming it.
     """
-    folders = [workdir.resolve() for workdir in workdirs]
+    folders = [resolved(workdir) for workdir in workdirs]
     for i, folder in enumerate(folders):
         if folder in folders[:i]:
             raise ConfigError(f"--workdir={workdirs[i]} is the folder of another --workdir; name each run once")

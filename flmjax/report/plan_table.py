@@ -186,7 +186,6 @@ def closing(plan: Plan) -> list[str]:
 def calendar_lines(plan: Plan) -> list[str]:
     """Lines on the days that a run takes with everything that is not a step."""
     days, operation, bill = plan.calendar, plan.operation, plan.expected
-    largest = max(stage.saves.bytes * stage.saves.kept for stage in plan.stages)
     compilation = sum(program.compile_seconds for program in plan.programs)
     return [
         f"calendar: {figure(days.pure)} days of steps; {figure(days.expected)} days expected with evaluations, "
@@ -198,7 +197,7 @@ def calendar_lines(plan: Plan) -> list[str]:
         f"between those of Llama 3 405B and OPT-175B); {operation.restart / 60:.0f} minutes "
         "until a run restarts, then the checkpoint is read and the step compiled; "
         f"storage {operation.storage / 1e9:.0f} GB/s, {operation.host_link / 1e9:.0f} GB/s from a device to its host; "
-        f"at most {figure(largest / 1e12)} TB of checkpoints",
+        f"at most {figure(plan.checkpoint_bytes / 1e12)} TB of checkpoints",
     ]
 
 

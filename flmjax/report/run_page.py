@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flmjax.disk import writing
 from flmjax.model.flops import FLOPS_CONVENTION
+from flmjax.report.goodput import NEW, goodput_text
 from flmjax.report.page import base64_text, finite, number, png, render, short
 from flmjax.report.run_figure import CHANCE, TINTS, has_teachers, run_figure
 from flmjax.report.run_record import RunRecord, latest, read_run
@@ -13,12 +14,14 @@ from flmjax.report.run_tables import (
     certificate_table,
     judgements,
     mixture_table,
+    roll_back_table,
     stage_table,
     start_table,
     validation_table,
     wall_time_table,
 )
 from flmjax.text_table import duration
+from flmjax.workdir.storage import resolved
 
 
 def write_report(workdir: Path, output: Path | None = None) -> Path:
@@ -34,7 +37,7 @@ def write_report(workdir: Path, output: Path | None = None) -> Path:
     """
     run = read_run(workdir)
     wide, narrow = png(run_figure(run, columns=2)), png(run_figure(run, columns=1))
-    page, folder = run_page(run, workdir.resolve().name, wide, narrow), output or workdir
+    page, folder = run_page(run, resolved(workdir).name, wide, narrow), output or workdir
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     with writing(path):
@@ -64,8 +67,10 @@ def run_page(run: RunRecord, name: str, wide: bytes, narrow: bytes) -> str:
         flops_convention=FLOPS_CONVENTION,
         peak=_peak_text(run),
         wall_time=wall_time_table(run),
+        goodput=goodput_text(run.starts),
         starts=start_table(run),
         certificates=certificate_table(run),
+        roll_backs=roll_back_table(run),
         samples=_samples(run),
         config=json.dumps(run.config_json, indent=2, ensure_ascii=False),
     )
@@ -85,7 +90,7 @@ def _boxes(run: RunRecord) -> list[tuple[str, str, str]]:
     growth = sum(line.get("seconds") or 0.0 for line in run.growth)
     time = duration(run.training_seconds), f"updates alone; growth: {duration(growth)} more"
     if wall_time := sum(run.seconds.values()):
-        time = duration(wall_time), f"{run.seconds.get('updates', 0.0) / wall_time:.0%} of it updates, see Wall time"
+        time = duration(wall_time), f"{run.seconds.get(NEW, 0.0) / wall_time:.0%} of it new updates, see Wall time"
     boxes = [
         ("Final validation" if step >= total else "Latest validation", number(bits), against_gzip),
         ("Tokens", short(run.last["tokens"]), f"step {step:,} of {total:,}"),
@@ -102,9 +107,11 @@ def _boxes(run: RunRecord) -> list[tuple[str, str, str]]:
 def _warnings(run: RunRecord) -> list[str]:
     """Lines that a reader must know before the numbers: skipped updates, missing files, steps to come."""
     warnings = []
-    skipped = sum(bool(line.get("skipped_updates")) for line in run.train)  # each skipped update has its line
-    if skipped:
-        warnings.append(f"Skipped updates (gradient not finite): {skipped}.")
+    skipped = [line for line in run.train if line.get("skipped_updates")]  # each skipped update has its line
+    spikes = sum(bool(line.get("spike")) for line in skipped)
+    for count, reason in ((len(skipped) - spikes, "gradient not finite"), (spikes, "loss spike")):
+        if count:
+            warnings.append(f"Skipped updates ({reason}): {count}.")
     if run.stages[-1].parameters is None:
         warnings.append("The vocabulary's size is unknown (no meta.json): no parameters, no cost comparison.")
     warnings += [f"{line[0].upper()}{line[1:]}." for line in run.data_warnings]

@@ -15,11 +15,15 @@ from flmjax.data.tokenizers import load_tokenizer
 from flmjax.model.flops import flops_per_token
 from flmjax.model.transformer import abstract_params, count_parameters
 from flmjax.optimizer.schedule import borders, learning_rate
+from flmjax.report.goodput import goodput
 from flmjax.report.stored_files import checked_lines, read_certificates, read_description
 from flmjax.training.continuation import shifted
+from flmjax.workdir.local_copy import reading_copy
 from flmjax.workdir.metrics import METRICS_FILE, Record, read_metrics
 from flmjax.workdir.paths import Parent, data_directory, read_config, read_parent
+from flmjax.workdir.roll_backs import RollBack, read_roll_backs, rolled_back_samples
 from flmjax.workdir.starts import read_starts
+from flmjax.workdir.storage import run_path
 
 CURVE_POINTS = 250  # of a schedule of learning rates
 
@@ -66,6 +70,7 @@ class RunRecord:
         config_json: as stored.
         train, validation, growth, sample: the lines of metrics.jsonl of each kind.
         certificates: of every growth so far.
+        roll_backs: in order of time.
         gzip: bits per byte of the held-out text under gzip -9; None: unknown.
         mixture: sources of the training data; None: unknown.
         parent: the run that this one was grown from; None: not grown, or by an older version.
@@ -83,6 +88,7 @@ class RunRecord:
     growth: list[Record]
     sample: list[Record]
     certificates: list[Record]
+    roll_backs: list[RollBack]
     gzip: float | None
     mixture: "Mixture | None"
     parent: Parent | None
@@ -118,12 +124,8 @@ class RunRecord:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of all starts by kind of work."""
-        seconds: dict[str, float] = {}
-        for start in self.starts:
-            for work, value in (start.get("seconds") or {}).items():
-                seconds[work] = seconds.get(work, 0.0) + (value or 0.0)
-        return seconds
+        """Wall time of all starts by kind of work, as in report/goodput.py."""
+        return goodput(self.starts)
 
     def tokens_after(self, step: int) -> int:
         """Tokens of the first `step` updates of the schedule, those of a learned growth included."""
@@ -154,6 +156,11 @@ def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
         ConfigError: naming config.json or metrics.jsonl if it is absent or empty, and the file and its entry if one of
             the run's files is damaged.
     """
+    with reading_copy(workdir) as folder:
+        return _read_folder(folder, with_parent)
+
+
+def _read_folder(workdir: Path, with_parent: bool) -> RunRecord:
     config = read_config(workdir)
     stored_config = to_json(config)
     folder = data_directory(config, workdir)
@@ -174,8 +181,9 @@ def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
         config_json=stored_config,
         **{k: [r for r in records if r["kind"] == k] for k in ("train", "validation", "growth", "sample")},
         certificates=read_certificates(workdir),
+        roll_backs=read_roll_backs(workdir),
         gzip=meta.get("validation_gzip_bits_per_byte"),
-        mixture=_read_mixture(config, folder, latest(timed)["step"], parent.first_sample if parent else 0),
+        mixture=_read_mixture(config, workdir, latest(timed)["step"], parent.first_sample if parent else 0),
         parent=parent,
         parent_run=_read_parent_run(parent) if parent and with_parent else None,
         starts=read_starts(workdir),
@@ -188,7 +196,7 @@ def read_run(workdir: Path, with_parent: bool = True) -> RunRecord:
 def _read_parent_run(parent: Parent) -> RunRecord | None:
     """The parent's lines up to the growth; None if its workdir is gone, or holds a run that has not come so far."""
     try:
-        run = read_run(Path(parent.workdir), with_parent=False)
+        run = read_run(run_path(parent.workdir, "workdir"), with_parent=False)
     except (ConfigError, OSError):
         return None
     if run.last["step"] < parent.step:
@@ -199,26 +207,27 @@ def _read_parent_run(parent: Parent) -> RunRecord | None:
     return dataclasses.replace(run, train=train, validation=validation)
 
 
-def _read_mixture(config: RunConfig, folder: Path, step: int, first_sample: int) -> Mixture | None:
-    """The mixture of the data in `folder`, which are neither prepared nor verified; None without their description.
+def _read_mixture(config: RunConfig, workdir: Path, step: int, first_sample: int) -> Mixture | None:
+    """The mixture of the run's data, which are neither prepared nor verified; None without their description.
 
     Args:
         step: updates of the run so far.
         first_sample: of the run in the training stream; the parent of a grown run has read those before it.
     """
     try:
+        folder = data_directory(config, workdir)
         prepared = Prepared(folder, read_meta(folder), load_tokenizer(folder))
-        stream = shifted(TrainingStream.of_run(config, prepared), first_sample)
+        stream = shifted(TrainingStream.of_run(config, prepared, rolled_back_samples(workdir)), first_sample)
     except ConfigError:
         return None
     samples, shares = first_sample, []
     for stage in config.schedule:
-        end = first_sample + stage.samples_before(stage.end)
+        end = stream.samples_passed(first_sample + stage.samples_before(stage.end))
         counts = stream.source_samples(samples, end)
         shares.append([count / sum(counts) for count in counts])
         samples = end
     try:
-        epochs = stream.epochs(first_sample + config.stage_at(step).samples_before(step))
+        epochs = stream.epochs(stream.samples_passed(first_sample + config.stage_at(step).samples_before(step)))
     except OSError:  # the token files are gone
         epochs = None
     return Mixture({source: prepared.num_tokens(source, "train") for source in prepared.sources}, shares, epochs)

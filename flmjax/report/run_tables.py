@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from flmjax.config.sample_ranges import parse_ranges
 from flmjax.data.prepared import short_names
 from flmjax.report.page import finite, number, short
 from flmjax.report.run_figure import has_teachers, train_lines
@@ -121,6 +122,24 @@ def mixture_table(run: RunRecord) -> Table:
         epochs = None if mixture.epochs is None else mixture.epochs[i]
         rows.append([label, f"{list(mixture.tokens.values())[i]:,}", *shares, number(epochs, ".2f")])
     return Table(head, rows)
+
+
+def roll_back_table(run: RunRecord) -> Table:
+    """Roll-backs and the samples that each leaves out, and the samples that a setting leaves out."""
+    rows = [
+        [
+            f"{record.from_step:,}",
+            record.reason,
+            number(record.loss),
+            f"{record.to_step:,}",
+            f"{record.first_sample:,} to {record.end_sample - 1:,}",
+            f"{record.end_sample - record.first_sample:,}",
+        ]
+        for record in run.roll_backs
+    ]
+    for first, end in parse_ranges(run.config.data.skip_samples, "data.skip_samples"):
+        rows.append(["-", "data.skip_samples", "-", "-", f"{first:,} to {end - 1:,}", f"{end - first:,}"])
+    return Table(["update", "reason", "loss", "back to step", "samples left out", "number"], rows)
 
 
 def wall_time_table(run: RunRecord) -> Table:

@@ -1,12 +1,221 @@
-"""The processes of a run, one or several a host: which of them writes, and how they agree.
+"""The processes of a run, one or several a host: their start, which of them writes, and how they agree.
 
-All functions but `is_writer` are called by every process of the run, in the same order; one process alone answers at
-once.
+Functions that agree are called by every process of the run, in the same order; one process alone answers at once.
 """
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
+from absl import logging
+from jax._src import distributed
+from jax._src.clusters import ClusterEnv
+from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.experimental import multihost_utils
+
+from flmjax.config import ConfigError, DistributedConfig
+from flmjax.sharding.environment import (
+    ADDRESS,
+    coordinator,
+    local_gpus,
+    make_room_for_gloo,
+    place,
+    refuse_loopback,
+    why_unreachable,
+)
+from flmjax.sharding.peers import Peers, end_at_once
+
+# Words of errors of collectives and of the coordination service whose cause is another process.
+_PEER_ERROR = re.compile(r"gloo|nccl|peer|unavailable|coordination|heartbeat|barrier|socket|deadline", re.IGNORECASE)
+
+_peers: Peers | None = None
+_kept: list[Any] = []  # functions that C calls
+
+
+# ---- the start -------------------------------------------------------------------------------------------------------
+
+
+class StartError(RuntimeError):
+    """The processes of the run have not met; the message says which one waited for what."""
+
+
+def start_processes(config: DistributedConfig) -> None:
+    """Join the other processes of the run, if the environment says that there are some; before JAX sees a device.
+
+    Raises:
+        ConfigError: for variables that contradict each other, or a coordinator that other hosts cannot reach.
+        StartError: if the processes have not met after config.start_timeout_seconds.
+    """
+    global _peers
+    found = place()
+    detected = _detected(config) if found is None or coordinator(found) is None else None
+    if found is None:
+        if detected is None:
+            return
+        address, processes, process, gpus = *detected, None
+    else:
+        address = coordinator(found) or (detected[0] if detected is not None else "")
+        if not address:
+            raise ConfigError(f"{found.launcher} names no address of process 0; set {ADDRESS} to HOST:PORT")
+        processes, process, gpus = found.processes, found.process, local_gpus(found)
+        refuse_loopback(address, found)
+    if gpus is None:
+        make_room_for_gloo()
+    # JAX's own notifier takes SIGTERM away from the run (training/stopping.py).
+    jax.config.update("jax_enable_preemption_service", False)
+    connect = functools.partial(
+        jax.distributed.initialize,
+        address,
+        processes,
+        process,
+        gpus,
+        "deactivate",
+        initialization_timeout=config.start_timeout_seconds + 60,  # _within is first: JAX ends the process by an abort
+        heartbeat_timeout_seconds=2 * config.heartbeat_seconds,  # the peers notice it first, and say which one is lost
+        shutdown_timeout_seconds=config.shutdown_seconds,
+    )
+    began = time.monotonic()
+    with _called_when_lost(process, processes):
+        try:
+            is_met = _within(config.start_timeout_seconds, connect)
+        except (RuntimeError, ValueError) as error:
+            if not _PEER_ERROR.search(str(error)):
+                raise StartError(f"process {process} of {processes} cannot start: {error}") from error
+            is_met = False
+    if not is_met:
+        waited = f"process {process} of {processes} waited {time.monotonic() - began:.0f} s for the others"
+        reason = why_unreachable(address)
+        if reason is None:
+            reason = f"not all of them came to {address}; every process must start, with the same address"
+        raise StartError(f"{waited}: {reason}")
+    _peers = Peers(distributed.global_state.client, process, processes, address, config.heartbeat_seconds)
+
+
+def _detected(config: DistributedConfig) -> tuple[str, int, int] | None:
+    """Address of process 0, number of processes and this process, as JAX detects them; None for one process."""
+    if "KUBERNETES_SERVICE_HOST" in os.environ and not {"JOB_COMPLETION_INDEX", "TPU_WORKER_ID"} & os.environ.keys():
+        return None  # a pod of no indexed job: JAX would raise an error
+    try:
+        address, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get(ADDRESS), None, None, None, None, config.start_timeout_seconds
+        )
+    except Exception as error:  # of a cloud's metadata server, which a notebook's machine may lack
+        logging.warning("JAX cannot detect other processes, the run has one: %s", " ".join(str(error).split())[:300])
+        return None
+    if address is None or processes is None or process is None or processes < 2:
+        return None
+    return address, processes, process
+
+
+def _within(seconds: float, call: Callable[[], None]) -> bool:
+    """Whether a call ends in this time. It runs in a thread, so that an interrupt is answered at once."""
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+        done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    is_done = done.wait(seconds)
+    if errors:
+        raise errors[0]
+    return is_done
+
+
+@contextlib.contextmanager
+def _called_when_lost(process: int, processes: int) -> Iterator[None]:
+    """Let a client of JAX's that is made in the block end this process by a line and status 1 where it would abort.
+
+    The client aborts when the coordinator is lost, which it notices at once. It knows a callback for that, which has no
+    argument in JAX; jaxlib 0.10 cannot pass the error to a function of Python and aborts all the same, with fewer
+    lines. So the signal of the abort is handled, too: in C, because Python's own handlers wait for the main thread.
+    """
+    library: Any = _jax
+    make = library.get_distributed_runtime_client
+
+    def lose(*_: object) -> None:
+        if _peers is None:
+            end_at_once(f"process {process} of {processes}: another one was lost at the start", 1)
+        _peers.lose_store(is_abort=True)
+
+    if threading.current_thread() is threading.main_thread():
+        _kept.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lose))
+        ctypes.CDLL(None).signal(signal.SIGABRT, _kept[-1])
+    with mock.patch.object(
+        library, "get_distributed_runtime_client", functools.partial(make, missed_heartbeat_callback=lose)
+    ):
+        yield
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def is_silent() -> bool:
+    """Whether another process prints what all processes come to."""
+    return _peers is not None and _peers.process != 0
+
+
+def end_processes() -> None:
+    """Wait for the end of the other processes, and part from them."""
+    if _peers is not None:
+        _peers.close()
+        try:
+            jax.distributed.shutdown()
+        except jax.errors.JaxRuntimeError:
+            end_at_once(f"{_peers.name(_peers.process)}: another one was lost at the end of the run", 1)
+
+
+def leave(error: BaseException | None, text: str, status: int) -> None:
+    """End this process at once if the run has several: waiting for the others takes minutes, or for ever.
+
+    Args:
+        error: the cause; None: every process comes to it.
+        text: a line for the user.
+        status: exit status.
+    """
+    if isinstance(error, StartError):
+        end_at_once(text, status)
+    if _peers is None:
+        return
+    if error is not None and _is_of_peers(error):
+        _peers.lose(text)
+    _peers.leave(text, status, is_shared=status != 1)
+
+
+def _is_of_peers(error: BaseException | None) -> bool:
+    """Whether another process may be the cause of an error."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _PEER_ERROR.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def peers() -> Peers | None:
+    """The processes of the run, also of one that was not started here; None for one process."""
+    global _peers
+    if _peers is None and distributed.global_state.client is not None and jax.process_count() > 1:
+        state, heartbeat = distributed.global_state, DistributedConfig().heartbeat_seconds
+        address = state.coordinator_address or ""
+        _peers = Peers(state.client, jax.process_index(), jax.process_count(), address, heartbeat)
+    return _peers
 
 
 def is_writer() -> bool:
@@ -20,11 +229,41 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+@contextlib.contextmanager
+def writer_first(name: str) -> Iterator[None]:
+    """Let the process that writes run the block first, for hours if need be; then the others run it.
+
+    Args:
+        name: different at each call.
+    """
+    company = peers()
+    if company is not None and not is_writer():
+        company.wait_for(f"written/{name}")
+    yield
+    if company is not None and is_writer():
+        company.put(f"written/{name}")
+
+
+def differs_from_writer(name: str, value: str) -> bool:
+    """Whether the process that writes has another value; for that process itself False.
+
+    Args:
+        name: different at each call.
+    """
+    company = peers()
+    if company is None:
+        return False
+    if is_writer():
+        company.put(f"value/{name}", value)
+        return False
+    return company.wait_for(f"value/{name}")[f"value/{name}"] != value
+
+
 def from_writer(value: int) -> int:
-    """The value of the process that writes; of the other processes it is dropped."""
+    """The value, below 2^31, of the process that writes; of the other processes it is dropped."""
     if jax.process_count() == 1:
         return value
-    return int(multihost_utils.broadcast_one_to_all(np.int64(value) if jax.config.jax_enable_x64 else np.int32(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def any_process(flag: bool) -> bool:

@@ -1,7 +1,8 @@
 """How a run goes on from its newest checkpoint: which changes of its config and its data the past permits.
 
 A config may change where no update that is already made would have been another: the model, the mixture and the
-learning rate of every update up to the checkpoint must be those of the config that wrote it.
+learning rate of every update up to the checkpoint must be those of the config that wrote it. Samples that the run has
+not read yet may be skipped.
 """
 
 import dataclasses
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from flmjax.config import ConfigError, RunConfig, ScheduleSettings, StageConfig, differences
+from flmjax.config.sample_ranges import join_ranges, parse_ranges, ranges_before, ranges_from
 from flmjax.data.loader import TrainingStream
 from flmjax.data.named_sources import with_portable_names
+from flmjax.data.skipped import phases_until
 from flmjax.optimizer.schedule import borders, learning_rate, new_warmup
 from flmjax.workdir.position import Position
+from flmjax.workdir.roll_backs import rolled_back_samples
 
 SHOWN_FIELDS = 6  # of a refusal
 LONGER = (
@@ -32,8 +36,10 @@ def check_continuation(workdir: Path, position: Position | None, config: RunConf
     """
     if position is None:
         return
+    check_skipped(workdir, position, config)
     past, config = (
-        dataclasses.replace(settings, data=with_portable_names(settings.data)) for settings in (position.config, config)
+        dataclasses.replace(settings, data=dataclasses.replace(with_portable_names(settings.data), skip_samples=()))
+        for settings in (position.config, config)
     )
     if config.model.vocab_size is None:
         past = dataclasses.replace(past, model=dataclasses.replace(past.model, vocab_size=None))
@@ -116,30 +122,46 @@ def shifted(stream: TrainingStream, samples: int) -> TrainingStream:
     first, *others = stream.schedule
     if first.samples is not None:
         first = first._replace(samples=first.samples + samples)
-    return dataclasses.replace(stream, schedule=(first, *others))
+    return dataclasses.replace(stream, schedule=(first, *others), skipped=ranges_from(stream.skipped, samples))
 
 
 def is_same_past(a: TrainingStream, b: TrainingStream, samples: int) -> bool:
-    """Whether the first `samples` samples of two streams are the same."""
+    """Whether the first `samples` samples of two streams are the same, skipped or not."""
     return _until(a, samples).fingerprint == _until(b, samples).fingerprint
 
 
 def _until(stream: TrainingStream, samples: int) -> TrainingStream:
-    """The stream without the phases of the mixture after its first `samples` samples."""
-    end, phases = 0, []
-    for phase in stream.schedule:
-        phases.append(phase)
-        if phase.samples is None or (end := end + phase.samples) >= samples:
-            break
-    return dataclasses.replace(stream, schedule=tuple(phases))
+    """The stream without the phases of the mixture after its first `samples` samples, and with no sample skipped."""
+    phases = phases_until(stream.schedule, stream.skipped, samples)
+    return dataclasses.replace(stream, schedule=phases, skipped=())
+
+
+def check_skipped(workdir: Path, position: Position, config: RunConfig) -> None:
+    """Refuse a config that skips a sample which the run at `position` has read, or reads one that it has skipped.
+
+    Raises:
+        ConfigError: naming the first range of either kind.
+    """
+    ranges = [*parse_ranges(config.data.skip_samples, "data.skip_samples"), *rolled_back_samples(workdir)]
+    first, seen = position.first_sample, position.samples_seen
+    before = ranges_before(position.skipped, seen)
+    now = ranges_before(ranges_from(join_ranges(ranges), first), seen)
+    if before == now:
+        return
+    changed = [f"{r} was read" for r in now if r not in before] + [f"{r} was skipped" for r in before if r not in now]
+    raise ConfigError(
+        f"{workdir} has read the data up to sample {seen} (step {position.step}), and of the samples before it "
+        f"{changed[0]}: data.skip_samples may change from sample {seen} on"
+    )
 
 
 def has_read(position: Position, stream: TrainingStream) -> bool:
-    """Whether the samples that the run at `position` has read, and the runs before it, are the first of `stream`."""
+    """Whether the samples that the run at `position` has passed, and the runs before it, are the first of `stream`."""
     if stream.fingerprint == position.fingerprint:
         return True
-    try:  # the same data with another mixture later
-        past = shifted(TrainingStream.of_run(position.config, stream.prepared), position.first_sample)
+    try:  # the same data with another mixture, or other skipped samples, later
+        past = TrainingStream.of_run(position.config, stream.prepared)
+        past = shifted(dataclasses.replace(past, skipped=position.skipped), position.first_sample)
     except ConfigError:  # weights for other sources
         return False
     return past.fingerprint == position.fingerprint and is_same_past(past, stream, position.samples_seen)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import shlex
-import shutil
 from pathlib import Path
 
 import jax
@@ -42,20 +41,24 @@ from flmjax.training.state import (
 )
 from flmjax.training.step import jit_growth
 from flmjax.workdir.checkpoint import CheckpointError, Checkpoints
+from flmjax.workdir.local_copy import WorkingCopy, fetch_data, store_data, working_copy
 from flmjax.workdir.paths import (
     Parent,
     begin_growth,
+    checkpoint_directory,
     data_directory,
     end_growth,
     is_complete,
     latest_whole_step,
     locked_workdir,
+    origin_url,
     unfinished_growth,
     write_config,
     write_parent,
 )
 from flmjax.workdir.position import Position, newest_position
 from flmjax.workdir.starts import StartEntry
+from flmjax.workdir.storage import remove_tree
 
 LOG = functools.partial(print, flush=True)
 
@@ -94,7 +97,8 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
 
     Args:
         config: the new run; its data must have the vocabulary that the source was trained with.
-        source: workdir of the old run.
+        source: workdir of the old run, or a reading copy of it.
+        workdir: a folder, or a path of etils on object storage.
         weights_only: leave the optimizer state behind; moments start at 0.
 
     Raises:
@@ -102,8 +106,14 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         CheckpointError: for an unreadable source.
         GrowthError: for impossible sizes, or a growth that does not keep its claim; no checkpoint is written.
     """
+    with working_copy(workdir) as copy:
+        _grow_in(config, source, copy, weights_only)
+
+
+def _grow_in(config: RunConfig, source: Path, copy: WorkingCopy, weights_only: bool) -> None:
+    workdir = copy.folder
     with locked_workdir(workdir), StartEntry(workdir) as entry:
-        origin, checkpoints = _newest(source), workdir / "checkpoints"
+        origin, checkpoints = _newest(source), checkpoint_directory(workdir)
         is_run = (workdir / "config.json").exists() or latest_whole_step(checkpoints) is not None
         if is_run and unfinished_growth(workdir) is None:
             raise ConfigError(f"{workdir} holds a run already; take another --workdir")
@@ -112,7 +122,8 @@ def grow_checkpoint(config: RunConfig, source: Path, workdir: Path, weights_only
         check_backends(config, jax.devices()[0].platform)
         check_mesh(_on_mesh(origin.stage.model, config), first_mesh, f"--source={source}")
         check_vocabulary(config, source, origin, workdir)
-        begin_growth(workdir, source)
+        begin_growth(workdir, origin_url(source) or source)
+        copy.upload()
         try:
             with entry.time.during("growth"):
                 _grow(config, source, origin, workdir, make_mesh(first_mesh, jax.devices()), entry, weights_only)
@@ -132,7 +143,9 @@ def _grow(
 ) -> None:
     """Prepare the data, grow, prove and write what grow_checkpoint promises."""
     with entry.time.during("data preparation"):
+        fetch_data(workdir)
         data = prepare(config.data, data_directory(config, workdir), mixtures=mixtures_of(config), progress=True)
+        store_data(workdir)
     user_config, config = config, with_vocabulary(config, data)
     check_vocabulary(config, source, origin, workdir)
     new = _target(config, origin)
@@ -141,9 +154,9 @@ def _grow(
     key = growth_key(config, 0)
     growth = Growth(old, new, config.stages[0].growth, key, new_warmup(config.stages[0]))
     try:
-        state = _restore(source / "checkpoints", origin, before, config.seed, weights_only)
+        state = _restore(checkpoint_directory(source), origin, before, config.seed, weights_only)
     except CheckpointError:
-        if is_complete(source / "checkpoints" / str(origin.step)):
+        if is_complete(checkpoint_directory(source) / str(origin.step)):
             raise
         newest = _newest(source)  # the source is in training and keeps its newest checkpoints alone
         LOG(f"{source}: the checkpoint at step {origin.step} is gone; that at step {newest.step} is grown")
@@ -160,22 +173,26 @@ def _grow(
         (mesh, mesh),
         (state.params, grown.params),
         growth,
-        GrowthPoint(0, f"{source} step {origin.step}", config.stages[0].name),
+        GrowthPoint(0, f"{origin_url(source) or source} step {origin.step}", config.stages[0].name),
         LOG,
     )
     stream, first_sample = _lineage(stream, source, origin)
     meta = {
         "stage": 0,
         "samples_seen": first_sample,
+        "skipped_samples": [str(skipped) for skipped in stream.skipped],
         "fingerprint": stream.fingerprint,
         "config": to_json(config),
     }
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)  # of a growth that was cut off
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+    directory = checkpoint_directory(workdir)
+    if directory.exists():  # of a growth that was cut off
+        remove_tree(directory)
+    with Checkpoints(directory, config.checkpoint.keep) as checkpoints:
         checkpoints.save(0, to_items(grown), meta)
         checkpoints.wait()
     tokens = origin.stage.tokens_before(origin.step)
-    write_parent(Parent(str(source.resolve()), origin.step, origin.stage.name, tokens, first_sample), workdir)
+    path = origin_url(source) or str(source.resolve())
+    write_parent(Parent(path, origin.step, origin.stage.name, tokens, first_sample), workdir)
     entry.write(first_step=0, last_step=0)
     write_config(user_config, workdir)
     end_growth(workdir)

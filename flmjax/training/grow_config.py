@@ -20,7 +20,7 @@ from flmjax.config.validate import validate
 from flmjax.data.prepare import has_same_preparation
 from flmjax.data.prepared import META_FILE, read_meta
 from flmjax.data.tokenizers import MODEL_FILE, SETTINGS_FILE, ByteTokenizer
-from flmjax.workdir.paths import data_directory, latest_whole_step, read_config
+from flmjax.workdir.paths import checkpoint_directory, data_directory, latest_whole_step, read_config
 
 STAGE_NAME = "grown"
 
@@ -34,7 +34,7 @@ def source_config(source: Path) -> RunConfig:
     Raises:
         ConfigError: if `source` is not the workdir of a run with a checkpoint.
     """
-    step = latest_whole_step(source / "checkpoints")
+    step = latest_whole_step(checkpoint_directory(source))
     if step is None:
         raise ConfigError(f"--source={source} is no workdir of a run: it has no complete checkpoint")
     config = read_config(source)

@@ -12,17 +12,15 @@ from flmjax.hardware import peak_flops
 from flmjax.model.flops import flops_per_token
 from flmjax.optimizer.schedule import learning_rate
 from flmjax.training.pending import Fetched
+from flmjax.training.spikes import LossWatch, spike_values
 from flmjax.training.state import StateSpec
-from flmjax.training.step import nonfinite_leaves
+from flmjax.training.step import named_norms
+from flmjax.workdir.heartbeat import Heartbeat
 from flmjax.workdir.metrics import MetricsWriter
 from flmjax.workdir.progress import Clock, ProgressBar
 
 METRICS = ("loss", "bits_per_byte", "gradient_norm", "language_loss", "teacher_loss", "judgement_accuracy")
 OF_ALL_ROWS = ("loss", "gradient_norm")  # other metrics are of one kind of sequence, NaN in a batch without it
-
-
-class TrainingError(RuntimeError):
-    """Training cannot continue; the message says at which step and why. The last checkpoint is intact."""
 
 
 def spent(stage: Stage, step: int) -> tuple[int, float]:
@@ -45,16 +43,26 @@ class RunMetrics:
     Args:
         config: with the tokenizer's vocabulary size.
         newest: values of the teachers and the text that no line of metrics has yet.
+        watch: of loss spikes and of updates that are not finite.
 
     Attributes:
         newest: newest values since the last line of metrics, without OF_ALL_ROWS; checkpoints keep them.
         peak, peak_source: peak FLOP/s of a device, and the origin of that number.
     """
 
-    def __init__(self, config: RunConfig, writer: MetricsWriter, bar: ProgressBar, newest: dict[str, float]) -> None:
-        self.config, self.writer, self.bar, self.newest = config, writer, bar, newest
+    def __init__(
+        self,
+        config: RunConfig,
+        writer: MetricsWriter,
+        bar: ProgressBar,
+        heartbeat: Heartbeat,
+        newest: dict[str, float],
+        watch: LossWatch,
+    ) -> None:
+        self.config, self.writer, self.bar, self.heartbeat, self.newest = config, writer, bar, heartbeat, newest
+        self.watch = watch
         if config.peak_flops is None:  # may be measured
-            self.peak, self.peak_source = peak_flops(jax.devices()[0], config.model.dtype)
+            self.peak, self.peak_source = peak_flops(jax.local_devices()[0], config.model.dtype)
         else:
             self.peak, self.peak_source = config.peak_flops, "peak_flops of the config"
 
@@ -63,12 +71,10 @@ class RunMetrics:
         step, metrics, finished = update
         skipped = int(metrics["skipped_updates"])
         clock.tick(finished)
-        if skipped:
-            leaves = nonfinite_leaves(metrics["finite"], spec.abstract.params) or ["the loss"]
-            text = f"step {step}: update skipped, not finite: {', '.join(leaves[:3])} ({skipped} in a row)"
-            self.bar.log(text)
-            if skipped >= self.config.optimizer.max_skipped_updates:
-                raise TrainingError(f"{text}; training stopped with the parameters of step {step - skipped}")
+        if fault := self.watch.check(update, spec.abstract.params):
+            self.bar.log(fault)
+        if "parameter_norms" in metrics:
+            self.write("norms", step, stage, **named_norms(metrics, spec.abstract.params))
         if "teacher_loss" in metrics:
             of_kinds = {name: float(metrics[name]) for name in METRICS if name not in OF_ALL_ROWS}
             self.newest |= {name: x for name, x in of_kinds.items() if not np.isnan(x)}
@@ -90,9 +96,11 @@ class RunMetrics:
             tokens_per_second=speed,
             model_flops_utilization=None if speed is None else speed * flops / (self.peak * spec.mesh.size),
             skipped_updates=skipped,
+            **spike_values(metrics),
         )
         parts = {kind: values[f"{kind}_loss"] for kind in ("language", "teacher") if f"{kind}_loss" in values}
         self.bar.update(step, stage.name, values["loss"], speed, parts)
+        self.heartbeat.note(stage=stage.name, loss=values["loss"], tokens_per_second=speed)
 
     def write(self, kind: str, step: int, stage: Stage, **values: Any) -> None:
         """Write a line of metrics with the stage's name, and the tokens and FLOPs up to it."""

@@ -1,11 +1,14 @@
 """Start of a run, or its continuation by the same call: checks, locks and data, before loop.py trains."""
 
+import contextlib
 import functools
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
-from flmjax.config import ConfigError, RunConfig
+from flmjax.config import ConfigError, MeshConfig, RunConfig
 from flmjax.config.validate import validate, validate_meshes
 from flmjax.data.held_out import mixtures_of
 from flmjax.data.loader import TrainingStream
@@ -13,14 +16,22 @@ from flmjax.data.prepare import prepare
 from flmjax.data.prepared import META_FILE, with_vocabulary
 from flmjax.data.prepared_folder import discard
 from flmjax.evaluation.generate import prompt_ids
+from flmjax.interrupt import Stopped
 from flmjax.model.attention import check_backends
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.processes import is_writer
+from flmjax.sharding.processes import differs_from_writer, from_writer, is_writer, writer_first
+from flmjax.training.compile_cache import compile_cache
 from flmjax.training.continuation import check_continuation, continued_stream
-from flmjax.training.loop import Run
-from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.training.loop import Run, Session
+from flmjax.training.profiling import check_window
+from flmjax.training.spikes import SpikeError, finish_roll_back, roll_back
+from flmjax.training.state import ITEMS, TrainState, from_items, restore_items, state_spec
+from flmjax.training.stopping import Stopping
+from flmjax.workdir.checkpoint import Checkpoints, DamagedCheckpointError
+from flmjax.workdir.local_copy import fetch_data, store_data, working_copy
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
 from flmjax.workdir.paths import (
+    checkpoint_directory,
     data_directory,
     latest_whole_step,
     locked_workdir,
@@ -28,50 +39,163 @@ from flmjax.workdir.paths import (
     stored_config,
     write_config,
 )
-from flmjax.workdir.position import Position, newest_position
+from flmjax.workdir.position import Position, resumed_position
 from flmjax.workdir.progress import ProgressBar
+from flmjax.workdir.roll_backs import log_roll_backs, rolled_back_samples
+from flmjax.workdir.shared import check_shared
 from flmjax.workdir.starts import StartEntry
 
 
-def train(config: RunConfig, workdir: Path) -> None:
+def train(config: RunConfig, workdir: Path, profile: range | None = None) -> None:
     """Run the schedule in `workdir` to its end, from the newest checkpoint there if it has one.
+
+    Args:
+        workdir: a folder, or a path of etils on object storage.
+        profile: range(START, START + STEPS): a trace of the updates START + 1 to START + STEPS is written.
 
     Raises:
         ConfigError: for a setting, a source or a workdir that does not fit.
         CheckpointError: for a checkpoint that cannot be read or written.
         GrowthError: for a growth that does not keep its claim.
-        TrainingError: after too many skipped updates in a row.
+        TrainingError: after too many skipped updates in a row, or for a loss spike if the config says so.
+        Stopped: after a signal or at the limit of time, once the step is saved.
+        StorageError, LeaseLostError: for a workdir on object storage that cannot be written, or that another run has.
     """
     validate(config)
-    shapes = validate_meshes(config, jax.device_count())
-    meshes = [make_mesh(shape, jax.devices()) for shape in shapes]
+    if profile is not None:
+        check_window(config, profile)
+    meshes = stage_meshes(config)
     check_backends(config, jax.devices()[0].platform)
-    with locked_workdir(workdir), StartEntry(workdir) as entry, ProgressBar(config.total_steps) as bar:
+    with (
+        Stopping(config.stop_after_seconds) as stopping,
+        working_copy(workdir) as copy,
+        locked_workdir(copy.folder),
+        compile_cache(config, copy.folder),
+        ProgressBar(config.total_steps) as bar,
+    ):
+        check_shared(copy.folder)
+        session, damaged = Session(config, copy, meshes, bar, stopping, profile), dict[int, str]()
+        while True:
+            try:
+                line = attempt(session, damaged)
+            except DamagedCheckpointError as error:
+                if error.step in damaged:
+                    raise
+                damaged[error.step] = error.reason
+                continue
+            if line is None:
+                return
+            copy.upload()  # the record of the roll-back, before newer checkpoints are removed
+            bar.log(line)
+            damaged.clear()
+
+
+def attempt(session: Session, damaged: Mapping[int, str]) -> str | None:
+    """Train from the newest checkpoint that is not damaged.
+
+    Args:
+        damaged: reasons by step; the folders of these steps are set aside once an older one is read.
+
+    Returns:
+        None at the end of the run; a line about the roll-back if the run goes back to an older checkpoint.
+
+    Raises:
+        DamagedCheckpointError: for a further checkpoint that is damaged.
+    """
+    config, workdir, bar = session.config, session.copy.folder, session.bar
+    with StartEntry(workdir) as entry:
         with bar.doing("loading"):
-            stored, position = stored_config(workdir), newest_position(workdir)
+            finish_roll_back(workdir)
+            stored, position = stored_config(workdir), resumed_position(workdir, damaged)
             check_continuation(workdir, position, config)
             step = position.step if position is not None else 0
             bar.resume(step)
-        if step == config.total_steps and not missing_samples(config, workdir, step):
+        if step == config.total_steps and not are_lines_missing(config, workdir, step):
             bar.log(f"finished at step {step:,}, nothing left to do")
-            return
+            return None
         doing = "loading the data" if is_prepared(config, workdir) else "preparing the data"
-        with bar.doing(doing), entry.time.during("data preparation"):
-            user_config, (config, stream) = config, open_stream(config, workdir, position)
-        claim = functools.partial(write_config, user_config, workdir) if stored != user_config else lambda: None
+        with bar.doing(doing), entry.time.during("data preparation"), writer_first("data"):
+            config, stream = open_stream(config, workdir, position)
+        check_same_data(stream)
+        entry.begin(step)
+        claim = functools.partial(claim_workdir, session.config, stored, workdir)
+        session = session._replace(config=config)
         try:
-            with (
-                Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
-                MetricsWriter(workdir, step) as writer,
-            ):
+            with contextlib.ExitStack() as opened:
+                checkpoints = opened.enter_context(Checkpoints.of_run(workdir, config, damaged))
+                checkpoints.before_save = session.copy.upload
+                # Before the metrics are cut back to the checkpoint: it may turn out to be damaged.
+                with entry.time.during("restoring"):
+                    state = None if position is None else restored_state(session, checkpoints, position)
+                writer = opened.enter_context(MetricsWriter(workdir, step))
                 if is_writer():
                     remove_certificates(workdir, step)
-                run = Run(config, workdir, stream, meshes, checkpoints, writer, bar, entry, position, claim)
-                run.run_schedule()
-        except KeyboardInterrupt:
-            saved = latest_whole_step(workdir / "checkpoints")
+                log_roll_backs(workdir, writer)
+                run = Run(session, stream, checkpoints, writer, entry, claim, position, state)
+                del state  # it is donated to the first update
+                with session.stopping.deferred():
+                    run.run_schedule()
+        except SpikeError as spike:
+            return roll_back(spike, config, stream, 0 if position is None else position.first_sample, workdir)
+        except KeyboardInterrupt as error:
+            saved = latest_whole_step(checkpoint_directory(workdir))
             on_disk = "no step is on disk yet" if saved is None else f"step {saved:,} is on disk"
-            raise KeyboardInterrupt(f"stopped at step {bar.step:,}; {on_disk}") from None
+            where = f"stopped at step {bar.step:,}; {on_disk}"
+            raise (error.at(where) if isinstance(error, Stopped) else KeyboardInterrupt(where)) from None
+    return None
+
+
+def stage_meshes(config: RunConfig) -> list[jax.sharding.Mesh]:
+    """The mesh of every stage on the devices of all processes.
+
+    Raises:
+        ConfigError: as validate_meshes, with the number of processes and the way to start others.
+    """
+    devices, processes = jax.device_count(), jax.process_count()
+    try:
+        shapes = validate_meshes(config, devices)
+    except ConfigError as error:
+        local = devices // processes
+        wrong = [mesh for mesh in (stage.layout.mesh for stage in config.schedule) if not fits(mesh, devices)]
+        if not wrong or places(wrong[0]) % local:
+            raise
+        needed = places(wrong[0]) // local
+        raise ConfigError(
+            f"{error}; or start {needed} process{'es' if needed > 1 else ''} with {local} device"
+            f"{'s' if local > 1 else ''} each, not {processes}: 'launch/local.sh {needed} flmjax train ...' on one "
+            "machine, launch/slurm.sbatch on several"
+        ) from None
+    return [make_mesh(shape, jax.devices()) for shape in shapes]
+
+
+def places(mesh: MeshConfig) -> int:
+    """Devices that a mesh states; an fsdp that takes the remaining devices counts as 1."""
+    return mesh.replica * (mesh.fsdp or 1) * mesh.tensor
+
+
+def fits(mesh: MeshConfig, devices: int) -> bool:
+    """Whether a mesh has a place for each of these devices."""
+    return devices % places(mesh) == 0 if mesh.fsdp is None else devices == places(mesh)
+
+
+def claim_workdir(config: RunConfig, stored: RunConfig | None, workdir: Path) -> None:
+    """Make the workdir that of `config`, unless the config stored there is the same."""
+    if stored != config and is_writer():
+        write_config(config, workdir)
+
+
+def restored_state(session: Session, checkpoints: Checkpoints, position: Position) -> TrainState:
+    """The state at `position`, on the mesh of its stage; damaged checkpoints after it are set aside.
+
+    Raises:
+        DamagedCheckpointError, CheckpointError: as Checkpoints.restore.
+    """
+    stage = session.config.schedule[position.stage.index]
+    spec = state_spec(stage.model, session.config.optimizer, session.meshes[stage.index])
+    state = from_items(restore_items(checkpoints, position.step, position.stage.model, spec, ITEMS))
+    for line in checkpoints.set_aside(position.step):
+        session.bar.log(line)
+    return state
 
 
 def is_prepared(config: RunConfig, workdir: Path) -> bool:
@@ -85,11 +209,15 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
     Data that this call prepared in the workdir and that are too small are removed: they would refuse the corrected
     command, which has other sources.
     """
+    fetch_data(workdir)
     is_new = not is_prepared(config, workdir) and config.data.directory is None
-    data = prepare(config.data, data_directory(config, workdir), mixtures=mixtures_of(config), progress=True)
+    directory = data_directory(config, workdir)
+    data = prepare(
+        config.data, directory, mixtures=mixtures_of(config), progress=is_writer(), is_trusted=not is_writer()
+    )
     config = with_vocabulary(config, data)
     try:
-        stream = TrainingStream.of_run(config, data)
+        stream = TrainingStream.of_run(config, data, rolled_back_samples(workdir))
         for stage in config.schedule:
             stream.check_size(stage.config.batch_size)
         stream.validation_rows(1)
@@ -97,12 +225,27 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
         if is_new:
             discard(data.directory)
         raise
+    store_data(workdir)
     if config.sample_tokens:
         prompt_ids(config.sample_prompt, data.tokenizer, config.model.max_length)  # refuses one that is too long
     return config, continued_stream(workdir, position, stream)
 
 
-def missing_samples(config: RunConfig, workdir: Path, step: int) -> bool:
-    """Whether an interrupt prevented the text sample of the stage that ended at `step`."""
-    written = {(line["kind"], line["step"]) for line in read_metrics(workdir)}
-    return config.sample_tokens > 0 and ("sample", step) not in written
+def check_same_data(stream: TrainingStream) -> None:
+    """Refuse a process whose data are not those of process 0, as where data.directory is another folder on each host.
+
+    Raises:
+        ConfigError: naming the host and the folder.
+    """
+    if differs_from_writer("fingerprint", stream.fingerprint):
+        raise ConfigError(
+            f"the data in {stream.prepared.directory} on {socket.gethostname()} are not those of process 0; copy that "
+            "folder, or name one that all hosts share"
+        )
+
+
+def are_lines_missing(config: RunConfig, workdir: Path, step: int) -> bool:
+    """Whether a stop came before the evaluation or the text sample of the stage that ended at `step`."""
+    kinds = ["validation", "sample"] if config.sample_tokens else ["validation"]
+    written = {(line["kind"], line["step"]) for line in read_metrics(workdir)} if is_writer() else set()
+    return bool(from_writer(not all((kind, step) in written for kind in kinds)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from flmjax.sharding.rules import REPLICAS, Placement, batch_sharding, replicate
 from flmjax.training.state import StateSpec, TrainState
 
 Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Update = tuple[int, TrainState, Metrics]  # updates of the run so far, state and metrics after the last of them
 
 
 def accumulate(value_and_grad: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
@@ -113,30 +115,35 @@ def train_step(
     state: TrainState,
     batch: Batch,
     learning_rate: jax.Array,
+    loss_bar: jax.Array | None = None,
     *,
     spec: StateSpec,
     microbatches: int,
     ramp: Ramp | None = None,
     reduction: GradientReduction = "step",
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    norms: bool = False,
+) -> tuple[TrainState, Metrics]:
     """One update. If the loss, a gradient or a new parameter is not finite, nothing changes and the skip is counted.
 
     Args:
         state: the state before the update.
         batch: arrays of a Batch (flmjax.data.batch) on the devices.
         learning_rate: float32 scalar.
+        loss_bar: float32 scalar; an update whose loss is above it is skipped too. None: no loss is too high.
         spec: description of the state.
         microbatches: number of parts that the batch is computed in.
         ramp: a growth mask that is still opening. Masked parameters have a gradient of 0 at the mask's first update
             only; weight decay shrinks them in that update too.
         reduction: when gradients are summed over the replicas; see `gradients`.
+        norms: whether the metrics have the norms of the gradient of every leaf.
 
     Returns:
         The new state and metrics: loss (nats a token), bits_per_byte, gradient_norm, skipped_updates (skips in a row),
         finite (for each leaf, in tree order, whether its gradient and its new value are). If the data has teachers,
         loss is the mean over all sequences, language_loss and bits_per_byte are means over the sequences of text,
         teacher_loss is the mean over the sequences of teachers, and judgement_accuracy lies in 0 to 1; a mean is NaN if
-        the batch has no such sequence.
+        the batch has no such sequence. With a loss_bar also spike, whether the loss is above it; with norms also
+        gradient_norms, one for each leaf in tree order.
     """
     placement = Placement(spec.mesh)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -154,10 +161,13 @@ def train_step(
     # Finite gradients can still overflow a parameter, by a huge rate, weight decay or 1 / eps.
     finite = jnp.isfinite(jnp.stack(squares)) & jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)])
     ok = jnp.all(finite) & jnp.isfinite(sums["loss"])
+    is_spike = None if loss_bar is None else mean_loss(sums) > loss_bar
+    if is_spike is not None:
+        ok &= ~is_spike
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
     skipped_updates = jnp.where(ok, 0, state.skipped_updates + 1)
     metrics = {
-        "loss": sums["loss"] / divisor(sums["weight"]),
+        "loss": mean_loss(sums),
         "bits_per_byte": sums["loss"] / jnp.log(2.0) / jnp.maximum(sums["bytes"], 1.0),
         "gradient_norm": jnp.sqrt(sum(squares, jnp.zeros(()))),
         "skipped_updates": skipped_updates,
@@ -172,7 +182,16 @@ def train_step(
         opt_state=keep(opt_state, state.opt_state),
         skipped_updates=skipped_updates,
     )
+    if is_spike is not None:
+        metrics["spike"] = is_spike
+    if norms:
+        metrics["gradient_norms"] = jnp.sqrt(jnp.stack(squares))
     return new_state, metrics
+
+
+def mean_loss(sums: dict[str, jax.Array]) -> jax.Array:
+    """The loss of a batch, nats a weighted token, of the sums of loss_sums."""
+    return sums["loss"] / divisor(sums["weight"])
 
 
 def jit_train_step(
@@ -182,16 +201,21 @@ def jit_train_step(
     overlap_collectives: bool = True,
     deterministic: bool = False,
     reduction: GradientReduction = "step",
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    norms: bool = False,
+    skips_spikes: bool = False,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted train_step: (state, batch, learning_rate) -> (state, metrics). The state is donated.
 
     The other arguments of train_step are fixed; see there. overlap_collectives and deterministic are settings of the
-    run.
+    run. With skips_spikes the function takes the loss_bar as a fourth argument.
     """
     options = compiler_options(spec.mesh.devices.flat[0].platform, overlap_collectives, deterministic)
+    scalars = [replicated(spec.mesh)] * (2 if skips_spikes else 1)
     return jax.jit(
-        functools.partial(train_step, spec=spec, microbatches=microbatches, ramp=ramp, reduction=reduction),
-        in_shardings=(spec.shardings, batch_sharding(spec.mesh), replicated(spec.mesh)),
+        functools.partial(
+            train_step, spec=spec, microbatches=microbatches, ramp=ramp, reduction=reduction, norms=norms
+        ),
+        in_shardings=(spec.shardings, batch_sharding(spec.mesh), *scalars),
         out_shardings=(spec.shardings, replicated(spec.mesh)),
         donate_argnums=0,
         compiler_options=options or None,
@@ -199,8 +223,8 @@ def jit_train_step(
 
 
 def jit_stage_step(
-    spec: StateSpec, layout: Layout, ramp: Ramp | None
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    spec: StateSpec, layout: Layout, ramp: Ramp | None, skips_spikes: bool = False
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted train_step with a stage's layout: training executes it, and `flmjax plan` compiles it."""
     return jit_train_step(
         spec,
@@ -209,6 +233,8 @@ def jit_stage_step(
         layout.overlap_collectives,
         layout.deterministic,
         layout.gradient_reduction,
+        layout.norms,
+        skips_spikes,
     )
 
 
@@ -243,3 +269,31 @@ def nonfinite_leaves(finite: np.ndarray, params: Params) -> list[str]:
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return [path_name(path) for path, ok in zip(paths, finite, strict=True) if not ok]
+
+
+def jit_parameter_norms(spec: StateSpec) -> Callable[[Params], jax.Array]:
+    """The jitted function from parameters to the norm of each leaf, in tree order.
+
+    It is a program beside the step, for the few updates whose norms are written: another pass over the parameters in
+    every step costs some percent of a step with few tokens.
+    """
+
+    def norms(params: Params) -> jax.Array:
+        return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)]))
+
+    return jax.jit(norms, out_shardings=replicated(spec.mesh))
+
+
+def named_norms(metrics: Mapping[str, np.ndarray], params: Params) -> dict[str, float]:
+    """Norms by name, such as `gradient/layers/mlp/up/kernel`, which is of the leaves of all layers together.
+
+    Args:
+        metrics: gradient_norms and parameter_norms, of every leaf.
+        params: parameters or their abstract form, for the paths.
+    """
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return {
+        f"{name}/{path}": float(norm)
+        for name in ("gradient", "parameter")
+        for path, norm in zip(paths, metrics[f"{name}_norms"], strict=True)
+    }

@@ -5,8 +5,7 @@ separate item, so that evaluation and export read them without the moments.
 """
 
 import logging as standard_logging
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +15,103 @@ import orbax.checkpoint as ocp
 from absl import logging
 from chex import ArrayTree
 
-from flmjax.config import HEADER, check_format, stored_entry
+from flmjax.config import HEADER, ConfigError, RunConfig, check_format, stored_entry
 from flmjax.sharding.axes import path_name
-from flmjax.sharding.processes import is_writer
-from flmjax.workdir.paths import is_complete, latest_whole_step
+from flmjax.sharding.processes import any_process, barrier, from_writer, is_writer
+from flmjax.workdir.damage import digest, is_damage
+from flmjax.workdir.orbax_s3 import support_s3
+from flmjax.workdir.paths import checkpoint_directory, is_complete, latest_whole_step, saved_steps, whole_steps
+from flmjax.workdir.storage import is_url, move_tree, remove_tree
+
+ASIDE = ".unreadable"  # ends the name of a damaged step's folder, which Orbax and this class then ignore
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written; the message names the step and the folder."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint with damaged or absent files; an older one may be readable.
+
+    Attributes:
+        step: of the checkpoint.
+        reason: the damage, on one line.
+    """
+
+    def __init__(self, directory: Path, step: int, reason: str) -> None:
+        older = [whole for whole in whole_steps(directory) if whole < step]
+        cure = f"; flmjax train sets it aside and goes on from step {max(older)}" if older else ""
+        super().__init__(f"checkpoint {directory / str(step)} cannot be read: {reason}{cure}")
+        self.step, self.reason = step, reason
+
+
 class Checkpoints:
     """Checkpoints in one folder, one for each saved step.
 
+    A step is deleted only when a newer one is complete on disk: while the first checkpoint after a growth is written,
+    that of the model before the growth stays, whatever `keep`.
+
     Args:
         directory: the folder.
-        keep: number of newest steps that are kept. None opens the folder for reading: nothing is deleted, since another
-            process may be writing to it.
+        keep: number of newest steps that are kept. None opens the folder for reading: nothing is deleted or renamed,
+            since another process may be writing to it.
+        keep_every: steps that are multiples of this number are kept for ever; None: none are.
+        kept_steps: further steps that are kept for ever.
+        damaged: reasons by step; set_aside renames the folders of these steps.
     """
 
-    def __init__(self, directory: Path, keep: int | None) -> None:
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        keep: int | None,
+        keep_every: int | None = None,
+        kept_steps: Collection[int] = (),
+        damaged: Mapping[int, str] | None = None,
+    ) -> None:
+        self.directory, self._damaged = directory, dict(damaged or {})
+        self.before_save: Callable[[], None] = lambda: None  # stores what a run that resumes from the save needs
+        if is_url(directory):
+            support_s3()
         logging.get_absl_logger().addFilter(_is_told_once)
-        if keep is None:
-            # Not read_only, of which Orbax warns on standard error at each opening: without a save nothing is deleted.
-            options = ocp.CheckpointManagerOptions(create=False)
-        else:
+        # Every process reads alone: one that fails must not leave the others in a barrier. Not read_only, of which
+        # Orbax warns on standard error at each opening: without a save nothing is deleted.
+        process = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(process, {process}, f"process_{process}")
+        self._reader = _manager(directory, alone, create=False)
+        self._writer = None
+        if keep is not None:
             if is_writer():
                 remove_incomplete(directory)
-            policy = ocp.checkpoint_managers.LatestN(keep)
-            options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=options,
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "train_state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+            barrier("incomplete checkpoints are removed")
+            policies = ocp.checkpoint_managers
+            policy = policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), policies.CustomSteps(kept_steps)]
+                + ([] if keep_every is None else [policies.EveryNSteps(keep_every)])
+            )
+            self._writer = _manager(
+                directory,
+                ocp.options.MultiprocessingOptions(),
+                preservation_policy=policy,
+                async_options=_async_options(directory),
+            )
+
+    @classmethod
+    def of_run(cls, workdir: Path, config: RunConfig, damaged: Mapping[int, str]) -> "Checkpoints":
+        """The checkpoints of the run in `workdir`, opened for writing, which are kept as its config says."""
+        settings = config.checkpoint
+        ends = [stage.end for stage in config.schedule] if settings.keep_stage_ends else []
+        return cls(checkpoint_directory(workdir), settings.keep, settings.keep_every, ends, damaged)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        is_error = kind is not None and issubclass(kind, Exception)
+        if is_error and jax.process_count() > 1:  # a save waits for ever for a process that is lost
+            return
+        self._reader.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def latest_step(self) -> int | None:
         """The newest complete step; None if there is none."""
@@ -73,31 +124,45 @@ class Checkpoints:
             ConfigError: for a checkpoint of another format.
             CheckpointError: for an unreadable checkpoint.
         """
-        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        meta: dict[str, Any] = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        if isinstance(meta, dict) and "digest" in meta and meta["digest"] != digest(meta):  # older versions: none
+            raise DamagedCheckpointError(self.directory, step, "its metadata were changed on disk")
         check_format(meta, f"checkpoint {self.directory / str(step)}")
         return meta
 
     def restore(self, step: int, abstract: Mapping[str, ArrayTree]) -> dict[str, Any]:
         """Items of a checkpoint with the shapes and shardings of `abstract`; the mesh that wrote them may differ.
 
+        All processes raise the error of one of them.
+
         Args:
             abstract: trees of ShapeDtypeStruct by item name: "params" alone, or also "train_state". Other items are not
                 read.
 
         Raises:
-            CheckpointError: for an unreadable or damaged checkpoint, or for another model (with the leaf and both
-                shapes).
+            DamagedCheckpointError: for a checkpoint with damaged or absent files.
+            CheckpointError: for an unreadable checkpoint, or for another model (with the leaf and both shapes).
             ConfigError: for a checkpoint of another format, or without checksums.
         """
-        name = f"checkpoint {self.directory / str(step)}: its metadata"
-        expected = stored_entry(self.meta(step), "checksums", dict, name)
-        for name, tree in abstract.items():
-            self._check_shapes(step, name, tree)
-        items = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
-        restored = {name: items[name] for name in abstract}
+        expected: dict[str, Any] = {}
+        restored: dict[str, Any] = {}
+        error: CheckpointError | ConfigError | None = None
+        try:
+            name = f"checkpoint {self.directory / str(step)}: its metadata"
+            meta = self.meta(step)
+            expected = stored_entry(meta, "checksums", dict, name)
+            shapes = stored_entry(meta, "shapes", dict, name) if "shapes" in meta else {}  # older versions: none
+            for name, tree in abstract.items():
+                self._check_shapes(step, name, tree, shapes)
+            restored = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        except (CheckpointError, ConfigError) as failure:
+            error = failure
+        self._raise_of_any(step, error)
+        # Sums over all devices: every process has the same.
         damaged = [path for path, value in _checksums(restored).items() if expected.get(path) != value]
         if damaged:
-            raise self._read_error(step, f"damaged on disk: {', '.join(damaged[:3])}")
+            reason = f"damaged on disk: {', '.join(damaged[:3])}"
+            raise DamagedCheckpointError(self.directory, step, reason)
         return restored
 
     def save(self, step: int, items: Mapping[str, ArrayTree], meta: dict[str, Any]) -> None:
@@ -111,60 +176,145 @@ class Checkpoints:
             CheckpointError: if writing failed, or if the folder has a newer step (Orbax would keep both steps, and the
                 run would resume from the newer one).
         """
-        newest = self.latest_step()
+        newest = from_writer(-1 if (latest := self.latest_step()) is None else latest)
         if step == newest:
             return
-        if newest is not None and step < newest:
+        if step < newest:
             raise CheckpointError(f"step {step} was not saved in {self.directory}: the newest there is {newest}")
+        writer = self._opened_for_writing()
+        shapes = {path: list(leaf.shape) for path, leaf in _paths(items).items()}
+        meta = {**HEADER, **meta, "checksums": _checksums(items), "shapes": shapes}
+        self.before_save()
         try:
-            self._manager.check_for_errors()
+            writer.check_for_errors()
             args = ocp.args.Composite(
                 **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                meta=ocp.args.JsonSave({**HEADER, **meta, "checksums": _checksums(items)}),
+                meta=ocp.args.JsonSave({**meta, "digest": digest(meta)}),
             )
-            self._manager.save(step, args=args, force=True)
+            writer.save(step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(step, error) from error
 
+    def set_aside(self, resumed: int) -> list[str]:
+        """Rename the folders of damaged steps to STEP.unreadable: nothing is lost, and the steps can be saved again.
+
+        Args:
+            resumed: the older step that was read in their place.
+
+        Returns:
+            A line for each of them.
+        """
+        if not self._damaged:
+            return []
+        writer, lines = self._opened_for_writing(), []
+        for step, reason in sorted(self._damaged.items(), reverse=True):
+            folder = self.directory / str(step)
+            target = _free_name(folder.with_name(f"{step}{ASIDE}"))
+            if is_writer():
+                move_tree(folder, target)
+            lines.append(
+                f"warning: checkpoint {folder} cannot be read: {reason}; it is now {target.name}, and training goes on "
+                f"from step {resumed}"
+            )
+        barrier("damaged checkpoints are set aside")
+        self._damaged = {}
+        writer.reload()
+        return lines
+
     def wait(self) -> None:
         """Wait until the last save is complete on disk; raises CheckpointError if it failed."""
+        writer = self._opened_for_writing()
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            writer.wait_until_finished()
+            writer.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(self.latest_step(), error) from error
 
-    def _check_shapes(self, step: int, name: str, abstract: ArrayTree) -> None:
-        """Raise CheckpointError with the leaf and both shapes if the stored model has another size."""
-        stored = _paths(self._metadata(step, name))
+    def _opened_for_writing(self) -> ocp.CheckpointManager:
+        assert self._writer is not None, f"{self.directory} is open for reading"
+        return self._writer
+
+    def _check_shapes(self, step: int, name: str, abstract: ArrayTree, shapes: Mapping[str, list[int]]) -> None:
+        """Compare the shapes that the item's description has with those of its metadata, and with the model's.
+
+        Raises:
+            DamagedCheckpointError: where the checkpoint contradicts itself.
+            CheckpointError: with the leaf and both shapes if the model has another size.
+        """
+        stored = {f"{name}/{path}": tuple(leaf.shape) for path, leaf in _paths(self._metadata(step, name)).items()}
+        saved = {path: tuple(shape) for path, shape in shapes.items() if path.startswith(f"{name}/")}
+        if saved and saved != stored:
+            paths = sorted(path for path in saved.keys() | stored.keys() if saved.get(path) != stored.get(path))
+            raise DamagedCheckpointError(self.directory, step, f"its description has another {', '.join(paths[:3])}")
         for path, leaf in _paths(abstract).items():
-            if path not in stored:
-                raise self._read_error(step, f"it has no {name}/{path}")
-            if tuple(stored[path].shape) != leaf.shape:
+            if f"{name}/{path}" not in stored:
+                raise CheckpointError(f"checkpoint {self.directory / str(step)} has no {name}/{path}")
+            if stored[f"{name}/{path}"] != leaf.shape:
                 raise CheckpointError(
-                    f"checkpoint {self.directory / str(step)}: {path} has shape {tuple(stored[path].shape)}, the model "
+                    f"checkpoint {self.directory / str(step)}: {path} has shape {stored[f'{name}/{path}']}, the model "
                     f"{leaf.shape}; growth turns a checkpoint of a smaller model into one of a larger"
                 )
 
     def _metadata(self, step: int, name: str) -> Any:
         try:
-            return self._manager.item_metadata(step)[name].tree
+            return self._reader.item_metadata(step)[name].tree
         except Exception as error:
             raise self._read_error(step, error) from error
+
+    def _read(self, step: int, **args: Any) -> dict[str, Any]:
+        try:
+            items = self._reader.restore(step, args=ocp.args.Composite(**args))
+            return {name: items[name] for name in args}
+        except Exception as error:  # Orbax raises Exception itself for an array that cannot be decoded
+            raise self._read_error(step, error) from error
+
+    def _read_error(self, step: int, error: Exception) -> CheckpointError:
+        reason = _first_line(error)
+        if is_damage(error):
+            return DamagedCheckpointError(self.directory, step, reason)
+        return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read now: {reason}")
+
+    def _raise_of_any(self, step: int, error: CheckpointError | ConfigError | None) -> None:
+        """Raise `error`, or in the processes without one the error of another; damage counts if no other error came."""
+        folder, is_damaged = self.directory / str(step), isinstance(error, DamagedCheckpointError)
+        if any_process(error is not None and not is_damaged):
+            raise error or CheckpointError(f"checkpoint {folder} cannot be read by another process")
+        if any_process(is_damaged):
+            raise error or DamagedCheckpointError(self.directory, step, "another process found it damaged")
 
     def _write_error(self, step: int | None, error: Exception) -> CheckpointError:
         return CheckpointError(f"saving in {self.directory} failed (at step {step}): {_first_line(error)}")
 
-    def _read(self, step: int, **args: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # Orbax raises Exception itself for an array that cannot be decoded
-            raise self._read_error(step, error) from error
 
-    def _read_error(self, step: int, error: Exception | str) -> CheckpointError:
-        older = [s for s in self._manager.all_steps() if s < step]
-        cure = f"; delete that folder to resume from step {max(older)}" if older else ""
-        return CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}{cure}")
+def _manager(directory: Path, processes: ocp.options.MultiprocessingOptions, **options: Any) -> ocp.CheckpointManager:
+    """Orbax's manager of a folder; it does not read the times of the steps that it finds, which nothing needs."""
+    return ocp.CheckpointManager(
+        directory if is_url(directory) else directory.absolute(),
+        options=ocp.CheckpointManagerOptions(multiprocessing_options=processes, lightweight_initialize=True, **options),
+        item_handlers={
+            "params": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+            "train_state": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+        },
+    )
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with the first number from 2 on behind it that gives a name which is not taken."""
+    number = 2
+    free = path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}.{number}"), number + 1
+    return free
+
+
+def _async_options(directory: Path) -> ocp.AsyncOptions:
+    """Options of saving in the background.
+
+    On a store a step has its name from the first object on. Each process refuses a step that exists already: the first
+    object is written when all have looked, not meanwhile.
+    """
+    return ocp.AsyncOptions(create_directories_asynchronously=not is_url(directory))
 
 
 def _is_told_once(record: standard_logging.LogRecord) -> bool:
@@ -173,17 +323,23 @@ def _is_told_once(record: standard_logging.LogRecord) -> bool:
 
 
 def remove_incomplete(directory: Path) -> list[Path]:
-    """Delete step folders that are not complete: killed saves, and empty folders, which Orbax takes for the newest.
+    """Delete what killed saves and killed deletions leave: temporary folders, empty steps, and parts of older steps.
+
+    Orbax takes an empty folder for the newest step, and a temporary one of a step that is never saved again would stay
+    with its full size. A step that was saved and is newer than all complete ones is damaged, and not deleted.
 
     Returns:
         The deleted folders; each is also logged.
     """
     removed = []
     if directory.is_dir():
+        newest, saved = latest_whole_step(directory), saved_steps(directory)
         for folder in sorted(directory.iterdir()):
-            if folder.is_dir() and folder.name.isdigit() and not is_complete(folder):
+            is_step = folder.name.isdigit() and not is_complete(folder)
+            is_damaged = is_step and int(folder.name) in saved and (newest is None or int(folder.name) > newest)
+            if folder.is_dir() and not is_damaged and (is_step or ocp.utils.TMP_DIR_SUFFIX in folder.name):
                 logging.warning("skipped and removed %s: not a complete checkpoint", folder)
-                shutil.rmtree(folder)
+                remove_tree(folder)
                 removed.append(folder)
     return removed
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flmjax.config import ConfigError
-from flmjax.config.values import local_path
 from flmjax.disk import writing
+from flmjax.workdir.storage import run_path
 
 Record = dict[str, Any]
 
@@ -19,10 +19,10 @@ SURROGATES = "backslashreplace"  # half a UTF-16 pair in a sample becomes a JSON
 
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and to the TensorBoard events in WORKDIR/tensorboard.
+    """Appends to WORKDIR/metrics.jsonl and to the TensorBoard events in WORKDIR/tensorboard, in one process of the run.
 
     A run that resumes at step s wrote lines past s before it was interrupted; they are removed on opening, so that the
-    file has one line per kind and step however often the run was interrupted.
+    file has one line per kind and step however often the run was interrupted. Lines of roll-backs all stay.
 
     Args:
         workdir: created if absent.
@@ -34,6 +34,11 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, resume_step: int) -> None:
+        from flmjax.sharding.processes import is_writer  # JAX, which readers of metrics do without
+
+        self._is_writer, self._repeated = is_writer(), set[tuple[str, int]]()
+        if not self._is_writer:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         self._repeated = _truncate(workdir, resume_step)
         self._path = workdir / METRICS_FILE
@@ -57,7 +62,7 @@ class MetricsWriter:
         Values are numbers, strings or None; arrays of one element count as numbers. JSON has no NaN and no infinity:
         both become null. A line that the file already has for the step at which the run resumed is not written again.
         """
-        if (kind, step) in self._repeated:
+        if not self._is_writer or (kind, step) in self._repeated:
             return
         line = {"kind": kind, "step": int(step), **{name: _plain(value) for name, value in values.items()}}
         with writing(self._path):
@@ -69,15 +74,19 @@ class MetricsWriter:
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Add a text to TensorBoard, where it is shown as it stands: a block of code in Markdown."""
+        if not self._is_writer:
+            return
         block = textwrap.indent(text.encode(errors=SURROGATES).decode(), "    ", lambda _: True)
         self._board.add_text(name, block, global_step=step)
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether the file has a line of this kind for `step`, the step at which the run resumed."""
+        """Whether the file has a line of this kind for `step`, at which the run resumed; only the writer knows."""
         return (kind, step) in self._repeated
 
     def close(self) -> None:
         """Flush and close the file and the events."""
+        if not self._is_writer:
+            return
         with writing(self._path):
             self._file.close()
         self._board.close()
@@ -89,7 +98,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[Record]:
     Raises:
         ConfigError: naming an earlier line that is not a JSON object with "kind" and "step".
     """
-    path = local_path(os.fspath(workdir), "workdir") / METRICS_FILE
+    path = run_path(os.fspath(workdir), "workdir") / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -119,7 +128,9 @@ def _truncate(workdir: Path, resume_step: int) -> set[tuple[str, int]]:
     kept = [
         record
         for record in read_metrics(workdir)
-        if record["step"] < resume_step or (record["step"] == resume_step and record["kind"] != "growth")
+        if record["kind"] == "roll_back"
+        or record["step"] < resume_step
+        or (record["step"] == resume_step and record["kind"] != "growth")
     ]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     if path.exists() and path.read_bytes() != text.encode(errors=SURROGATES):
@@ -129,7 +140,8 @@ def _truncate(workdir: Path, resume_step: int) -> set[tuple[str, int]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)  # atomic: a kill leaves the old file or the new one
-    return {(record["kind"], record["step"]) for record in kept if record["step"] == resume_step}
+    at_resume = (record for record in kept if record["step"] == resume_step and record["kind"] != "roll_back")
+    return {(record["kind"], record["step"]) for record in at_resume}
 
 
 def _plain(value: Any) -> Any:

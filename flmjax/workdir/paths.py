@@ -10,10 +10,12 @@ from flmjax.config import ConfigError, RunConfig, from_stored, to_stored
 from flmjax.config.validate import validate
 from flmjax.disk import writing
 from flmjax.lock import locked
+from flmjax.workdir.storage import COMMIT_FILE, is_url, remote_path
 
 CONFIG_FILE = "config.json"
 PARENT_FILE = "parent.json"
 GROWTH_FILE = "growth.partial"  # while `flmjax grow` writes the workdir: the source
+ORIGIN_FILE = ".origin.json"  # in the local copy of a workdir on object storage: its URL
 
 
 def data_directory(config: RunConfig, workdir: Path) -> Path:
@@ -21,11 +23,31 @@ def data_directory(config: RunConfig, workdir: Path) -> Path:
     return Path(config.data.directory) if config.data.directory else workdir / "data"
 
 
+def origin_url(workdir: Path) -> str | None:
+    """The URL on object storage that `workdir` is, or is the local copy of; None for another folder."""
+    if is_url(workdir):
+        return str(workdir)
+    try:
+        return str(json.loads((workdir / ORIGIN_FILE).read_text(encoding="utf-8"))["url"])
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or cut off itself
+        return None
+
+
+def checkpoint_directory(workdir: Path) -> Path:
+    """Folder of the run's checkpoints; that of a local copy is on object storage."""
+    url = origin_url(workdir)
+    return (workdir if url is None else remote_path(url)) / "checkpoints"
+
+
 def locked_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep the workdir for this run until the block ends; raises ConfigError if another process is at work in it."""
+    """Keep the workdir for this run until the block ends; raises ConfigError if another process is at work in it.
+
+    The workdir of a local copy is leased already.
+    """
     from flmjax.sharding.processes import is_writer
 
-    return contextlib.nullcontext() if not is_writer() else locked(workdir / ".lock", str(workdir))
+    is_locked = is_writer() and origin_url(workdir) is None
+    return locked(workdir / ".lock", str(workdir)) if is_locked else contextlib.nullcontext()
 
 
 def stored_config(workdir: Path) -> RunConfig | None:
@@ -42,7 +64,7 @@ def stored_config(workdir: Path) -> RunConfig | None:
             f"{workdir} holds a growth that was cut off; to train from scratch, take another --workdir; to go on, run "
             f"the same command again: flmjax grow --source={shlex.quote(source)} --workdir={shlex.quote(str(workdir))}"
         )
-    if (step := latest_whole_step(workdir / "checkpoints")) is not None:
+    if (step := latest_whole_step(checkpoint_directory(workdir))) is not None:
         raise ConfigError(
             f"{workdir} has a checkpoint at step {step} but no {CONFIG_FILE}; put that file back or take another "
             "--workdir"
@@ -50,7 +72,7 @@ def stored_config(workdir: Path) -> RunConfig | None:
     return None
 
 
-def begin_growth(workdir: Path, source: Path) -> None:
+def begin_growth(workdir: Path, source: Path | str) -> None:
     """Mark `workdir` as the target of a growth from `source` until its config is written."""
     workdir.mkdir(parents=True, exist_ok=True)
     _write_json({"source": str(source)}, workdir / GROWTH_FILE)
@@ -135,9 +157,27 @@ def whole_steps(directory: Path) -> list[int]:
     return sorted(int(folder.name) for folder in folders if folder.name.isdigit() and is_complete(folder))
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """The steps in `directory` that were saved, in order, though files may be absent since; [] if it does not exist."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    steps = [folder for folder in folders if folder.name.isdigit()]
+    return sorted(int(folder.name) for folder in steps if was_complete(folder))
+
+
+def was_complete(folder: Path) -> bool:
+    """Whether a step's folder was complete once: on disk it gets its name then, on object storage its last object."""
+    if is_url(folder):
+        return (folder / COMMIT_FILE).is_file()
+    return any(path.is_file() for path in folder.rglob("*"))
+
+
 def is_complete(folder: Path) -> bool:
-    """Whether the checkpoint in `folder` was written to its end."""
-    return (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
+    """Whether the checkpoint in `folder` was written to its end.
+
+    On object storage, which cannot rename a complete folder, the last object says so.
+    """
+    is_committed = not is_url(folder) or (folder / COMMIT_FILE).is_file()
+    return is_committed and (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
 
 
 def read_config(workdir: Path) -> RunConfig:

@@ -1,11 +1,21 @@
 """Where a run stands: the metadata of one of its checkpoints."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError, RunConfig, Stage, stored_entry
-from flmjax.workdir.checkpoint import CheckpointError, Checkpoints
-from flmjax.workdir.paths import is_complete, latest_whole_step, valid_config
+from flmjax.config.sample_ranges import Ranges, count_samples, parse_ranges, ranges_before
+from flmjax.sharding.processes import any_process, from_writer
+from flmjax.workdir.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointError
+from flmjax.workdir.paths import (
+    checkpoint_directory,
+    is_complete,
+    latest_whole_step,
+    saved_steps,
+    valid_config,
+)
 
 
 class Position(NamedTuple):
@@ -15,9 +25,11 @@ class Position(NamedTuple):
         step: updates of the run.
         stage: the stage of the checkpoint, in the schedule of `config`.
         config: of the process that wrote the checkpoint, with the vocabulary's size.
-        samples_seen: number of the next sample of the training stream.
+        samples_seen: samples of the training stream up to the last that the run has read, skipped ones too.
         fingerprint: of the training stream.
         newest_metrics: values of the teachers and the text that no line of metrics has yet.
+        skipped: samples that the training stream leaves out.
+        recent_losses: of the newest updates, the newest last; NaN for one that was not finite.
     """
 
     step: int
@@ -26,28 +38,68 @@ class Position(NamedTuple):
     samples_seen: int
     fingerprint: str
     newest_metrics: dict[str, float]
+    skipped: Ranges = ()
+    recent_losses: tuple[float, ...] = ()
 
     @property
     def first_sample(self) -> int:
-        """Samples that the runs before this one read, from which it was grown."""
-        return self.samples_seen - self.stage.samples_before(self.step)
+        """Number of the run's first sample in the stream: samples that the runs before it read, as it was grown."""
+        skipped = count_samples(ranges_before(self.skipped, self.samples_seen))
+        return self.samples_seen - skipped - self.stage.samples_before(self.step)
 
 
 def newest_position(workdir: Path) -> Position | None:
-    """Position of the run in `workdir`; None without a complete checkpoint.
+    """Position of the run in `workdir`, which may be in training; None without a complete checkpoint.
 
     Raises:
         ConfigError, CheckpointError: as position_at.
     """
-    step = latest_whole_step(workdir / "checkpoints")
+    step = latest_whole_step(checkpoint_directory(workdir))
     if step is None:
         return None
     try:
         return position_at(workdir, step)
     except CheckpointError:
-        if is_complete(workdir / "checkpoints" / str(step)):
+        if is_complete(checkpoint_directory(workdir) / str(step)):
             raise
         return newest_position(workdir)  # the run is in training and has deleted this checkpoint since
+
+
+def resumed_position(workdir: Path, damaged: Mapping[int, str]) -> Position | None:
+    """Position that training goes on from in `workdir`, which this run has locked; None without a checkpoint.
+
+    All processes go on from the step that the writer sees, and take its judgement of the metadata.
+
+    Args:
+        damaged: reasons by the steps that cannot be read and are passed over.
+
+    Raises:
+        DamagedCheckpointError: for the newest step that is not in `damaged`, if its metadata are damaged.
+        ConfigError, CheckpointError: as position_at; and if every step is in `damaged`.
+    """
+    directory = checkpoint_directory(workdir)
+    step = from_writer(max((step for step in saved_steps(directory) if step not in damaged), default=-1))
+    if step < 0 and damaged:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(damaged.items(), reverse=True))
+        raise CheckpointError(f"no checkpoint in {directory} can be read ({reasons}); nothing was deleted or renamed")
+    if step < 0:
+        return None
+    position: Position | None = None
+    error: CheckpointError | None = None
+    try:
+        if not is_complete(directory / str(step)):
+            raise DamagedCheckpointError(directory, step, "files are missing")
+        position = position_at(workdir, step)
+    except CheckpointError as failure:
+        error = failure
+    if from_writer(isinstance(error, DamagedCheckpointError)):
+        if not isinstance(error, DamagedCheckpointError):
+            error = DamagedCheckpointError(directory, step, "its metadata are damaged")
+        raise error
+    if any_process(error is not None):  # what the writer can read is not damaged
+        name = f"checkpoint {directory / str(step)}"
+        raise CheckpointError(str(error or f"{name} cannot be read by another process")) from error
+    return position
 
 
 def position_at(workdir: Path, step: int) -> Position:
@@ -57,7 +109,7 @@ def position_at(workdir: Path, step: int) -> Position:
         ConfigError: naming the checkpoint, for metadata of another format or without an entry that is needed.
         CheckpointError: for an unreadable checkpoint.
     """
-    directory = workdir / "checkpoints"
+    directory = checkpoint_directory(workdir)
     with Checkpoints(directory, keep=None) as checkpoints:
         meta = checkpoints.meta(step)
     name = f"checkpoint {directory / str(step)}: its metadata"
@@ -69,6 +121,20 @@ def position_at(workdir: Path, step: int) -> Position:
     seen = stored_entry(meta, "samples_seen", int, name) if "samples_seen" in meta else stage.samples_before(step)
     fingerprint = stored_entry(meta, "fingerprint", str, name)
     metrics = stored_entry(meta, "newest_metrics", dict, name) if "newest_metrics" in meta else {}  # older ones lack it
+    losses = stored_entry(meta, "recent_losses", list, name) if "recent_losses" in meta else []
     return Position(
-        step, stage, config, seen, fingerprint, {key: stored_entry(metrics, key, float, name) for key in metrics}
+        step,
+        stage,
+        config,
+        seen,
+        fingerprint,
+        {key: stored_entry(metrics, key, float, name) for key in metrics},
+        _skipped(meta, name),
+        tuple(math.nan if loss is None else float(loss) for loss in losses),
     )
+
+
+def _skipped(meta: dict[str, Any], name: str) -> Ranges:
+    """The skipped samples of a checkpoint's metadata; older ones have none."""
+    ranges = stored_entry(meta, "skipped_samples", list, name) if "skipped_samples" in meta else []
+    return parse_ranges(map(str, ranges), f"{name}: skipped_samples")

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
+from flmjax.sharding.processes import is_writer
+
 TICK_SECONDS = 0.5
 
 
@@ -44,16 +46,20 @@ class Clock:
 class ProgressBar:
     """Stage, step, loss, tokens/s and remaining time: a bar on a terminal, plain lines if stderr is a file or a pipe.
 
+    Of several processes, the one that writes shows them.
+
     Args:
         total: steps of the run.
         initial: steps before this process started.
     """
 
     def __init__(self, total: int, initial: int = 0) -> None:
+        self._is_shown = is_writer()
         self._total, self._initial, self._start = total, initial, time.monotonic()
         self.step = initial  # updates that this process knows of
         self._bar: tqdm | None = None
-        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # some containers say 0
+        is_terminal = self._is_shown and sys.stderr.isatty()
+        if is_terminal and os.get_terminal_size(sys.stderr.fileno()).columns:  # some containers say 0
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}"
             self._bar = tqdm(total=total, initial=initial, dynamic_ncols=True, bar_format=layout)
 
@@ -107,6 +113,8 @@ class ProgressBar:
         of_kinds = ", ".join(f"{name} {value:.4f}" for name, value in parts.items() if math.isfinite(value))
         numbers = f"loss {loss:.4f}" + (f" ({of_kinds})" if of_kinds else "")
         numbers += f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
+        if not self._is_shown:
+            return
         if self._bar is None:
             left = (time.monotonic() - self._start) / max(step - self._initial, 1) * (self._total - step)
             print(f"{stage} {step}/{self._total} {numbers}, {tqdm.format_interval(left)} left", flush=True)
@@ -117,7 +125,7 @@ class ProgressBar:
 
     def log(self, text: str) -> None:
         """Print a line; a bar stays intact below it."""
-        if self._bar is None:
-            print(text, flush=True)
-        else:
+        if self._bar is not None:
             self._bar.write(text)
+        elif self._is_shown:
+            print(text, flush=True)

@@ -14,6 +14,7 @@ from flmjax.optimizer.adam import AdamState
 from flmjax.sharding.rules import batch_sharding
 from flmjax.training.pending import Fetched
 from flmjax.training.run_metrics import RunMetrics
+from flmjax.training.spikes import LossWatch
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
 
 
@@ -62,7 +63,8 @@ def log_train(workdir, spec, metrics):
     config = RunConfig(model=TINY, stages=(StageConfig(name="a", steps=10),), log_every=1, peak_flops=1.0)
     bar = SimpleNamespace(update=lambda *_: None)
     with MetricsWriter(workdir, 0) as writer:
-        run_metrics = RunMetrics(config, writer, bar, newest={})
+        heartbeat = SimpleNamespace(note=lambda **_: None)
+        run_metrics = RunMetrics(config, writer, bar, heartbeat, {}, LossWatch.of_run(config, None))
         clock = SimpleNamespace(tick=lambda finished: None, rate=lambda tokens: 1.0)
         run_metrics.log(Fetched(1, jax.device_get(metrics), 0.0), config.schedule[0], spec, clock)
     return read_metrics(workdir)
