@@ -14,7 +14,7 @@ import random
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from flmjax.disk import writing
@@ -183,12 +183,6 @@ def reading_copy(workdir: Path) -> Iterator[Path]:
                     download(f"{url}/{name}", folder / name)
             (folder / ORIGIN_FILE).write_text(json.dumps({"url": url}), encoding="utf-8")
             yield folder
-
-
-def store_files(workdir: Path, paths: Sequence[Path]) -> None:
-    """Store files of a reading copy in the workdir at the URL `workdir`."""
-    for path in paths:
-        upload(path, f"{workdir}/{path.name}")
 
 
 def copy_folder(url: str) -> Path:
