@@ -303,7 +303,7 @@ def test_an_array_that_the_description_does_not_name_is_damage(damaged):
     stored = json.loads(description.read_text())
     stored["tree_metadata"] = {key: leaf for key, leaf in stored["tree_metadata"].items() if "x" not in key}
     description.write_text(json.dumps(stored))
-    with pytest.raises(DamagedCheckpointError, match="2 cannot be read: its description has another params/x; .* step 1$"):
+    with pytest.raises(DamagedCheckpointError, match=r"its description has another params/x; .* step 1$"):
         read(damaged)
 
 

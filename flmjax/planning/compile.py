@@ -79,9 +79,11 @@ class Compiler:
         """
         spec, size = self.spec(stage), stage.config.batch_size
         batch = abstract_batch(self.batch_kind, size, stage.model.max_length, batch_sharding(spec.mesh))
+        skips_spikes = self.config.spike.action == "skip"
+        scalars = [np.float32(0)] * (2 if skips_spikes else 1)
         return compile_program(
-            jit_stage_step(spec, stage.layout, ramp_of(stage)),
-            (spec.abstract, batch, np.float32(0)),
+            jit_stage_step(spec, stage.layout, ramp_of(stage), skips_spikes),
+            (spec.abstract, batch, *scalars),
             self.topology,
             name=f"stages[{stage.index}] ({stage.name})",
             advice=self._step_advice(stage),
