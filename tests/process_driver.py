@@ -3,8 +3,9 @@
 WHEN: never | POINT:SIGNAL[:RANK]. At the POINT the process, of several that of number RANK (1), gets the signal.
 POINT: update.N (before the N-th update) | compile (before the first program is) | evaluate (in the first evaluation)
 | save.N (while the N-th save is written) | grow (inside the growth point) | prepare (while data are prepared) | load
-(before the position of the run is read) | hash (before a file of tokens is hashed). SIGNAL: the name of a signal,
-`raise` for a failed read of a file, or `twice` for two Ctrl-C.
+(before the position of the run is read) | devices (before the run has devices) | hash (before a file of tokens is
+hashed). SIGNAL: the name of a signal, `raise` for a failed read of a file, or `twice` for two Ctrl-C. `nan` at
+update.N: in every process, once, the batch of this update has a loss that is not finite.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ _done = []
 def happen(point: str) -> None:
     """Do what WHEN says, once, if it is about this point and this process."""
     rank = os.environ.get("FLMJAX_PROCESS_ID")
-    if point != POINT or _done or (rank is not None and rank != (RANK or "1")):
+    if point != POINT or SIGNAL == "nan" or _done or (rank is not None and rank != (RANK or "1")):
         return
     _done.append(point)
     if SIGNAL == "raise":
@@ -38,6 +39,14 @@ def happen(point: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return
     os.kill(os.getpid(), getattr(signal, SIGNAL))
+
+
+def poisoned(batch: dict, point: str) -> dict:
+    """The batch, which has a loss that is not finite if WHEN says so."""
+    if (point, "nan") != (POINT, SIGNAL) or _done:
+        return batch
+    _done.append(point)
+    return {**batch, "weights": batch["weights"] * float("nan")}
 
 
 def before(function, point):
@@ -62,7 +71,7 @@ def main() -> None:
                 happen(f"update.{step + 1}")
                 if step == first:
                     happen("compile")
-                yield batch
+                yield poisoned(batch, f"update.{step + 1}")
 
         return run_stage(state, spec, stage, rate, watched(), *bar)
 
@@ -76,6 +85,7 @@ def main() -> None:
     loop.validation_loss = before(loop.validation_loss, "evaluate")
     loop.grow_into = before(loop.grow_into, "grow")
     start.resumed_position = before(start.resumed_position, "load")
+    start.stage_meshes = before(start.stage_meshes, "devices")
     prepared.sha256 = before(prepared.sha256, "hash")
     preparation.encode_parts = before(preparation.encode_parts, "prepare")
     sys.argv = ["flmjax", *sys.argv[2:]]

@@ -14,7 +14,7 @@ from flmjax.cli.help import help_text, version_text, wants_help
 from flmjax.cli.parsing import CommandLine, one_line, parse
 from flmjax.config import ConfigError, shorten
 from flmjax.hardware import hide_plugins
-from flmjax.interrupt import STATUS, Stopped, end_at_interrupts, end_silently_at_interrupts
+from flmjax.interrupt import INTERRUPTED_STATUS, Stopped, end_at_interrupts, end_silently_at_interrupts
 from flmjax.sharding.environment import is_first, place
 
 SEVERAL_PROCESSES = ("train",)  # commands that run in several processes
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         return _refuse(f"{shorten(str(error.filename), str)}: {error.strerror}")
     except KeyboardInterrupt:  # while a config file is loaded
         print("flmjax: interrupted", file=sys.stderr)
-        return STATUS
+        return INTERRUPTED_STATUS
     return _execute(line)
 
 
@@ -89,7 +89,7 @@ def _execute(line: CommandLine) -> int:
         return 128 + signal.SIGPIPE
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get("FLMJAX_TRACEBACK"):
-            raise
+            traceback.print_exc()
         return _fail(error, f"{type(error).__name__}: {one_line(error)}", 1)
     except KeyboardInterrupt as error:
         return _interrupted(error, line.command)
@@ -105,13 +105,13 @@ def _fail(error: Exception, text: str, status: int) -> int:
 
 def _interrupted(error: KeyboardInterrupt, command: str) -> int:
     """Print the line of an interrupted command; returns the exit status."""
-    status, reason = (error.status, error.reason) if isinstance(error, Stopped) else (STATUS, "SIGINT")
-    cause = "interrupted" if status == STATUS else f"stopped by {reason}"
+    status, reason = (error.status, error.reason) if isinstance(error, Stopped) else (INTERRUPTED_STATUS, "SIGINT")
+    cause = "interrupted" if status == INTERRUPTED_STATUS else f"stopped by {reason}"
     where = f": {error}" if str(error) else ""
     text = f"{cause}{where}{'; run the same command again to go on' if command == 'train' else ''}"
     if not (isinstance(error, Stopped) and error.is_agreed):
         _leave(error, text, status)
-    if (processes := _processes()) is None or not processes.is_silent():
+    if (processes := _processes()) is None or not processes.is_not_first():
         print(f"flmjax: {text}", file=sys.stderr)
     return status
 

@@ -85,7 +85,7 @@ def start_processes(config: DistributedConfig) -> None:
         shutdown_timeout_seconds=config.shutdown_seconds,
     )
     began = time.monotonic()
-    with _called_when_lost(process, processes):
+    with _abort_ends_with_a_line(process, processes):
         try:
             is_met = _within(config.start_timeout_seconds, connect)
         except (RuntimeError, ValueError) as error:
@@ -137,12 +137,13 @@ def _within(seconds: float, call: Callable[[], None]) -> bool:
 
 
 @contextlib.contextmanager
-def _called_when_lost(process: int, processes: int) -> Iterator[None]:
-    """Let a client of JAX's that is made in the block end this process by a line and status 1 where it would abort.
+def _abort_ends_with_a_line(process: int, processes: int) -> Iterator[None]:
+    """Let the client of JAX's coordination service that the block makes end this process by one line and status 1.
 
-    The client aborts when the coordinator is lost, which it notices at once. It knows a callback for that, which has no
-    argument in JAX; jaxlib 0.10 cannot pass the error to a function of Python and aborts all the same, with fewer
-    lines. So the signal of the abort is handled, too: in C, because Python's own handlers wait for the main thread.
+    By itself the client aborts the process when process 0 is lost. jaxlib's client takes a callback for this case, but
+    jax.distributed.initialize does not pass one on, so the client's constructor is wrapped. jaxlib 0.10 fails to call
+    Python with the error and still aborts; the handler of SIGABRT therefore does the same. It is a C handler, because
+    Python's handlers wait for the main thread.
     """
     library: Any = _jax
     make = library.get_distributed_runtime_client
@@ -150,7 +151,7 @@ def _called_when_lost(process: int, processes: int) -> Iterator[None]:
     def lose(*_: object) -> None:
         if _peers is None:
             end_at_once(f"process {process} of {processes}: another one was lost at the start", 1)
-        _peers.lose_store(is_abort=True)
+        _peers.end_without_store(is_abort=True)
 
     if threading.current_thread() is threading.main_thread():
         _kept.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lose))
@@ -164,8 +165,8 @@ def _called_when_lost(process: int, processes: int) -> Iterator[None]:
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
-def is_silent() -> bool:
-    """Whether another process prints what all processes come to."""
+def is_not_first() -> bool:
+    """Whether this process leaves the messages that all processes have to process 0."""
     return _peers is not None and _peers.process != 0
 
 
@@ -179,11 +180,13 @@ def end_processes() -> None:
             end_at_once(f"{_peers.name(_peers.process)}: another one was lost at the end of the run", 1)
 
 
-def leave(error: BaseException | None, text: str, status: int) -> None:
-    """End this process at once if the run has several: waiting for the others takes minutes, or for ever.
+def leave(error: BaseException, text: str, status: int) -> None:
+    """End this process at once if it is one of several; do nothing in a run of one process.
+
+    An end in order would wait for the others, for minutes or for ever.
 
     Args:
-        error: the cause; None: every process comes to it.
+        error: the cause.
         text: a line for the user.
         status: exit status.
     """
@@ -191,8 +194,10 @@ def leave(error: BaseException | None, text: str, status: int) -> None:
         end_at_once(text, status)
     if _peers is None:
         return
-    if error is not None and _is_of_peers(error):
-        _peers.lose(text)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends within seconds, and says why
+    if _is_of_peers(error):
+        _peers.end_after_lost(text)
     _peers.leave(text, status, is_shared=status != 1)
 
 
@@ -208,7 +213,7 @@ def _is_of_peers(error: BaseException | None) -> bool:
 # ---- agreement -------------------------------------------------------------------------------------------------------
 
 
-def peers() -> Peers | None:
+def run_peers() -> Peers | None:
     """The processes of the run, also of one that was not started here; None for one process."""
     global _peers
     if _peers is None and distributed.global_state.client is not None and jax.process_count() > 1:
@@ -231,32 +236,30 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def writer_first(name: str) -> Iterator[None]:
-    """Let the process that writes run the block first, for hours if need be; then the others run it.
-
-    Args:
-        name: different at each call.
-    """
-    company = peers()
-    if company is not None and not is_writer():
-        company.wait_for(f"written/{name}")
+    """Let the process that writes run the block first, for hours if need be; then the others run it."""
+    others = run_peers()
+    key = "" if others is None else others.next_key(f"written/{name}")
+    if others is not None and not is_writer():
+        others.wait_for(key)
     yield
-    if company is not None and is_writer():
-        company.put(f"written/{name}")
+    if others is not None and is_writer():
+        others.put(key)
 
 
-def differs_from_writer(name: str, value: str) -> bool:
-    """Whether the process that writes has another value; for that process itself False.
+def text_from_writer(name: str, text: str) -> str:
+    """The text of the process that writes; that of the other processes is dropped.
 
     Args:
-        name: different at each call.
+        name: of the text; all processes use a name in the same order.
     """
-    company = peers()
-    if company is None:
-        return False
+    others = run_peers()
+    if others is None:
+        return text
+    key = others.next_key(f"text/{name}")
     if is_writer():
-        company.put(f"value/{name}", value)
-        return False
-    return company.wait_for(f"value/{name}")[f"value/{name}"] != value
+        others.put(key, text)
+        return text
+    return others.wait_for(key)[key]
 
 
 def from_writer(value: int) -> int:

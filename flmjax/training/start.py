@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ from flmjax.evaluation.generate import prompt_ids
 from flmjax.interrupt import Stopped
 from flmjax.model.attention import check_backends
 from flmjax.sharding.mesh import make_mesh
-from flmjax.sharding.processes import differs_from_writer, from_writer, is_writer, writer_first
+from flmjax.sharding.processes import from_writer, is_writer, text_from_writer, writer_first
 from flmjax.training.compile_cache import compile_cache
 from flmjax.training.continuation import check_continuation, continued_stream
 from flmjax.training.loop import Run, Session
@@ -35,6 +35,7 @@ from flmjax.workdir.paths import (
     data_directory,
     latest_whole_step,
     locked_workdir,
+    origin_url,
     remove_certificates,
     stored_config,
     write_config,
@@ -58,7 +59,7 @@ def train(config: RunConfig, workdir: Path, profile: range | None = None) -> Non
         CheckpointError: for a checkpoint that cannot be read or written.
         GrowthError: for a growth that does not keep its claim.
         TrainingError: after too many skipped updates in a row, or for a loss spike if the config says so.
-        Stopped: after a signal or at the limit of time, once the step is saved.
+        Stopped: after a signal or at the time limit; completed updates are saved.
         StorageError, LeaseLostError: for a workdir on object storage that cannot be written, or that another run has.
     """
     validate(config)
@@ -77,16 +78,15 @@ def train(config: RunConfig, workdir: Path, profile: range | None = None) -> Non
         session, damaged = Session(config, copy, meshes, bar, stopping, profile), dict[int, str]()
         while True:
             try:
-                line = attempt(session, damaged)
+                roll_back_message = attempt(session, damaged)
             except DamagedCheckpointError as error:
                 if error.step in damaged:
                     raise
                 damaged[error.step] = error.reason
                 continue
-            if line is None:
+            if roll_back_message is None:
                 return
-            copy.upload()  # the record of the roll-back, before newer checkpoints are removed
-            bar.log(line)
+            bar.log(roll_back_message)
             damaged.clear()
 
 
@@ -94,7 +94,8 @@ def attempt(session: Session, damaged: Mapping[int, str]) -> str | None:
     """Train from the newest checkpoint that is not damaged.
 
     Args:
-        damaged: reasons by step; the folders of these steps are set aside once an older one is read.
+        damaged: steps whose checkpoints are passed over, with the reason for each; their folders are renamed once an
+            older checkpoint is restored.
 
     Returns:
         None at the end of the run; a line about the roll-back if the run goes back to an older checkpoint.
@@ -105,8 +106,8 @@ def attempt(session: Session, damaged: Mapping[int, str]) -> str | None:
     config, workdir, bar = session.config, session.copy.folder, session.bar
     with StartEntry(workdir) as entry:
         with bar.doing("loading"):
-            finish_roll_back(workdir)
-            stored, position = stored_config(workdir), resumed_position(workdir, damaged)
+            stored = stored_config(workdir) if is_writer() else None
+            position = resumed_position(workdir, damaged)
             check_continuation(workdir, position, config)
             step = position.step if position is not None else 0
             bar.resume(step)
@@ -121,27 +122,57 @@ def attempt(session: Session, damaged: Mapping[int, str]) -> str | None:
         claim = functools.partial(claim_workdir, session.config, stored, workdir)
         session = session._replace(config=config)
         try:
-            with contextlib.ExitStack() as opened:
-                checkpoints = opened.enter_context(Checkpoints.of_run(workdir, config, damaged))
-                checkpoints.before_save = session.copy.upload
-                # Before the metrics are cut back to the checkpoint: it may turn out to be damaged.
-                with entry.time.during("restoring"):
-                    state = None if position is None else restored_state(session, checkpoints, position)
-                writer = opened.enter_context(MetricsWriter(workdir, step))
-                if is_writer():
-                    remove_certificates(workdir, step)
-                log_roll_backs(workdir, writer)
-                run = Run(session, stream, checkpoints, writer, entry, claim, position, state)
-                del state  # it is donated to the first update
-                with session.stopping.deferred():
-                    run.run_schedule()
-        except SpikeError as spike:
-            return roll_back(spike, config, stream, 0 if position is None else position.first_sample, workdir)
+            spike = run_from(session, stream, damaged, entry, claim, position)
         except KeyboardInterrupt as error:
             saved = latest_whole_step(checkpoint_directory(workdir))
             on_disk = "no step is on disk yet" if saved is None else f"step {saved:,} is on disk"
             where = f"stopped at step {bar.step:,}; {on_disk}"
             raise (error.at(where) if isinstance(error, Stopped) else KeyboardInterrupt(where)) from None
+        if spike is None:
+            return None
+        message = roll_back(spike, config, stream, 0 if position is None else position.first_sample, workdir)
+        session.copy.upload()  # the record of the roll-back, before newer checkpoints are removed
+        entry.continues = True
+        return message
+
+
+def run_from(
+    session: Session,
+    stream: TrainingStream,
+    damaged: Mapping[int, str],
+    entry: StartEntry,
+    claim: Callable[[], None],
+    position: Position | None,
+) -> SpikeError | None:
+    """Train from `position` to the end of the run, or to a spike after which the run goes back.
+
+    Args:
+        damaged, claim: as of `attempt` and of Run.
+
+    Raises:
+        DamagedCheckpointError: for the checkpoint at `position`.
+    """
+    workdir, step = session.copy.folder, position.step if position is not None else 0
+    session.copy.upload()  # before files are removed: another run may have taken over a workdir on object storage
+    with contextlib.ExitStack() as opened:
+        checkpoints = opened.enter_context(Checkpoints.of_run(workdir, session.config, damaged))
+        checkpoints.before_save = session.copy.upload
+        # Before the metrics are cut back to the checkpoint: it may turn out to be damaged.
+        with entry.time.during("restoring"):
+            state = None if position is None else restored_state(session, checkpoints, position)
+        finish_roll_back(workdir)
+        checkpoints.reload()
+        writer = opened.enter_context(MetricsWriter(workdir, step))
+        if is_writer():
+            remove_certificates(workdir, step)
+        log_roll_backs(workdir, writer)
+        run = Run(session, stream, checkpoints, writer, entry, claim, position, state)
+        del state  # it is donated to the first update
+        try:
+            with session.stopping.deferred():
+                run.run_schedule()
+        except SpikeError as spike:  # of all processes; caught here, so that a save in progress is waited for
+            return spike
     return None
 
 
@@ -156,31 +187,31 @@ def stage_meshes(config: RunConfig) -> list[jax.sharding.Mesh]:
         shapes = validate_meshes(config, devices)
     except ConfigError as error:
         local = devices // processes
-        wrong = [mesh for mesh in (stage.layout.mesh for stage in config.schedule) if not fits(mesh, devices)]
-        if not wrong or places(wrong[0]) % local:
+        wrong = [mesh for mesh in (stage.layout.mesh for stage in config.schedule) if not fills(mesh, devices)]
+        if not wrong or stated_devices(wrong[0]) % local:
             raise
-        needed = places(wrong[0]) // local
+        needed = stated_devices(wrong[0]) // local
         raise ConfigError(
             f"{error}; or start {needed} process{'es' if needed > 1 else ''} with {local} device"
             f"{'s' if local > 1 else ''} each, not {processes}: 'launch/local.sh {needed} flmjax train ...' on one "
-            "machine, launch/slurm.sbatch on several"
+            "machine, the file that 'flmjax launch' writes on several"
         ) from None
     return [make_mesh(shape, jax.devices()) for shape in shapes]
 
 
-def places(mesh: MeshConfig) -> int:
+def stated_devices(mesh: MeshConfig) -> int:
     """Devices that a mesh states; an fsdp that takes the remaining devices counts as 1."""
     return mesh.replica * (mesh.fsdp or 1) * mesh.tensor
 
 
-def fits(mesh: MeshConfig, devices: int) -> bool:
-    """Whether a mesh has a place for each of these devices."""
-    return devices % places(mesh) == 0 if mesh.fsdp is None else devices == places(mesh)
+def fills(mesh: MeshConfig, devices: int) -> bool:
+    """Whether a mesh uses exactly these devices."""
+    return devices % stated_devices(mesh) == 0 if mesh.fsdp is None else devices == stated_devices(mesh)
 
 
 def claim_workdir(config: RunConfig, stored: RunConfig | None, workdir: Path) -> None:
     """Make the workdir that of `config`, unless the config stored there is the same."""
-    if stored != config and is_writer():
+    if is_writer() and stored != config:
         write_config(config, workdir)
 
 
@@ -212,9 +243,11 @@ def open_stream(config: RunConfig, workdir: Path, position: Position | None) -> 
     fetch_data(workdir)
     is_new = not is_prepared(config, workdir) and config.data.directory is None
     directory = data_directory(config, workdir)
-    data = prepare(
-        config.data, directory, mixtures=mixtures_of(config), progress=is_writer(), is_trusted=not is_writer()
-    )
+    is_of_writer = (
+        origin_url(workdir) is None and config.data.directory is None
+    )  # else each host may have its own files
+    is_trusted = is_of_writer and not is_writer()
+    data = prepare(config.data, directory, mixtures=mixtures_of(config), progress=is_writer(), is_trusted=is_trusted)
     config = with_vocabulary(config, data)
     try:
         stream = TrainingStream.of_run(config, data, rolled_back_samples(workdir))
@@ -237,7 +270,7 @@ def check_same_data(stream: TrainingStream) -> None:
     Raises:
         ConfigError: naming the host and the folder.
     """
-    if differs_from_writer("fingerprint", stream.fingerprint):
+    if text_from_writer("fingerprint", stream.fingerprint) != stream.fingerprint:
         raise ConfigError(
             f"the data in {stream.prepared.directory} on {socket.gethostname()} are not those of process 0; copy that "
             "folder, or name one that all hosts share"

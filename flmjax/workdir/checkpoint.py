@@ -69,12 +69,14 @@ class Checkpoints:
         damaged: Mapping[int, str] | None = None,
     ) -> None:
         self.directory, self._damaged = directory, dict(damaged or {})
-        self.before_save: Callable[[], None] = lambda: None  # stores what a run that resumes from the save needs
+        # Called before a checkpoint begins; stores what a run that resumes from it needs.
+        self.before_save: Callable[[], None] = lambda: None
+        self._saved: int | None = None  # the last step that this object has saved
         if is_url(directory):
             support_s3()
-        logging.get_absl_logger().addFilter(_is_told_once)
-        # Every process reads alone: one that fails must not leave the others in a barrier. Not read_only, of which
-        # Orbax warns on standard error at each opening: without a save nothing is deleted.
+        logging.get_absl_logger().addFilter(_is_not_of_orbax)
+        # The reader's group is this process alone: a process that fails to read must not leave the others in a barrier.
+        # Orbax's mode read_only is not used, because it prints a warning at each opening.
         process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(process, {process}, f"process_{process}")
         self._reader = _manager(directory, alone, create=False)
@@ -176,10 +178,10 @@ class Checkpoints:
             CheckpointError: if writing failed, or if the folder has a newer step (Orbax would keep both steps, and the
                 run would resume from the newer one).
         """
-        newest = from_writer(-1 if (latest := self.latest_step()) is None else latest)
-        if step == newest:
+        if step == self._saved:
             return
-        if step < newest:
+        newest = from_writer(-1 if (latest := self.latest_step()) is None else latest)
+        if step <= newest:
             raise CheckpointError(f"step {step} was not saved in {self.directory}: the newest there is {newest}")
         writer = self._opened_for_writing()
         shapes = {path: list(leaf.shape) for path, leaf in _paths(items).items()}
@@ -192,6 +194,7 @@ class Checkpoints:
                 meta=ocp.args.JsonSave({**meta, "digest": digest(meta)}),
             )
             writer.save(step, args=args, force=True)
+            self._saved = step
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(step, error) from error
 
@@ -206,7 +209,7 @@ class Checkpoints:
         """
         if not self._damaged:
             return []
-        writer, lines = self._opened_for_writing(), []
+        lines = []
         for step, reason in sorted(self._damaged.items(), reverse=True):
             folder = self.directory / str(step)
             target = _free_name(folder.with_name(f"{step}{ASIDE}"))
@@ -218,8 +221,13 @@ class Checkpoints:
             )
         barrier("damaged checkpoints are set aside")
         self._damaged = {}
-        writer.reload()
+        self.reload()
         return lines
+
+    def reload(self) -> None:
+        """Read anew which steps the folder has, after some were renamed or removed."""
+        self._opened_for_writing().reload()
+        self._reader.reload()
 
     def wait(self) -> None:
         """Wait until the last save is complete on disk; raises CheckpointError if it failed."""
@@ -300,7 +308,7 @@ def _manager(directory: Path, processes: ocp.options.MultiprocessingOptions, **o
 
 
 def _free_name(path: Path) -> Path:
-    """The path, or with the first number from 2 on behind it that gives a name which is not taken."""
+    """The first of `path`, `path.2`, `path.3` and so on that does not exist."""
     number = 2
     free = path
     while free.exists():
@@ -317,8 +325,8 @@ def _async_options(directory: Path) -> ocp.AsyncOptions:
     return ocp.AsyncOptions(create_directories_asynchronously=not is_url(directory))
 
 
-def _is_told_once(record: standard_logging.LogRecord) -> bool:
-    """Whether a record of the log is no error of Orbax, which logs a traceback of every error that it also raises."""
+def _is_not_of_orbax(record: standard_logging.LogRecord) -> bool:
+    """Whether a record of the log is to be shown: errors that Orbax logs are dropped, because it raises them, too."""
     return record.levelno < standard_logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError, RunConfig, Stage, stored_entry
 from flmjax.config.sample_ranges import Ranges, count_samples, parse_ranges, ranges_before
-from flmjax.sharding.processes import any_process, from_writer
+from flmjax.sharding.processes import any_process, from_writer, is_writer
 from flmjax.workdir.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointError
 from flmjax.workdir.paths import (
     checkpoint_directory,
@@ -16,6 +16,7 @@ from flmjax.workdir.paths import (
     saved_steps,
     valid_config,
 )
+from flmjax.workdir.roll_backs import roll_back_target
 
 
 class Position(NamedTuple):
@@ -25,7 +26,7 @@ class Position(NamedTuple):
         step: updates of the run.
         stage: the stage of the checkpoint, in the schedule of `config`.
         config: of the process that wrote the checkpoint, with the vocabulary's size.
-        samples_seen: samples of the training stream up to the last that the run has read, skipped ones too.
+        samples_seen: number in the training stream after the last sample that the run has read; skipped ones count.
         fingerprint: of the training stream.
         newest_metrics: values of the teachers and the text that no line of metrics has yet.
         skipped: samples that the training stream leaves out.
@@ -68,7 +69,8 @@ def newest_position(workdir: Path) -> Position | None:
 def resumed_position(workdir: Path, damaged: Mapping[int, str]) -> Position | None:
     """Position that training goes on from in `workdir`, which this run has locked; None without a checkpoint.
 
-    All processes go on from the step that the writer sees, and take its judgement of the metadata.
+    All processes go on from the step that process 0 sees, and take its verdict on whether the metadata are damaged.
+    While a roll-back is not complete, newer steps than its target are passed over.
 
     Args:
         damaged: reasons by the steps that cannot be read and are passed over.
@@ -78,7 +80,9 @@ def resumed_position(workdir: Path, damaged: Mapping[int, str]) -> Position | No
         ConfigError, CheckpointError: as position_at; and if every step is in `damaged`.
     """
     directory = checkpoint_directory(workdir)
-    step = from_writer(max((step for step in saved_steps(directory) if step not in damaged), default=-1))
+    target = roll_back_target(workdir) if is_writer() else None
+    steps = [step for step in saved_steps(directory) if target is None or step <= target]
+    step = from_writer(max((step for step in steps if step not in damaged), default=-1))
     if step < 0 and damaged:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in sorted(damaged.items(), reverse=True))
         raise CheckpointError(f"no checkpoint in {directory} can be read ({reasons}); nothing was deleted or renamed")

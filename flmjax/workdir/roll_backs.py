@@ -1,7 +1,8 @@
 """The roll-backs of a run, WORKDIR/roll_backs.jsonl: where it went back, and the samples that it leaves out since then.
 
-A roll-back is recorded before the checkpoints past its target are removed. A process that finds a record which is not
-complete removes them first: a kill at any moment leaves a run that has not rolled back, or one that has.
+A roll-back is recorded, then its target is read, and then the checkpoints past it are removed. A process that finds a
+record which is not complete goes on there: a kill at any moment leaves a run that has not rolled back, or one that has,
+and a target that cannot be read leaves the newer checkpoints.
 """
 
 import dataclasses
@@ -10,8 +11,9 @@ import os
 from pathlib import Path
 
 from flmjax.config import ConfigError, stored_entry
-from flmjax.config.sample_ranges import Ranges, SampleRange, join_ranges
+from flmjax.config.sample_ranges import Ranges, SampleRange, join_ranges, parse_ranges
 from flmjax.disk import writing
+from flmjax.sharding.processes import is_writer, text_from_writer
 from flmjax.workdir.metrics import MetricsWriter, Record, read_metrics
 from flmjax.workdir.paths import checkpoint_directory, remove_certificates
 from flmjax.workdir.storage import is_url, remove_tree
@@ -69,13 +71,26 @@ def read_roll_backs(workdir: Path) -> list[RollBack]:
 
 
 def rolled_back_samples(workdir: Path) -> Ranges:
-    """The samples that the run in `workdir` leaves out since its roll-backs; raises as read_roll_backs."""
-    return join_ranges(SampleRange(record.first_sample, record.end_sample) for record in read_roll_backs(workdir))
+    """The samples that the run in `workdir` leaves out since its roll-backs; raises as read_roll_backs.
+
+    Process 0 reads them for all: the local copies of the other hosts, and their caches of a network file system, may be
+    older than the last roll-back.
+    """
+    records = read_roll_backs(workdir) if is_writer() else []
+    ranges = join_ranges(SampleRange(record.first_sample, record.end_sample) for record in records)
+    texts = json.loads(text_from_writer("rolled_back_samples", json.dumps([str(r) for r in ranges])))
+    return parse_ranges(texts, str(workdir / ROLL_BACKS_FILE))
 
 
 def record_roll_back(workdir: Path, roll_back: RollBack) -> None:
     """Add a roll-back to the records of the run; it takes effect when the next process, or this one, completes it."""
     _write(workdir, [*read_roll_backs(workdir), roll_back])
+
+
+def roll_back_target(workdir: Path) -> int | None:
+    """The step to which a recorded roll-back still has to go; None: there is none. Raises as read_roll_backs."""
+    records = read_roll_backs(workdir)
+    return None if not records or records[-1].is_complete else records[-1].to_step
 
 
 def complete_roll_back(workdir: Path) -> None:
@@ -102,6 +117,8 @@ def remove_checkpoints_past(directory: Path, step: int) -> None:
 
 def log_roll_backs(workdir: Path, writer: MetricsWriter) -> None:
     """Write the line of metrics of every roll-back that has none yet; the lines outlast later roll-backs."""
+    if not is_writer():
+        return
     logged = sum(line["kind"] == "roll_back" for line in read_metrics(workdir))
     for record in read_roll_backs(workdir)[logged:]:
         values: Record = dataclasses.asdict(record)

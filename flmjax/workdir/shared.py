@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flmjax.config import ConfigError
 from flmjax.disk import writing
-from flmjax.sharding.processes import is_writer, peers
+from flmjax.sharding.processes import is_writer, run_peers
 from flmjax.workdir.paths import origin_url
 
 WAIT_SECONDS = 10  # a network file system shows a new file to other hosts after some seconds
@@ -24,31 +24,31 @@ def check_shared(workdir: Path) -> None:
     Raises:
         ConfigError: in process 0, naming the hosts; the others wait, and end with it.
     """
-    company = peers()
-    if company is None or origin_url(workdir) is not None:
+    peers = run_peers()
+    if peers is None or origin_url(workdir) is not None:
         return
+    key = peers.next_key("workdir")
     if not is_writer():
-        name = company.wait_for("workdir")["workdir"]
-        company.put(f"sees/{company.process}", "" if _appears(workdir, name) else socket.gethostname())
-        company.wait_for("workdir_is_shared")
+        name = peers.wait_for(key)[key]
+        peers.put(f"{key}/sees/{peers.process}", "" if _appears(workdir, name) else socket.gethostname())
+        peers.wait_for(f"{key}/is_shared")
         return
     token = workdir / f".seen-{uuid.uuid4().hex}"
     with writing(token):
         token.touch()
     try:
-        company.put("workdir", token.name)
-        names = [f"sees/{process}" for process in range(1, company.processes)]
-        entries = company.wait_for(*names)
+        peers.put(key, token.name)
+        answers = [f"{key}/sees/{process}" for process in range(1, peers.processes)]
+        entries = peers.wait_for(*answers)
     finally:
         token.unlink(missing_ok=True)
-    blind = [(process, entries[name]) for process, name in enumerate(names, start=1) if entries[name]]
-    if blind:
-        hosts = ", ".join(f"{host} (process {process})" for process, host in blind)
+    hosts = [f"{entries[answer]} (process {process})" for process, answer in enumerate(answers, 1) if entries[answer]]
+    if hosts:
         raise ConfigError(
             f"{workdir} is not the same folder on all hosts: what {socket.gethostname()} writes there is not seen by "
-            f"{hosts}; name a folder of a file system that all hosts share"
+            f"{', '.join(hosts)}; name a folder of a file system that all hosts share"
         )
-    company.put("workdir_is_shared")
+    peers.put(f"{key}/is_shared")
 
 
 def _appears(folder: Path, name: str) -> bool:

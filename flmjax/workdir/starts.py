@@ -60,12 +60,12 @@ class WallTime:
     @contextlib.contextmanager
     def during(self, work: Work) -> Iterator[None]:
         """Count the time of the block as `work`; blocks inside it count as their own."""
-        around = self._work
+        outer_work = self._work
         self._turn_to(work)
         try:
             yield
         finally:
-            self._turn_to(around)
+            self._turn_to(outer_work)
 
     def seconds(self) -> dict[Work, float]:
         """Seconds of each kind so far."""
@@ -89,12 +89,15 @@ class StartEntry:
 
     Args:
         workdir: of the run, locked by this process.
+
+    Attributes:
+        continues: whether the process goes on with the run after this entry, which then is not its end.
     """
 
     def __init__(self, workdir: Path) -> None:
         self._workdir, self._path = workdir, workdir / STARTS_FILE
         self._before: bytes | None = None  # the entries of the starts before; None: they are not read yet
-        self._is_stored = False
+        self._is_stored = self.continues = False
         self._values: Record = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
         self.heartbeat = Heartbeat(workdir, self._entry)
         self.time = WallTime(self.heartbeat.turn)
@@ -105,7 +108,10 @@ class StartEntry:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._is_stored:
             self.write()
-        self.heartbeat.end(is_finished=error is None)
+        if self.continues:
+            self.heartbeat.turn("restoring")
+        else:
+            self.heartbeat.end(is_finished=error is None)
 
     def begin(self, first_step: int) -> None:
         """Begin the run's work at update `first_step`: from now on the run has a heartbeat.
