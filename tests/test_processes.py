@@ -1,5 +1,6 @@
 """Processes of a run: where the environment says they are, how they start, and that they compute what one would."""
 
+import shutil
 import socket
 
 import jax
@@ -9,7 +10,7 @@ from process_cases import LOCAL, assert_close, command, left_over, running, stat
 from flmjax import cli
 from flmjax.config import ConfigError, DistributedConfig
 from flmjax.sharding import environment, processes
-from flmjax.sharding.environment import Place, coordinator, is_first, local_gpus, place, refuse_loopback
+from flmjax.sharding.environment import Place, coordinator, is_first, launcher_place, local_gpus, refuse_loopback
 from flmjax.workdir.starts import read_starts
 
 SLURM = {
@@ -52,7 +53,7 @@ LOCAL_SH = {"FLMJAX_PROCESSES": "2", "FLMJAX_PROCESS_ID": "1", "JAX_COORDINATOR_
     ],
 )
 def test_the_place_of_a_process_is_that_of_its_launcher(variables, expected):
-    assert place(variables) == expected
+    assert launcher_place(variables) == expected
     assert is_first(variables) == (expected is None or expected.process == 0)
 
 
@@ -60,14 +61,16 @@ def test_the_place_of_a_process_is_that_of_its_launcher(variables, expected):
     ("variables", "words"),
     [
         ({"FLMJAX_PROCESSES": "2", "FLMJAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
-        ({**LOCAL_SH, "FLMJAX_PROCESS_ID": ""}, "FLMJAX_PROCESS_ID='' must be a number"),
+        ({**LOCAL_SH, "FLMJAX_PROCESS_ID": ""}, "FLMJAX_PROCESS_ID is '', not a whole number"),
         ({**LOCAL_SH, "FLMJAX_PROCESS_ID": "2"}, "process 2 is not one of 2"),
-        ({**SLURM, "SLURM_LOCALID": "x"}, "SLURM_LOCALID='x' must be a number"),
+        ({**SLURM, "SLURM_LOCALID": "x"}, "SLURM_LOCALID is 'x', not a whole number"),
+        ({**SLURM, "SLURM_NODEID": "x"}, "SLURM_NODEID is 'x', not a whole number"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8(x"}, r"SLURM_STEP_TASKS_PER_NODE is '8\(x', not like"),
     ],
 )
 def test_variables_that_cannot_be_are_named(variables, words):
     with pytest.raises(ConfigError, match=words):
-        place(variables)
+        launcher_place(variables)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +101,9 @@ def test_a_process_takes_its_share_of_the_gpus_it_sees(variables, gpus, expected
     for i in range(gpus):
         (tmp_path / f"nvidia{i}").touch()
     (tmp_path / "nvidiactl").touch()
-    found = place(variables)
-    assert found is not None
-    assert local_gpus(found, variables, tmp_path) == expected
+    place = launcher_place(variables)
+    assert place is not None
+    assert local_gpus(place, variables, tmp_path) == expected
 
 
 def test_gpus_that_do_not_divide_are_refused(tmp_path):
@@ -108,7 +111,7 @@ def test_gpus_that_do_not_divide_are_refused(tmp_path):
         (tmp_path / f"nvidia{i}").touch()
     variables = {**ONE_A_GPU, "SLURM_STEP_TASKS_PER_NODE": "3(x64)"}
     with pytest.raises(ConfigError, match="the 8 GPUs of gpu4 do not divide over its 3 processes"):
-        local_gpus(place(variables), variables, tmp_path)
+        local_gpus(launcher_place(variables), variables, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,15 +140,15 @@ def test_a_loopback_coordinator_of_several_hosts_is_refused(address, names, is_r
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     if is_refused:
         with pytest.raises(ConfigError, match=r"the coordinator's address .* is this host itself"):
-            refuse_loopback(address, place(SLURM))
+            refuse_loopback(address, launcher_place(SLURM))
     else:
-        refuse_loopback(address, place(SLURM))
-    refuse_loopback(address, place(LOCAL_SH))
+        refuse_loopback(address, launcher_place(SLURM))
+    refuse_loopback(address, launcher_place(LOCAL_SH))
 
 
 def test_an_address_without_a_port_is_refused():
     with pytest.raises(ConfigError, match="JAX_COORDINATOR_ADDRESS=gpu1 must be HOST:PORT"):
-        coordinator(place(SLURM), {"JAX_COORDINATOR_ADDRESS": "gpu1"})
+        coordinator({"JAX_COORDINATOR_ADDRESS": "gpu1"})
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def started(monkeypatch, variables: dict[str, str], config: DistributedConfig) -
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
     monkeypatch.setattr(processes, "Peers", lambda *_: None)
-    monkeypatch.setattr(processes, "local_gpus", lambda found: [0, 1])
+    monkeypatch.setattr(processes, "local_gpus", lambda place: [0, 1])
     processes.start_processes(config)
     if not calls:
         return {}
@@ -278,3 +281,18 @@ def test_only_one_process_hashes_the_tokens(lab):
         assert statuses(results) == expected, [result.err for result in results]
         assert not (data / "verified.json").exists() or rank == "1"
     train(lab, lab / "one", processes=1)  # writes verified.json again
+
+
+def test_every_host_checks_token_files_of_its_own(lab):
+    """Only process 0 did: a file of the right size with other content was trained on."""
+    folders = [lab / f"data{host}" for host in range(2)]
+    for folder in folders:
+        shutil.copytree(lab / "one" / "data", folder)
+    tokens = max(folders[1].rglob("*.u*"), key=lambda path: path.stat().st_size)
+    tokens.write_bytes(bytes(reversed(tokens.read_bytes())))
+    commands = [command(lab, lab / "own_data", "never", f"--config.data.directory={folder}") for folder in folders]
+    with running(lab, *commands) as run:
+        results = run.ended()
+    assert statuses(results) == [2, 2], [result.err for result in results]
+    lines = [line for result in results for line in result.lines]
+    assert any(str(tokens) in line for line in lines), lines

@@ -15,7 +15,7 @@ from flmjax.cli.parsing import CommandLine, one_line, parse
 from flmjax.config import ConfigError, shorten
 from flmjax.hardware import hide_plugins
 from flmjax.interrupt import INTERRUPTED_STATUS, Stopped, end_at_interrupts, end_silently_at_interrupts
-from flmjax.sharding.environment import is_first, place
+from flmjax.sharding.environment import is_first, launcher_place
 
 SEVERAL_PROCESSES = ("train",)  # commands that run in several processes
 
@@ -59,10 +59,10 @@ def _check_processes(command: str) -> None:
     Raises:
         ConfigError: naming the launcher.
     """
-    found = place()
-    if found is not None and command not in SEVERAL_PROCESSES:
+    place = launcher_place()
+    if place is not None and command not in SEVERAL_PROCESSES:
         raise ConfigError(
-            f"'flmjax {command}' runs in one process, and {found.launcher} started {found.processes}; only "
+            f"'flmjax {command}' runs in one process, and {place.launcher} started {place.processes}; only "
             f"{' and '.join(SEVERAL_PROCESSES)} runs in several"
         )
 

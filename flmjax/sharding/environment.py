@@ -47,7 +47,7 @@ class Place(NamedTuple):
         return self.node is not None and self.local_processes < self.processes
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place | None:
+def launcher_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """The place that a launcher gave this process; None for one process, and for launchers that only JAX knows.
 
     Raises:
@@ -55,37 +55,38 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """
     if "FLMJAX_PROCESSES" in environment:
         count, process = _numbers(environment, "FLMJAX_PROCESSES", "FLMJAX_PROCESS_ID")
-        found = Place("launch/local.sh", count, process)
-        if found.processes > 1 and ADDRESS not in environment:
+        place = Place("launch/local.sh", count, process)
+        if place.processes > 1 and ADDRESS not in environment:
             raise ConfigError(f"{ADDRESS} is not set; with FLMJAX_PROCESSES it names HOST:PORT of process 0")
     elif "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:  # a task of srun, no batch script
         name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
         count, process, local = _numbers(environment, name, "SLURM_PROCID", "SLURM_LOCALID")
-        found = Place("Slurm", count, process, _slurm_tasks(environment, count), local, _slurm_node(environment))
+        node = environment.get("SLURMD_NODENAME") or socket.gethostname()
+        place = Place("Slurm", count, process, _slurm_tasks(environment, count), local, node)
     elif "OMPI_COMM_WORLD_SIZE" in environment:
         names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
         count, process, tasks, local = _numbers(environment, *(f"OMPI_COMM_WORLD_{name}" for name in names))
-        found = Place("Open MPI", count, process, tasks, local, socket.gethostname())
+        place = Place("Open MPI", count, process, tasks, local, socket.gethostname())
     else:
         return None
-    if not 0 <= found.process < found.processes:
-        raise ConfigError(f"{found.launcher}: process {found.process} is not one of {found.processes}, from 0")
-    return found if found.processes > 1 else None
+    if not 0 <= place.process < place.processes:
+        raise ConfigError(f"{place.launcher}: process {place.process} is not one of {place.processes}, from 0")
+    return place if place.processes > 1 else None
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its run, as far as its environment says; it alone prints shared errors."""
     try:
-        found = place(environment)
+        place = launcher_place(environment)
     except ConfigError:
         return True
-    return found is None or found.process == 0
+    return place is None or place.process == 0
 
 
 def _numbers(environment: Mapping[str, str], *names: str) -> list[int]:
     for name in names:
         if not environment.get(name, "").isdecimal():
-            raise ConfigError(f"{name}={environment.get(name, '')!r} must be a number: the launcher's variable")
+            raise ConfigError(f"the launcher's variable {name} is {environment.get(name, '')!r}, not a whole number")
     return [int(environment[name]) for name in names]
 
 
@@ -94,24 +95,21 @@ def _slurm_tasks(environment: Mapping[str, str], tasks: int) -> int:
     counts: list[int] = []
     shape = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
     for entry in filter(None, shape.split(",")):
-        count, _, repeats = entry.partition("(x")
-        counts += [int(count)] * int(repeats.rstrip(")") or 1)
-    node = int(environment.get("SLURM_NODEID", "0"))
+        if not (repeated := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)):
+            raise ConfigError(f"the launcher's variable SLURM_STEP_TASKS_PER_NODE is {shape!r}, not like '8(x23),4'")
+        counts += [int(repeated[1])] * int(repeated[2] or 1)
+    (node,) = _numbers({"SLURM_NODEID": "0", **environment}, "SLURM_NODEID")
     return counts[node] if node < len(counts) and sum(counts) == tasks else 1
-
-
-def _slurm_node(environment: Mapping[str, str]) -> str:
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 # ---- the coordinator -------------------------------------------------------------------------------------------------
 
 
-def coordinator(found: Place, environment: Mapping[str, str] = os.environ) -> str | None:
-    """HOST:PORT of process 0; None: JAX derives it from the launcher's variables.
+def coordinator(environment: Mapping[str, str] = os.environ) -> str | None:
+    """HOST:PORT of process 0, from JAX_COORDINATOR_ADDRESS; None if that is not set.
 
     Raises:
-        ConfigError: for an address without a port, or one that every host would take for itself.
+        ConfigError: for an address without a port.
     """
     address = environment.get(ADDRESS)
     if address is not None and not re.fullmatch(r".+:\d+", address):
@@ -119,7 +117,7 @@ def coordinator(found: Place, environment: Mapping[str, str] = os.environ) -> st
     return address
 
 
-def refuse_loopback(address: str, found: Place) -> None:
+def refuse_loopback(address: str, place: Place) -> None:
     """Refuse an address of this host's own loopback device while processes run on other hosts: each would wait there.
 
     On the host of process 0 its own name may resolve to a loopback address, as in Debian, because the process listens
@@ -129,10 +127,10 @@ def refuse_loopback(address: str, found: Place) -> None:
         ConfigError: naming the address.
     """
     host = address.rpartition(":")[0].strip("[]")
-    if not found.has_other_hosts or not (loopback := _addresses(host)) or not all(map(_is_loopback, loopback)):
+    if not place.has_other_hosts or not (loopback := _addresses(host)) or not all(map(_is_loopback, loopback)):
         return
-    assert found.node is not None
-    if loopback & _addresses(found.node):
+    assert place.node is not None
+    if loopback & _addresses(place.node):
         return
     shown = host if host in loopback else f"{host}, which is {min(loopback)} on {socket.gethostname()}"
     raise ConfigError(
@@ -169,7 +167,7 @@ def why_unreachable(address: str, seconds: float = 2.0) -> str | None:
 
 
 def local_gpus(
-    found: Place, environment: Mapping[str, str] = os.environ, nodes: Path = Path("/dev")
+    place: Place, environment: Mapping[str, str] = os.environ, nodes: Path = Path("/dev")
 ) -> list[int] | None:
     """Numbers of this process's GPUs among those that it sees; None: there are none, or JAX_LOCAL_DEVICE_IDS says.
 
@@ -189,15 +187,15 @@ def local_gpus(
     visible = _visible_gpus(environment, on_host)
     if not visible:
         return None
-    tasks = found.local_processes
+    tasks = place.local_processes
     of_step = environment.get("SLURM_STEP_GPUS", environment.get("SLURM_JOB_GPUS", ""))
     is_bound = "SLURM_GPUS_PER_TASK" in environment or len(list(filter(None, of_step.split(",")))) > visible
     if is_bound or visible < tasks:
         return list(range(visible))
     if visible % tasks:
-        raise ConfigError(f"the {visible} GPUs of {found.node or 'this host'} do not divide over its {tasks} processes")
+        raise ConfigError(f"the {visible} GPUs of {place.node or 'this host'} do not divide over its {tasks} processes")
     share = visible // tasks
-    return list(range(found.local_process * share, (found.local_process + 1) * share))
+    return list(range(place.local_process * share, (place.local_process + 1) * share))
 
 
 def _visible_gpus(environment: Mapping[str, str], on_host: int) -> int:

@@ -27,9 +27,9 @@ from flmjax.config import ConfigError, DistributedConfig
 from flmjax.sharding.environment import (
     ADDRESS,
     coordinator,
+    launcher_place,
     local_gpus,
     make_room_for_gloo,
-    place,
     refuse_loopback,
     why_unreachable,
 )
@@ -57,18 +57,18 @@ def start_processes(config: DistributedConfig) -> None:
         StartError: if the processes have not met after config.start_timeout_seconds.
     """
     global _peers
-    found = place()
-    detected = _detected(config) if found is None or coordinator(found) is None else None
-    if found is None:
+    place = launcher_place()
+    detected = _detected(config) if place is None or coordinator() is None else None
+    if place is None:
         if detected is None:
             return
         address, processes, process, gpus = *detected, None
     else:
-        address = coordinator(found) or (detected[0] if detected is not None else "")
+        address = coordinator() or (detected[0] if detected is not None else "")
         if not address:
-            raise ConfigError(f"{found.launcher} names no address of process 0; set {ADDRESS} to HOST:PORT")
-        processes, process, gpus = found.processes, found.process, local_gpus(found)
-        refuse_loopback(address, found)
+            raise ConfigError(f"{place.launcher} names no address of process 0; set {ADDRESS} to HOST:PORT")
+        processes, process, gpus = place.processes, place.process, local_gpus(place)
+        refuse_loopback(address, place)
     if gpus is None:
         make_room_for_gloo()
     # JAX's own notifier takes SIGTERM away from the run (training/stopping.py).

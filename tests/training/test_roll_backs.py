@@ -28,7 +28,7 @@ from flmjax.training import loop, spikes
 from flmjax.training.spikes import TrainingError
 from flmjax.training.start import train
 from flmjax.workdir import roll_backs
-from flmjax.workdir.checkpoint import Checkpoints
+from flmjax.workdir.checkpoint import CheckpointError, Checkpoints
 from flmjax.workdir.metrics import MetricsWriter, read_metrics
 from flmjax.workdir.paths import whole_steps
 from flmjax.workdir.position import newest_position
@@ -207,6 +207,24 @@ def test_a_kill_during_a_roll_back_loses_nothing(lab, moment, monkeypatch):
     assert sum(line["kind"] == "roll_back" for line in read_metrics(workdir)) == 1
     assert_same(lab, workdir, lab.batches, lab.folder / "without_128_192", ("128:192",))
     shutil.rmtree(workdir)
+
+
+def test_newer_checkpoints_stay_until_the_target_is_read(lab, monkeypatch):
+    """They were removed before; the target was damaged, and no checkpoint was left."""
+    lab.poisoned = {straight_batches(lab)[15]}
+    record = spikes.record_roll_back
+
+    def record_and_damage(workdir, roll_back):
+        record(workdir, roll_back)
+        for step in (4, 8):
+            (workdir / "checkpoints" / str(step) / "meta" / "metadata").write_text("{")
+
+    monkeypatch.setattr(spikes, "record_roll_back", record_and_damage)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read .*; nothing was deleted or renamed"):
+        lab.train("damaged_target")
+    workdir = lab.folder / "damaged_target"
+    assert {4, 8, 12} <= set(whole_steps(workdir / "checkpoints"))
+    assert [record.is_complete for record in read_roll_backs(workdir)] == [False]
 
 
 def test_a_second_spike_rolls_back_further_and_the_third_stops(lab):
