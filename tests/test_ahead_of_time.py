@@ -227,14 +227,14 @@ SEVERAL = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_flops_of_small_steps_on_every_machine(compilers):
     programs, _ = small_steps(compilers, SEVERAL)
     check_small_steps(programs, SEVERAL)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_flops_of_collective_matrix_products(compilers):
     """A TPU writes products with gathered weights as loops over u32[] counters, with windowed convolutions in them.

@@ -127,7 +127,7 @@ def test_the_twin_of_minutes_has_the_runs_stages_and_operators(name, full, twin)
     assert num_parameters(twin.stage_models[-1]) < 2e6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_twin_of_flm_101b_grows_twice_by_masks(tmp_path, own_environment):
     steps = [f"--config.stages[{i}].steps=12" for i in (1, 2)]

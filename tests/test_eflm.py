@@ -23,7 +23,7 @@ def run_command(command: str, *flags: str, options: str = QUICK_XLA) -> str:
     return process.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_the_twin_of_eflm_continues_the_twin_of_16b(tmp_path):
     """Teachers join a run that had text alone: growth to equal sizes, with the vocabulary of the source."""

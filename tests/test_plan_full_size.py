@@ -85,7 +85,7 @@ def test_the_search_estimates_the_memory_that_is_compiled(flm_101b):
         assert estimate == pytest.approx(planned["program"]["peak"], rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("remat", "microbatches"), [("dots", 3), ("none", 12)])
 def test_the_search_estimates_what_remat_keeps(compilers, tmp_path, remat, microbatches):

@@ -238,8 +238,8 @@ def lab(tmp_path_factory):
         (2, {"tensor": 2}),
         pytest.param(2, {"fsdp": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"replica": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tensor": 2, "fsdp": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tensor": 2, "replica": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"tensor": 2, "fsdp": 2}, marks=pytest.mark.nightly),
+        pytest.param(4, {"tensor": 2, "replica": 2}, marks=pytest.mark.nightly),
     ],
 )
 def test_several_processes_compute_what_one_does(count, mesh, lab):

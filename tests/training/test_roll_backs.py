@@ -310,7 +310,7 @@ def test_norms_are_written_every_n_steps(lab):
     assert "norms" not in {line["kind"] for line in read_metrics(lab.train("no_norms", stages=(SMALL,)))}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_killed_in_a_roll_back_goes_on(tmp_path, monkeypatch):
     """kill -9 between the record of a roll-back and the removal of the newer checkpoints."""
     write_lab(tmp_path)
