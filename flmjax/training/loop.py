@@ -48,7 +48,7 @@ def run_stage(
     stage: Stage,
     rate: Callable[[int], float],
     batches: Iterator[dict[str, Any]],
-    bar: Callable[[int], float] | None = None,
+    loss_limit: Callable[[int], float] | None = None,
 ) -> Iterator[Update]:
     """Yield (step, state, metrics on the device) after each update until the stage's end.
 
@@ -57,7 +57,7 @@ def run_stage(
     Args:
         rate: update n = 0, 1, ... of the run -> learning rate.
         batches: batches on the devices.
-        bar: number n = 1, 2, ... of an update -> loss above which it is skipped. None: no loss is too high.
+        loss_limit: number n = 1, 2, ... of an update -> loss above which the update is skipped; None: no limit.
     """
     step = int(state.step)
     ramp = ramp_of(stage)
@@ -65,9 +65,9 @@ def run_stage(
     for mask, end in [*phases, (None, stage.end)]:
         if step >= end:  # resumed after the mask was removed
             continue
-        train_step = jit_stage_step(spec, stage.layout, mask, bar is not None)
+        train_step = jit_stage_step(spec, stage.layout, mask, loss_limit is not None)
         while step < end:
-            scalars = [np.float32(rate(step)), *([] if bar is None else [np.float32(bar(step + 1))])]
+            scalars = [np.float32(rate(step)), *([] if loss_limit is None else [np.float32(loss_limit(step + 1))])]
             state, metrics = train_step(state, next(batches), *scalars)
             step += 1
             yield step, state, metrics
@@ -79,15 +79,15 @@ def mesh_words(mesh: Mesh) -> str:
 
 
 class Session(NamedTuple):
-    """A process at work on a run, from the start of the command to its end: several attempts may share it.
+    """What all attempts of a process to go on with a run share, from the start of `flmjax train` to its end.
 
     Attributes:
-        config: of the run; an attempt that trains has the tokenizer's vocabulary size in it.
-        copy: folder of the run, locked, or the local copy of that on object storage.
-        meshes: mesh of every stage.
-        bar: terminal.
-        stopping: the end of the run before its last step, if it is asked for.
-        profile: numbers of the updates, less 1, of which a trace is written; None: no trace.
+        config: the run's config; in an attempt that trains it has the tokenizer's vocabulary size.
+        copy: the run's folder, locked, or the local copy of that on object storage.
+        meshes: the mesh of every stage.
+        bar: the progress on the terminal.
+        stopping: the early stop by a signal or a time limit.
+        profile: range(START, STOP): updates START + 1 to STOP are traced; None: no trace.
     """
 
     config: RunConfig
@@ -138,14 +138,14 @@ class Run:
         for line in data_warnings(self.stream.prepared.meta["sources"], self.stream.length):
             self.bar.log(f"warning: {line}")
         index, spec, state = self.start()
-        self.end_if_asked()
+        self.stop_if_requested()
         self.catch_up(state, spec, self.config.schedule[index])
         for stage in self.config.schedule[index:]:
             if stage.index > index:
-                self.end_if_asked()
+                self.stop_if_requested()
                 with self.time.during("growth"):
                     spec, state = self.grow(stage, spec, state)
-                self.end_if_asked()
+                self.stop_if_requested()
             if int(state.step) < stage.end:
                 batches = self.batches(int(state.step), spec, stage)
                 with self.time.during("updates"), contextlib.closing(batches):
@@ -153,8 +153,8 @@ class Run:
             elif not from_writer(self.writer.has("sample", stage.end)):  # a stop came between the last save and it
                 self.write_sample(state, stage)
 
-    def end_if_asked(self) -> None:
-        """End the run here if a signal or the limit of time asks for it; its newest checkpoint is where it goes on."""
+    def stop_if_requested(self) -> None:
+        """Stop the run here if a signal or the time limit requests it; it goes on from its newest checkpoint."""
         if self.stopping.reached():
             raise self.stopping.stopped
 
@@ -203,7 +203,7 @@ class Run:
         rate = rates_of_stage(self.config.stages, stage.index)
         norms, norms_every = jit_parameter_norms(spec), self.config.norms_every
         clock, pending = Clock(), PendingMetrics(self.config.log_every)
-        updates = self.compiled(stage, run_stage(state, spec, stage, rate, self.timed(batches), self.watch.bar))
+        updates = self.compiled(stage, run_stage(state, spec, stage, rate, self.timed(batches), self.watch.loss_limit))
         if self.profile is not None:
             folder = self.workdir / PROFILE_FOLDER
             updates = traced(updates, int(state.step), stage, self.profile, folder, self.bar.log)

@@ -42,10 +42,10 @@ class SpikeError(Exception):
 
 
 class LossWindow:
-    """Losses of the newest updates, and the bar above which the loss of an update is a spike.
+    """Losses of the newest updates, and the limit above which the loss of an update is a spike.
 
-    The bar of update n is of the updates up to n - 1 - AHEAD: the host knows no later loss when it dispatches update n,
-    unless it waits for the devices. The bar is the same in a run that was interrupted: checkpoints keep the losses.
+    The limit of update n comes from the updates up to n - 1 - AHEAD: the host knows no later loss when it dispatches
+    update n, unless it waits for the devices. Checkpoints store the losses, so a resumed run has the same limits.
 
     Args:
         config: settings.
@@ -75,10 +75,10 @@ class LossWindow:
             self._step = step
 
     def dispatched(self, step: int, loss: jax.Array) -> None:
-        """Add the loss of an update that was just dispatched; it is copied when a bar needs it."""
+        """Add the loss of an update that was just dispatched; it is copied when a limit needs it."""
         self._pending.append((step, loss))
 
-    def bar(self, step: int) -> float:
+    def limit(self, step: int) -> float:
         """Bar of update number `step`; infinite while less than half a window of finite losses is known."""
         last = step - 1 - AHEAD
         while self._pending and self._pending[0][0] <= last:
@@ -104,10 +104,10 @@ class LossWatch:
     """
 
     def __init__(self, config: RunConfig, losses: Sequence[float], step: int) -> None:
-        self._action, self._limit = config.spike.action, config.optimizer.max_skipped_updates
+        self._action, self._max_skipped = config.spike.action, config.optimizer.max_skipped_updates
         self.window = LossWindow(config.spike, losses, step)
-        # Bar of an update that the training step compares its loss with; None: spikes are not skipped.
-        self.bar: Callable[[int], float] | None = self.window.bar if self._action == "skip" else None
+        # From the number of an update to the loss above which the training step skips it; None: spikes are not skipped.
+        self.loss_limit: Callable[[int], float] | None = self.window.limit if self._action == "skip" else None
 
     @classmethod
     def of_run(cls, config: RunConfig, position: Position | None) -> "LossWatch":
@@ -126,7 +126,7 @@ class LossWatch:
 
     def dispatched(self, step: int, metrics: Metrics) -> None:
         """Take notice of an update that was just dispatched."""
-        if self.bar is not None:
+        if self.loss_limit is not None:
             self.window.dispatched(step, metrics["loss"])
 
     def check(self, update: Fetched, params: Params) -> str | None:
@@ -141,18 +141,18 @@ class LossWatch:
         """
         step, metrics, _ = update
         loss, skipped = float(metrics["loss"]), int(metrics["skipped_updates"])
-        bar = self.window.bar(step) if self._action in ("roll_back", "stop") else math.inf
+        limit = self.window.limit(step) if self._action in ("roll_back", "stop") else math.inf
         if self._action != "none":
             self.window.add(step, loss)
         if skipped:
             text = f"step {step}: update skipped, {_fault(metrics, params)} ({skipped} in a row)"
-            if skipped >= self._limit:
+            if skipped >= self._max_skipped:
                 if self._action == "roll_back":
                     raise SpikeError(f"{skipped} updates in a row not finite", step - skipped + 1, step, loss)
                 raise TrainingError(f"{text}; training stopped with the parameters of step {step - skipped}")
             return text
-        if loss > bar:
-            text = f"loss spike: {loss:.4f} above the bar of {bar:.4f}"
+        if loss > limit:
+            text = f"loss spike: {loss:.4f} above the limit of {limit:.4f}"
             if self._action == "roll_back":
                 raise SpikeError(text, step, step, loss)
             raise TrainingError(f"step {step}: {text}; training stopped, the last checkpoint is older")

@@ -115,7 +115,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     learning_rate: jax.Array,
-    loss_bar: jax.Array | None = None,
+    loss_limit: jax.Array | None = None,
     *,
     spec: StateSpec,
     microbatches: int,
@@ -129,7 +129,7 @@ def train_step(
         state: the state before the update.
         batch: arrays of a Batch (flmjax.data.batch) on the devices.
         learning_rate: float32 scalar.
-        loss_bar: float32 scalar; an update whose loss is above it is skipped too. None: no loss is too high.
+        loss_limit: float32 scalar; an update whose loss is above it is skipped too. None: no loss is too high.
         spec: description of the state.
         microbatches: number of parts that the batch is computed in.
         ramp: a growth mask that is still opening. Masked parameters have a gradient of 0 at the mask's first update
@@ -142,26 +142,17 @@ def train_step(
         finite (for each leaf, in tree order, whether its gradient and its new value are). If the data has teachers,
         loss is the mean over all sequences, language_loss and bits_per_byte are means over the sequences of text,
         teacher_loss is the mean over the sequences of teachers, and judgement_accuracy lies in 0 to 1; a mean is NaN if
-        the batch has no such sequence. With a loss_bar also spike, whether the loss is above it; with norms also
+        the batch has no such sequence. With a loss_limit also spike, whether the loss is above it; with norms also
         gradient_norms, one for each leaf in tree order.
     """
-    placement = Placement(spec.mesh)
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    params, pull_back = state.params, None
-    if ramp is not None:  # once for all microbatches
-        params, pull_back = jax.vjp(lambda stored: ramp.at(stored, state.step), state.params)
-    sums, grads = gradients(params, batch, key, spec.config, placement, microbatches, reduction)
-    if pull_back is not None:
-        grads = pull_back(grads)[0]
-    # Pinned, else the partitioner may not shard the gradients.
-    grads = jax.lax.with_sharding_constraint(grads, spec.shardings.params)
+    sums, grads = state_gradients(state, batch, spec, microbatches, ramp, reduction)
     squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     # Finite gradients can still overflow a parameter, by a huge rate, weight decay or 1 / eps.
     finite = jnp.isfinite(jnp.stack(squares)) & jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)])
     ok = jnp.all(finite) & jnp.isfinite(sums["loss"])
-    is_spike = None if loss_bar is None else mean_loss(sums) > loss_bar
+    is_spike = None if loss_limit is None else mean_loss(sums) > loss_limit
     if is_spike is not None:
         ok &= ~is_spike
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
@@ -172,9 +163,10 @@ def train_step(
         "gradient_norm": jnp.sqrt(sum(squares, jnp.zeros(()))),
         "skipped_updates": skipped_updates,
         "finite": finite,
+        **(teacher_means(sums) if "marks" in batch else {}),
+        **({} if is_spike is None else {"spike": is_spike}),
+        **({"gradient_norms": jnp.sqrt(jnp.stack(squares))} if norms else {}),
     }
-    if "marks" in batch:
-        metrics |= teacher_means(sums)
     new_state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -182,11 +174,25 @@ def train_step(
         opt_state=keep(opt_state, state.opt_state),
         skipped_updates=skipped_updates,
     )
-    if is_spike is not None:
-        metrics["spike"] = is_spike
-    if norms:
-        metrics["gradient_norms"] = jnp.sqrt(jnp.stack(squares))
     return new_state, metrics
+
+
+def state_gradients(
+    state: TrainState, batch: Batch, spec: StateSpec, microbatches: int, ramp: Ramp | None, reduction: GradientReduction
+) -> tuple[dict[str, jax.Array], Params]:
+    """`gradients` at a state, for its stored parameters: through a growth mask that is still opening.
+
+    Args: as of train_step.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    params, pull_back = state.params, None
+    if ramp is not None:  # once for all microbatches
+        params, pull_back = jax.vjp(lambda stored: ramp.at(stored, state.step), state.params)
+    sums, grads = gradients(params, batch, key, spec.config, Placement(spec.mesh), microbatches, reduction)
+    if pull_back is not None:
+        grads = pull_back(grads)[0]
+    # Pinned, else the partitioner may not shard the gradients.
+    return sums, jax.lax.with_sharding_constraint(grads, spec.shardings.params)
 
 
 def mean_loss(sums: dict[str, jax.Array]) -> jax.Array:
@@ -207,7 +213,7 @@ def jit_train_step(
     """The jitted train_step: (state, batch, learning_rate) -> (state, metrics). The state is donated.
 
     The other arguments of train_step are fixed; see there. overlap_collectives and deterministic are settings of the
-    run. With skips_spikes the function takes the loss_bar as a fourth argument.
+    run. With skips_spikes the function takes the loss_limit as a fourth argument.
     """
     options = compiler_options(spec.mesh.devices.flat[0].platform, overlap_collectives, deterministic)
     scalars = [replicated(spec.mesh)] * (2 if skips_spikes else 1)

@@ -29,7 +29,7 @@ from flmjax.training.spikes import LossWatch, LossWindow, SpikeError, TrainingEr
 from flmjax.training.state import init_state, state_spec
 from flmjax.training.step import gradients, jit_parameter_norms, jit_train_step, named_norms
 
-# ---- the bar ---------------------------------------------------------------------------------------------------------
+# ---- the limit -------------------------------------------------------------------------------------------------------
 
 SETTINGS = SpikeConfig(window=8, deviations=3.0)
 
@@ -38,7 +38,7 @@ def bars(losses, settings=SETTINGS, resumed_at=None) -> list[float]:
     """Bars of the updates with these losses, each computed before its loss is known."""
     window, found = LossWindow(settings), []
     for step, loss in enumerate(losses, start=1):
-        found.append(window.bar(step))
+        found.append(window.limit(step))
         window.add(step, loss)
         if step == resumed_at:
             window = LossWindow(settings, json.loads(json.dumps(window.losses)), step)
@@ -60,10 +60,10 @@ def test_the_bar_is_median_plus_median_absolute_deviations():
 def test_nothing_is_a_spike_before_half_a_window_is_known():
     """Of 8 losses 4 are enough; one that is not finite does not count, and the newest are not known yet."""
     found = bars([1.0, math.nan, 1.1, 1.2, 0.9, 1.0, 1.0, 1.0])
-    assert [step for step, bar in enumerate(found, start=1) if math.isfinite(bar)] == [8]
+    assert [step for step, limit in enumerate(found, start=1) if math.isfinite(limit)] == [8]
 
 
-def test_spikes_do_not_raise_the_bar():
+def test_spikes_do_not_raise_the_limit():
     """With mean and standard deviation three spikes hide the fourth."""
     rng = np.random.default_rng(0)
     calm = list(2 + 0.01 * rng.standard_normal(40))
@@ -86,7 +86,7 @@ def test_a_bar_that_the_step_gets_is_the_bar_of_the_host():
     losses = [float(x) for x in np.float32(rng.random(30))]
     window, found = LossWindow(SETTINGS), []
     for step, loss in enumerate(losses, start=1):
-        found.append(window.bar(step))
+        found.append(window.limit(step))
         known = len(window.losses)
         assert known == min(max(step - 1 - AHEAD, 0), SETTINGS.window + AHEAD)
         window.dispatched(step, np.float32(loss))
@@ -97,9 +97,9 @@ def test_growth_that_changes_the_function_begins_a_new_window():
     watch = LossWatch(RunConfig(spike=SpikeConfig(action="stop", window=8)), [1.0] * 8, 8)
     exact, changed = (SimpleNamespace(config=StageConfig(growth=GrowthConfig(f))) for f in ("zero", "perturb"))
     watch.after_growth(exact)
-    assert watch.window.bar(9) == 1.0
+    assert watch.window.limit(9) == 1.0
     watch.after_growth(changed)
-    assert math.isinf(watch.window.bar(9))
+    assert math.isinf(watch.window.limit(9))
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_a_spike_stops_the_run_if_the_config_says_so():
     assert watch_of("none").check(fetched(11, 9.0), PARAMS) is None
     stop = watch_of("stop")
     assert stop.check(fetched(11, 1.2), PARAMS) is None
-    with pytest.raises(TrainingError, match=r"^step 12: loss spike: 9.0000 above the bar of 1.49"):
+    with pytest.raises(TrainingError, match=r"^step 12: loss spike: 9.0000 above the limit of 1.49"):
         stop.check(fetched(12, 9.0), PARAMS)
 
 
@@ -147,13 +147,13 @@ def test_skipped_spikes_in_a_row_stop_the_run():
         watch.check(fetched(12, 9.0, 2, spike=np.bool_(True)), PARAMS)
 
 
-def test_a_step_skips_a_loss_above_the_bar(tiny_spec, tiny_step):
+def test_a_step_skips_a_loss_above_the_limit(tiny_spec, tiny_step):
     batch = random_batch(TINY)
     run = jit_train_step(tiny_spec, 1, skips_spikes=True)
     expected, plain = tiny_step(init_state(tiny_spec, 0), batch, np.float32(1e-3))
     loss = np.float32(plain["loss"])
-    for bar in (np.float32(np.inf), loss):
-        state, metrics = run(init_state(tiny_spec, 0), batch, np.float32(1e-3), bar)
+    for limit in (np.float32(np.inf), loss):
+        state, metrics = run(init_state(tiny_spec, 0), batch, np.float32(1e-3), limit)
         assert not metrics["spike"]
         jax.tree.map(np.testing.assert_array_equal, state, expected)
     state, metrics = run(init_state(tiny_spec, 0), batch, np.float32(1e-3), np.nextafter(loss, np.float32(0)))
