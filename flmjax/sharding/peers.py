@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
-from flmjax.lock import remove_held
+from flmjax.lock import release_held
 from flmjax.sharding.environment import why_unreachable
 
 ROOT = "flmjax/"
@@ -279,7 +279,7 @@ def _end_once(text: str | None, status: int) -> NoReturn:
     _ending.acquire()
     if text is not None:
         _print(text)
-    remove_held()
+    release_held()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
