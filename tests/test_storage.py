@@ -1,38 +1,29 @@
-"""A workdir on object storage: its URL, its local copy, its lease and its checkpoints, on a local S3 server."""
+"""A workdir on object storage: its URL, its local copy and its checkpoints, on a local S3 server."""
 
-import json
-import os
-import socket
-import threading
 import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-import tensorstore
 from conftest import TINY
+from storage_cases import SILENT, store_of
 
 import flmjax
 from flmjax import cli
 from flmjax.config import ConfigError, OptimizerConfig
-from flmjax.lock import Owner
 from flmjax.training.state import init_state, state_spec, to_items
 from flmjax.workdir import lease, local_copy, storage
 from flmjax.workdir.checkpoint import Checkpoints, remove_incomplete
-from flmjax.workdir.lease import LEASE_FILE, Lease, LeaseLostError, leased
+from flmjax.workdir.lease import LEASE_FILE, leased
 from flmjax.workdir.local_copy import fetch_data, reading_copy, store_data, working_copy
 from flmjax.workdir.paths import checkpoint_directory, whole_steps
 from flmjax.workdir.storage import (
     StorageError,
     list_objects,
-    read_object,
     remote_path,
     run_path,
-    tensorstore_spec,
 )
-
-SILENT = lambda _: None
 
 
 @pytest.fixture
@@ -42,16 +33,6 @@ def url(s3, request, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
     return f"{s3}/{request.node.name.partition('[')[0]}"
-
-
-def write_lease(url: str, host: str, pid: int, start: str | None, expires: float) -> None:
-    owner = Owner(host, pid, start, "2026-01-01 00:00:00")
-    value = json.dumps({"owner": owner._asdict(), "token": "other", "expires": expires})
-    store_of(url).write(LEASE_FILE, value.encode()).result()
-
-
-def store_of(url: str) -> tensorstore.KvStore:
-    return tensorstore.KvStore.open(tensorstore_spec(f"{url}/")).result()
 
 
 # ---- URLs ------------------------------------------------------------------------------------------------------------
@@ -228,111 +209,6 @@ def test_a_reader_changes_nothing_and_fetches_no_tokens(url):
         assert folder.name == url.rpartition("/")[2]
         assert str(checkpoint_directory(folder)) == f"{url}/checkpoints"
     assert list_objects(url) == before
-
-
-# ---- the lease -------------------------------------------------------------------------------------------------------
-
-
-def test_a_second_run_is_refused_and_told_whose_the_lease_is(url):
-    words = rf"{url} is in use by process {os.getpid()} on {socket.gethostname()}, since .*, whose lease lasts until \d"
-    with leased(url, SILENT), pytest.raises(ConfigError, match=words), leased(url, SILENT):
-        pass
-    assert list_objects(url) == {}  # given back
-
-
-def test_the_lease_of_a_dead_process_is_taken_over_at_once(url):
-    lines: list[str] = []
-    write_lease(url, socket.gethostname(), 2**22 - 1, None, time.time() + 60)
-    with leased(url, lines.append):
-        pass
-    assert [line.partition(" on ")[0] for line in lines] == [f"{url}: the lease of process {2**22 - 1}"]
-    assert lines[0].endswith("which has ended, is taken over")
-
-
-def test_a_lease_of_another_host_is_waited_for_while_it_lasts(url, monkeypatch):
-    monkeypatch.setattr(lease, "LEASE_SECONDS", 1.0)
-    write_lease(url, "elsewhere", 7, None, time.time() + 60)
-    lines: list[str] = []
-    start = time.monotonic()
-    with leased(url, lines.append):
-        assert time.monotonic() - start > 1.0
-    assert lines[0].startswith(f"{url} was in use by process 7 on elsewhere, since 2026-01-01 00:00:00, whose lease")
-    assert "the lease of process 7 on elsewhere" in lines[1]
-
-
-def test_a_lease_that_ended_long_ago_is_taken_over_at_once(url):
-    write_lease(url, "elsewhere", 7, None, time.time() - 2 * lease.LEASE_SECONDS)
-    start = time.monotonic()
-    with leased(url, SILENT):
-        assert time.monotonic() - start < 10
-
-
-def test_a_run_on_another_host_that_renews_its_lease_is_respected(url):
-    write_lease(url, "elsewhere", 7, None, time.time() + 60)
-    renewal = threading.Timer(0.5, write_lease, (url, "elsewhere", 7, None, time.time() + 80))
-    renewal.start()
-    with pytest.raises(ConfigError, match="in use by process 7 on elsewhere, since 2026"), leased(url, SILENT):
-        pass
-    renewal.join()
-
-
-def test_a_lease_is_renewed_by_a_thread(url, monkeypatch):
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
-    with leased(url, SILENT):
-        first = read_object(f"{url}/{LEASE_FILE}")
-        deadline = time.monotonic() + 20
-        while read_object(f"{url}/{LEASE_FILE}") == first:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def test_a_run_whose_lease_was_taken_stores_nothing_more(url, monkeypatch):
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
-
-    def run() -> None:
-        with working_copy(remote_path(url), SILENT) as copy:
-            write_lease(url, "elsewhere", 7, None, time.time() + 60)
-            time.sleep(1)
-            (copy.folder / "config.json").write_text("1")
-            copy.upload()
-
-    with pytest.raises(LeaseLostError, match=f"{url} is in use by process 7"):
-        run()
-    assert list(list_objects(url)) == [LEASE_FILE]  # of the other
-
-
-def test_of_two_runs_that_start_at_once_one_gets_the_lease(url, monkeypatch):
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.5)
-    monkeypatch.setattr(Owner, "is_local", property(lambda self: True))
-    both, results = threading.Barrier(2), []
-
-    def run() -> None:
-        both.wait()
-        try:
-            with leased(url, SILENT):
-                time.sleep(1.5)
-                results.append("has it")
-        except ConfigError:
-            results.append("refused")
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(results) == ["has it", "refused"]
-
-
-def test_a_renewal_whose_answer_was_lost_is_no_loss(url):
-    held = Lease(url, SILENT)
-    held.acquire()
-    before = held._generation
-    assert held._write(before)
-    held._generation = before  # as if the answer had not come
-    held._renew()
-    held.confirm()
-    held.release()
-    assert list_objects(url) == {}
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
