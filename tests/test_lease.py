@@ -16,15 +16,6 @@ from flmjax.workdir.local_copy import working_copy
 from flmjax.workdir.storage import list_objects, read_object, remote_path
 
 
-@pytest.fixture
-def url(s3, request, tmp_path, monkeypatch):
-    """URL of a workdir that no other test has; its copies are in tmp_path."""
-    monkeypatch.setenv("FLMJAX_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
-    return f"{s3}/{request.node.name.partition('[')[0]}"
-
-
 def test_a_second_run_is_refused_and_told_whose_the_lease_is(url):
     words = rf"{url} is in use by process {os.getpid()} on {socket.gethostname()}, since .*, whose lease lasts until \d"
     with leased(url, SILENT), pytest.raises(ConfigError, match=words), leased(url, SILENT):

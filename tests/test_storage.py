@@ -1,39 +1,26 @@
-"""A workdir on object storage: its URL, its local copy and its checkpoints, on a local S3 server."""
+"""A workdir on object storage: its URL and its checkpoints, on a local S3 server."""
 
-import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from conftest import TINY
-from storage_cases import SILENT, store_of
+from storage_cases import store_of
 
 import flmjax
 from flmjax import cli
 from flmjax.config import ConfigError, OptimizerConfig
 from flmjax.training.state import init_state, state_spec, to_items
-from flmjax.workdir import lease, local_copy, storage
+from flmjax.workdir import storage
 from flmjax.workdir.checkpoint import Checkpoints, remove_incomplete
-from flmjax.workdir.lease import LEASE_FILE, leased
-from flmjax.workdir.local_copy import fetch_data, reading_copy, store_data, working_copy
-from flmjax.workdir.paths import checkpoint_directory, whole_steps
+from flmjax.workdir.paths import is_complete, saved_steps, was_complete, whole_steps
 from flmjax.workdir.storage import (
     StorageError,
     list_objects,
     remote_path,
     run_path,
 )
-
-
-@pytest.fixture
-def url(s3, request, tmp_path, monkeypatch):
-    """URL of a workdir that no other test has; its copies are in tmp_path."""
-    monkeypatch.setenv("FLMJAX_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
-    return f"{s3}/{request.node.name.partition('[')[0]}"
-
 
 # ---- URLs ------------------------------------------------------------------------------------------------------------
 
@@ -105,112 +92,6 @@ def test_only_the_workdir_of_a_run_may_be_a_url(s3, capsys):
     assert "--output=s3://runs/b: a URL; only the workdir of a run may be one" in capsys.readouterr().err
 
 
-# ---- the local copy --------------------------------------------------------------------------------------------------
-
-
-def test_files_of_a_copy_are_stored_as_they_change(url):
-    with working_copy(remote_path(url), SILENT) as copy:
-        (copy.folder / "certificates").mkdir()
-        for name in ("config.json", "certificates/step_5.json", "metrics.tmp", ".hidden", "checkpoints", "data"):
-            path = copy.folder / name
-            path.mkdir() if name in local_copy.APART else path.write_text("1")
-        (copy.folder / "data" / "tokens.u32").write_text("1")
-        copy.upload()
-        assert sorted(list_objects(url)) == [LEASE_FILE, "certificates/step_5.json", "config.json"]
-        (copy.folder / "config.json").write_text("22")
-        (copy.folder / "certificates" / "step_5.json").unlink()
-        copy.upload()
-        assert list_objects(url, without=()) == {LEASE_FILE: list_objects(url)[LEASE_FILE], "config.json": 2}
-        (copy.folder / "late").write_text("1")
-    assert sorted(list_objects(url)) == ["config.json", "late"]  # stored at the end; no lease is left
-
-
-def test_the_store_counts_when_a_run_starts_again(url):
-    """Another host may have gone on since."""
-    with working_copy(remote_path(url), SILENT) as copy:
-        (copy.folder / "metrics.jsonl").write_text("old")
-        (copy.folder / "only_here").write_text("old")
-    store_of(url).write("metrics.jsonl", b"newer").result()
-    store_of(url).write("only_here", None).result()
-    with working_copy(remote_path(url), SILENT) as again:
-        assert again.folder == copy.folder
-        assert (again.folder / "metrics.jsonl").read_text() == "newer"
-        assert not (again.folder / "only_here").exists()
-
-
-def test_files_are_stored_while_the_run_works(url, monkeypatch):
-    monkeypatch.setattr(local_copy, "UPLOAD_SECONDS", 0.05)
-    with working_copy(remote_path(url), SILENT) as copy:
-        (copy.folder / "heartbeat.json").write_text("1")
-        deadline = time.monotonic() + 20
-        while "heartbeat.json" not in list_objects(url):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def test_an_error_names_the_url_and_the_copy_is_still_stored(url):
-    def run() -> None:
-        with working_copy(remote_path(url), SILENT) as copy:
-            (copy.folder / "certificate.json").write_text("1")
-            raise ConfigError(f"{copy.folder / 'config.json'} is no JSON")
-
-    with pytest.raises(ConfigError, match=f"^{url}/config.json is no JSON$"):
-        run()
-    assert "certificate.json" in list_objects(url)
-
-
-def test_a_store_that_fails_in_a_save_stops_the_run(url, monkeypatch):
-    def fail(*_):
-        raise StorageError(f"{url}: gone")
-
-    def run() -> None:
-        with working_copy(remote_path(url), SILENT) as copy:
-            (copy.folder / "config.json").write_text("1")
-            monkeypatch.setattr(local_copy, "upload", fail)
-            copy.upload()
-
-    with pytest.raises(StorageError, match="gone"):
-        run()
-
-
-def test_prepared_data_are_stored_once_and_fetched_whole(url, tmp_path, monkeypatch):
-    with working_copy(remote_path(url), SILENT) as copy:
-        data = copy.folder / "data"
-        data.mkdir()
-        for name in ("meta.json", "a-train.u32", "verified.json"):
-            (data / name).write_text(name)
-        store_data(copy.folder)
-        assert "data/verified.json" not in list_objects(url)
-        monkeypatch.setattr(local_copy, "upload", None)
-        store_data(copy.folder)  # stores nothing
-        monkeypatch.undo()
-    monkeypatch.setenv("FLMJAX_SCRATCH", str(tmp_path / "other host"))
-    with working_copy(remote_path(url), SILENT) as other:
-        assert other.folder != copy.folder
-        assert {path.name for path in (other.folder / "data").iterdir()} == {"meta.json", "a-train.u32"}
-        (other.folder / "data" / "a-train.u32").write_text("cut")
-        fetch_data(other.folder)
-        assert (other.folder / "data" / "a-train.u32").read_text() == "a-train.u32"
-
-
-def test_data_that_are_not_stored_whole_are_not_fetched(url):
-    store_of(url).write("data/a-train.u32", b"1").result()
-    with working_copy(remote_path(url), SILENT) as copy:
-        assert not (copy.folder / "data").exists()
-
-
-def test_a_reader_changes_nothing_and_fetches_no_tokens(url):
-    for name in ("config.json", "data/meta.json", "data/a-train.u32", "tensorboard/events", "checkpoints/5/d"):
-        store_of(url).write(name, b"1").result()
-    before = list_objects(url)
-    with leased(url, SILENT), reading_copy(remote_path(url)) as folder:  # a run is at work
-        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        assert names == {"config.json", "data/meta.json", ".origin.json"}
-        assert folder.name == url.rpartition("/")[2]
-        assert str(checkpoint_directory(folder)) == f"{url}/checkpoints"
-    assert list_objects(url) == before
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +147,20 @@ def test_a_version_of_orbax_built_otherwise_is_refused(monkeypatch):
 def test_load_names_a_url_without_a_run(url):
     with pytest.raises(ConfigError, match=f"{url} is no workdir of a run"):
         flmjax.load(url)
+
+
+@pytest.mark.parametrize("call", [whole_steps, saved_steps, is_complete, was_complete])
+def test_a_store_that_does_not_answer_is_named(call, s3, monkeypatch):
+    """etils lets errors of aiohttp, botocore and google.auth through, which the command line does not expect."""
+    from etils import epath
+
+    def fail(_):
+        raise type("ConnectionClosedError", (Exception,), {})("closed\nby the server")
+
+    for name in ("is_file", "is_dir", "iterdir"):
+        monkeypatch.setattr(epath.gpath._GPath, name, fail)
+    with pytest.raises(StorageError, match=f"^{s3}/a: closed by the server$"):
+        call(remote_path(f"{s3}/a"))
 
 
 def test_what_another_process_writes_is_seen_at_once(url):
