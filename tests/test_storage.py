@@ -15,12 +15,7 @@ from flmjax.training.state import init_state, state_spec, to_items
 from flmjax.workdir import storage
 from flmjax.workdir.checkpoint import Checkpoints, remove_incomplete
 from flmjax.workdir.paths import is_complete, saved_steps, was_complete, whole_steps
-from flmjax.workdir.storage import (
-    StorageError,
-    list_objects,
-    remote_path,
-    run_path,
-)
+from flmjax.workdir.storage import StorageError, list_objects, remote_path, run_path
 
 # ---- URLs ------------------------------------------------------------------------------------------------------------
 
