@@ -70,7 +70,7 @@ class Lease:
     """The lease of this process on a workdir, renewed by a thread until it is released.
 
     Args:
-        url: of the workdir.
+        url: URL of the workdir.
         log: prints a line.
     """
 
@@ -163,7 +163,7 @@ class Lease:
                 self._lost = f"another run has taken the lease over: {lease.owner or lease}"
 
     def _write(self, generation: bytes) -> bool:
-        """Write the lease, unless it has changed since `generation`; whether it is written."""
+        """Write the lease unless the object has changed since `generation`; returns whether it is written."""
         value = {"owner": self._owner._asdict(), "token": self._token, "expires": time.time() + LEASE_SECONDS}
         began = time.clock_gettime(CLOCK)
         self._has_written = True

@@ -34,7 +34,7 @@ from flmjax.workdir.storage import (
     upload,
 )
 
-SCRATCH = "FLMJAX_SCRATCH"  # variable of the environment: the folder of the copies
+SCRATCH = "FLMJAX_SCRATCH"  # environment variable that names the folder of the local copies
 UPLOAD_SECONDS = 15.0
 NOT_COPIED = ("checkpoints", "data")  # folders of the workdir that the copy of a working run leaves out
 NOT_READ = ("checkpoints", "compile_cache", "profile", "tensorboard")  # folders that a reading copy leaves out
@@ -48,9 +48,9 @@ class WorkingCopy:
     """The folder in which a run works: its workdir, or the local copy of a workdir on object storage.
 
     Args:
-        folder: of the run on this machine.
-        url: of the workdir on object storage; None for a local one, of which nothing is stored.
-        lease: of the process that writes.
+        folder: folder of the run on this machine.
+        url: URL of the workdir on object storage; None: the workdir is local, and nothing is stored.
+        lease: lease of the workdir in the process that writes; None in the others.
     """
 
     def __init__(self, folder: Path, url: str | None = None, lease: Lease | None = None) -> None:

@@ -19,7 +19,7 @@ from flmjax.config.values import local_path
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # fsspec's package for each scheme of a URL
 PREFIXES = tuple(f"{scheme}://" for scheme in PACKAGES)
-COMMIT_FILE = "commit_success.txt"  # the last object of a checkpoint that Orbax writes to a store
+COMMIT_FILE = "commit_success.txt"  # last object that Orbax writes of a checkpoint on object storage
 SMALL_BYTES = 64 << 20  # a smaller file is read whole and stored by one request; larger ones are stored in parts
 
 
@@ -36,7 +36,7 @@ def run_path(text: str, name: str) -> Path:
     """The folder of a run, local or on object storage.
 
     Args:
-        name: of the setting or the flag, for messages.
+        name: name of the setting or the flag, for messages.
 
     Raises:
         ConfigError: for a URL of another scheme or without a bucket, and as local_path.
