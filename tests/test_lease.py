@@ -141,6 +141,7 @@ def test_a_lease_that_cannot_be_read_is_watched(url, monkeypatch):
         lines[0]
         == f"{url} was in use by a run whose lease (.lease) cannot be read; waiting until it is renewed or ends"
     )
+    assert lines[1] == f"{url}: the lease of an unknown run, which has ended, is taken over"
 
 
 def test_a_lease_that_cannot_be_read_but_is_renewed_is_respected(url):

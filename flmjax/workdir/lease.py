@@ -99,7 +99,7 @@ class Lease:
             is_silent = lease is not None and generation == watched and now - since > LEASE_SECONDS
             if lease is None or lease.is_over or is_silent:
                 if lease is not None:
-                    self._log(f"{self._url}: the lease of {lease.owner or lease}, which has ended, is taken over")
+                    self._log(f"{self._url}: the lease of {lease.owner or 'an unknown run'}, which has ended, is taken over")
                 if self._write(generation):
                     time.sleep(SETTLE_SECONDS)
                     winner, _ = self._read()
@@ -160,7 +160,7 @@ class Lease:
             elif lease is None:
                 self._lost = "the lease object was removed"
             else:
-                self._lost = f"another run has taken the lease over: {lease.owner or lease}"
+                self._lost = f"another run has taken the lease over: {lease.owner or 'an unknown run'}"
 
     def _write(self, generation: bytes) -> bool:
         """Write the lease unless the object has changed since `generation`; returns whether it is written."""
