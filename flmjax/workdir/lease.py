@@ -99,7 +99,9 @@ class Lease:
             is_silent = lease is not None and generation == watched and now - since > LEASE_SECONDS
             if lease is None or lease.is_over or is_silent:
                 if lease is not None:
-                    self._log(f"{self._url}: the lease of {lease.owner or 'an unknown run'}, which has ended, is taken over")
+                    self._log(
+                        f"{self._url}: the lease of {lease.owner or 'an unknown run'}, which has ended, is taken over"
+                    )
                 if self._write(generation):
                     time.sleep(SETTLE_SECONDS)
                     winner, _ = self._read()
