@@ -14,9 +14,9 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flmjax.config import ConfigError
 from flmjax.disk import writing
@@ -25,7 +25,9 @@ NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 POLL_SECONDS = 0.2
 SETTLE_SECONDS = 0.3  # two processes that remove the same dead lock: the second to create its own wins
 
-_held: set[Path] = set()  # lock files of this process
+BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")  # of Linux: another content after each start of the machine
+
+_releases: list[Callable[[], None]] = []  # each gives back a lock or a lease that this process holds
 
 Log = Callable[[str], None]
 SHOW: Log = functools.partial(print, flush=True)
@@ -39,7 +41,10 @@ class Owner(NamedTuple):
         pid: its number there.
         start: start time of the process as the system writes it; None: unknown. A number is used again later.
         since: local date and time at which it took the lock.
-        namespace: of its process number, as Linux names it; None: unknown. Containers on a host count processes apart.
+        namespace: the owner's process namespace; containers on one host number their processes separately. None:
+            unknown.
+        boot: identifier of the start of its machine. Machines may share a host name, as pods of one name do that run
+            one after the other. None: unknown.
     """
 
     host: str
@@ -47,19 +52,32 @@ class Owner(NamedTuple):
     start: str | None
     since: str
     namespace: str | None = None
+    boot: str | None = None
 
     @classmethod
     def this_process(cls) -> "Owner":
         """This process, from now on."""
         pid = os.getpid()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(socket.gethostname(), pid, _start_time(pid), since, _process_namespace())
+        return cls(socket.gethostname(), pid, _start_time(pid), since, _process_namespace(), _boot())
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> "Owner":
+        """The owner that another version of flmjax may have stored; fields that this one does not know are left out.
+
+        Raises:
+            TypeError: for a field that is missing, or another value than a mapping.
+        """
+        return cls(**{name: stored[name] for name in cls._fields if name in stored})
 
     @property
     def is_local(self) -> bool:
-        """Whether the owner's number is one of this host's, counted as this process counts them."""
-        namespaces = {self.namespace, _process_namespace()} - {None}
-        return self.host == socket.gethostname() and len(namespaces) < 2
+        """Whether this process can look up the owner's process number.
+
+        That needs the same machine, the same boot and the same process namespace (container).
+        """
+        namespaces, boots = {self.namespace, _process_namespace()} - {None}, {self.boot, _boot()} - {None}
+        return self.host == socket.gethostname() and len(namespaces) < 2 and len(boots) < 2
 
     @property
     def is_dead(self) -> bool:
@@ -145,8 +163,7 @@ def _acquire(path: Path, owner: Owner, subject: str, created: list[Path], log: L
         file.truncate(0)
         file.write(json.dumps(owner._asdict()))
         file.flush()
-        stack.callback(_release, path)
-        _held.add(path)
+        _release_later(stack, path)
         return stack.pop_all()
 
 
@@ -171,27 +188,38 @@ def _create(path: Path, owner: Owner, subject: str, log: Log) -> "Owner | contex
     if (holder := _read(path)) is not None and holder != owner:
         return holder
     stack = contextlib.ExitStack()
-    stack.callback(_release, path)
-    _held.add(path)
+    _release_later(stack, path)
     return stack
 
 
-def remove_held() -> None:
-    """Remove the lock files of this process, which ends at once: the next owner need not be told of it."""
-    for path in list(_held):
-        with contextlib.suppress(OSError):
-            _release(path)
+@contextlib.contextmanager
+def released_at_sudden_end(release: Callable[[], None]) -> Iterator[None]:
+    """Let `release_held` call `release`, which gives back a lock or a lease, until the block ends."""
+    _releases.append(release)
+    try:
+        yield
+    finally:
+        _releases.remove(release)
 
 
-def _release(path: Path) -> None:
-    _held.discard(path)
-    path.unlink(missing_ok=True)
+def release_held() -> None:
+    """Give back the locks and leases of this process, which ends at once (os._exit): the next owner is not delayed."""
+    for release in list(_releases):
+        with contextlib.suppress(OSError, RuntimeError):  # the process ends for a reason that it has printed
+            release()
+
+
+def _release_later(stack: contextlib.ExitStack, path: Path) -> None:
+    """Remove the lock file `path` when `stack` is closed, or at the sudden end of the process."""
+    remove = functools.partial(path.unlink, missing_ok=True)
+    stack.callback(remove)
+    stack.enter_context(released_at_sudden_end(remove))
 
 
 def _read(path: Path) -> Owner | None:
     """The owner that a lock file names; None for an empty or incomplete file."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        return Owner.from_stored(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -207,6 +235,13 @@ def _process_namespace() -> str | None:
     """Name of the namespace in which this process has its number; None where the system has none."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def _boot() -> str | None:
+    """Identifier of this start of the machine; None where the system has none."""
+    with contextlib.suppress(OSError):
+        return BOOT_FILE.read_text(encoding="ascii").strip()
     return None
 
 

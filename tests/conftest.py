@@ -92,6 +92,17 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture
+def url(s3, request, tmp_path, monkeypatch) -> str:
+    """URL of a workdir that no other test has; its local copies are in tmp_path, and a lease is waited for briefly."""
+    from flmjax.workdir import lease
+
+    monkeypatch.setenv("FLMJAX_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
+    return f"{s3}/{request.node.name.partition('[')[0]}"
+
+
 @pytest.fixture(scope="session")
 def compilers(own_environment) -> dict[str, str]:
     """For a process that has the compilers for GPUs and TPUs, and cuDNN: `pip install --no-deps --target DIR libtpu

@@ -1,7 +1,6 @@
 """Checkpoints: which are kept, read on other meshes and in part, damaged, incomplete and foreign ones."""
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -36,7 +35,6 @@ from flmjax.training.state import from_items, init_state, state_spec, to_items
 from flmjax.training.step import jit_train_step
 from flmjax.workdir import checkpoint as checkpoint_module
 from flmjax.workdir.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointError, remove_incomplete
-from flmjax.workdir.damage import is_damage
 from flmjax.workdir.paths import whole_steps
 from flmjax.workdir.position import resumed_position
 
@@ -330,48 +328,6 @@ def test_a_changed_number_of_the_metadata_is_damage(damaged):
         DamagedCheckpointError, match=r"2 cannot be read: its metadata were changed on disk; .* step 1$"
     ):
         read(damaged)
-
-
-NO_DAMAGE = [
-    MemoryError(),
-    OSError(errno.EIO, "Input/output error"),
-    OSError(errno.ESTALE, "Stale file handle"),
-    PermissionError(errno.EACCES, "Permission denied"),
-    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
-    TimeoutError("no answer"),
-    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes"),
-    jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer"),
-    ValueError('PERMISSION_DENIED: Error opening "zarr" driver: Error reading local file "a"'),
-    ValueError("No step path found: [Errno 116] Stale file handle: 'checkpoints/2'"),
-    ValueError("UNKNOWN: Failed to open: \"a\": Input/output error [os_error_code='5']"),
-    ExceptionGroup("of two threads", [ValueError("not found"), OSError(errno.EIO, "Input/output error")]),
-    KeyboardInterrupt(),
-]
-DAMAGE = [
-    FileNotFoundError(errno.ENOENT, "No such file or directory"),
-    NotADirectoryError(errno.ENOTDIR, "Not a directory"),
-    ValueError("NOT_FOUND: Failed to open: \"a\": No such file or directory [os_error_code='2']"),
-    ValueError("DATA_LOSS: CRC-32C checksum verification failed"),
-    json.JSONDecodeError("Expecting value", "", 0),
-    KeyError("params"),
-    Exception("cannot decode"),
-]
-
-
-@pytest.mark.parametrize("error", NO_DAMAGE, ids=repr)
-def test_an_error_of_the_machine_is_no_damage(error):
-    assert not is_damage(error)
-    outer = RuntimeError("restoring failed")
-    outer.__cause__ = error
-    assert not is_damage(outer)
-
-
-@pytest.mark.parametrize("error", DAMAGE, ids=repr)
-def test_an_error_of_the_files_is_damage(error):
-    outer = RuntimeError("restoring failed")
-    outer.__cause__ = error
-    assert is_damage(error)
-    assert is_damage(outer)
 
 
 @contextlib.contextmanager

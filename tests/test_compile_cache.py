@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
+from jax._src import compilation_cache as jax_cache
 from quick_xla import QUICK_XLA
 from run_cases import write_lab
 
 from flmjax.config import ConfigError, RunConfig
 from flmjax.config.validate import validate
-from flmjax.training.compile_cache import compile_cache
+from flmjax.training.compile_cache import _remove_damaged, compile_cache
 
 # The driver of run_cases.py in a process that writes a line for every program that JAX asks its cache for.
 PROGRAM = """
@@ -90,6 +93,21 @@ def test_a_damaged_program_is_compiled_and_stored_again(lab):
     events, error = programs(lab, "batch:14", lab / "run")
     assert events["compile_requests_use_cache"] == events["cache_hits"]
     assert "damaged" not in error
+
+
+@pytest.mark.parametrize("library", ["zlib", "zstandard"])
+def test_only_the_damaged_entry_of_a_program_is_removed(library, monkeypatch, tmp_path):
+    """JAX compresses by Zstandard if that library is installed: all entries then looked damaged to zlib."""
+    decompress = lambda data: zlib.decompress(data.removeprefix(b"zstandard"))
+    fake = SimpleNamespace(ZstdDecompressor=lambda: SimpleNamespace(decompress=decompress))
+    monkeypatch.setattr(jax_cache, "zstd", None)
+    monkeypatch.setattr(jax_cache, "zstandard", fake if library == "zstandard" else None, raising=False)
+    entry = library.removeprefix("zlib").encode() + zlib.compress(b"program")
+    (tmp_path / "jit_step-a-cache").write_bytes(entry)
+    (tmp_path / "jit_step-b-cache").write_bytes(entry[:-3])
+    (tmp_path / "jit_other-c-cache").write_bytes(b"")
+    assert _remove_damaged(tmp_path, "jit_step") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jit_other-c-cache", "jit_step-a-cache"]
 
 
 def test_jax_has_its_own_settings_again_after_a_run(tmp_path, monkeypatch):

@@ -12,13 +12,13 @@ import pytest
 from run_cases import batches, make_lab, start
 
 from flmjax import cli
-from flmjax.config import DataConfig
+from flmjax.config import ConfigError, DataConfig, RunConfig
 from flmjax.data.loader import TrainingStream
 from flmjax.data.prepare import prepare
 from flmjax.data.prepared import load
 from flmjax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from flmjax.report.run_record import read_run
-from flmjax.training.grow_checkpoint import vocabulary_fault
+from flmjax.training.grow_checkpoint import check_vocabulary, plan_checkpoint, vocabulary_fault
 from flmjax.workdir.checkpoint import Checkpoints
 from flmjax.workdir.metrics import read_metrics
 from flmjax.workdir.paths import Parent, read_config, read_parent
@@ -150,6 +150,27 @@ def get_config():
     )
     return to_config_dict(dataclasses.replace(config, data=data))
 """
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_a_source_on_a_store_is_named_by_its_url(kind, url, tmp_path):
+    """Its reading copy is gone when the refusal is read, and a setting cannot name a URL."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / ".origin.json").write_text(json.dumps({"url": url}))
+    if kind == "bytes":
+        ByteTokenizer(3, 1, 259).save(tmp_path / "data")  # no setting names it
+    else:
+        SentencePieceTokenizer.train(["some words of text", "and some more words of it"] * 50, 290).save(
+            tmp_path / "data"
+        )
+    config = RunConfig(data=DataConfig(vocabulary="bytes"))
+    with pytest.raises(ConfigError) as refused:
+        check_vocabulary(config, tmp_path, SimpleNamespace(config=RunConfig()), None)
+    cure = "directory=DATA" if kind == "bytes" else "vocabulary=DATA/tokenizer.model"
+    words = f"; copy {url}/data to a local folder, DATA; --config.data.{cure} takes the source's"
+    assert str(refused.value).endswith(words)
+    with pytest.raises(ConfigError, match=f"^--source={url} is no workdir of a run"):
+        plan_checkpoint(config, tmp_path, None)
 
 
 @pytest.mark.parametrize("vocabulary", ["vocab_size=400", "vocabulary='cl100k', end_id=1432"])

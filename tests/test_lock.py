@@ -126,6 +126,43 @@ def test_a_reused_or_missing_process_number_is_dead(number, start, monkeypatch, 
     assert "which has ended, is taken over" in lines[0]
 
 
+def test_an_owner_of_another_boot_is_no_process_of_this_machine():
+    """Pods of one name run on one node after the other, with the same host name and the same process numbers."""
+    owner = Owner.this_process()
+    assert owner.boot is not None
+    assert owner.is_local
+    moved = owner._replace(boot="another boot", start="long ago")
+    assert not moved.is_local
+    assert not moved.is_dead
+    unknown = owner._replace(boot=None, start="long ago")  # stored by an older version
+    assert unknown.is_local
+    assert unknown.is_dead
+
+
+@pytest.mark.parametrize("change", ["older", "newer"])
+def test_an_owner_stored_by_another_version_is_read(change, monkeypatch, tmp_path):
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported(errno.ENOLCK))
+    stored = Owner("elsewhere", 7, None, "2026-01-01 00:00:00")._asdict() | {"color": "red"}
+    if change == "older":
+        stored = {name: stored[name] for name in ("host", "pid", "start", "since")}
+    (tmp_path / ".lock.owner").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="process 7 on elsewhere"), locked(tmp_path / ".lock", "the folder"):
+        pass
+
+
+def test_locks_are_given_back_at_a_sudden_end(kind, tmp_path):
+    """One that cannot be given back does not keep the others."""
+
+    def fail() -> None:
+        raise OSError("no answer")
+
+    with lock.released_at_sudden_end(fail), locked(tmp_path / ".lock", "the folder"):
+        assert list(tmp_path.iterdir())
+        lock.release_held()
+        assert not list(tmp_path.iterdir())
+    assert not lock._releases
+
+
 def test_an_owner_on_another_host_is_refused_with_the_cure(monkeypatch, tmp_path):
     monkeypatch.setattr(lock.fcntl, "flock", unsupported(errno.ENOLCK))
     file = tmp_path / ".lock.owner"

@@ -1,58 +1,21 @@
-"""A workdir on object storage: its URL, its local copy, its lease and its checkpoints, on a local S3 server."""
+"""A workdir on object storage: its URL and its checkpoints, on a local S3 server."""
 
-import json
-import os
-import socket
-import threading
-import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-import tensorstore
 from conftest import TINY
+from storage_cases import store_of
 
 import flmjax
 from flmjax import cli
 from flmjax.config import ConfigError, OptimizerConfig
-from flmjax.lock import Owner
 from flmjax.training.state import init_state, state_spec, to_items
-from flmjax.workdir import lease, local_copy, storage
+from flmjax.workdir import storage
 from flmjax.workdir.checkpoint import Checkpoints, remove_incomplete
-from flmjax.workdir.lease import LEASE_FILE, Lease, LeaseLostError, leased
-from flmjax.workdir.local_copy import fetch_data, reading_copy, store_data, working_copy
-from flmjax.workdir.paths import checkpoint_directory, whole_steps
-from flmjax.workdir.storage import (
-    StorageError,
-    list_objects,
-    read_object,
-    remote_path,
-    run_path,
-    tensorstore_spec,
-)
-
-SILENT = lambda _: None
-
-
-@pytest.fixture
-def url(s3, request, tmp_path, monkeypatch):
-    """URL of a workdir that no other test has; its copies are in tmp_path."""
-    monkeypatch.setenv("FLMJAX_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
-    return f"{s3}/{request.node.name.partition('[')[0]}"
-
-
-def write_lease(url: str, host: str, pid: int, start: str | None, expires: float) -> None:
-    owner = Owner(host, pid, start, "2026-01-01 00:00:00")
-    value = json.dumps({"owner": owner._asdict(), "token": "other", "expires": expires})
-    store_of(url).write(LEASE_FILE, value.encode()).result()
-
-
-def store_of(url: str) -> tensorstore.KvStore:
-    return tensorstore.KvStore.open(tensorstore_spec(f"{url}/")).result()
-
+from flmjax.workdir.paths import is_complete, saved_steps, was_complete, whole_steps
+from flmjax.workdir.storage import StorageError, list_objects, remote_path, run_path
 
 # ---- URLs ------------------------------------------------------------------------------------------------------------
 
@@ -124,217 +87,6 @@ def test_only_the_workdir_of_a_run_may_be_a_url(s3, capsys):
     assert "--output=s3://runs/b: a URL; only the workdir of a run may be one" in capsys.readouterr().err
 
 
-# ---- the local copy --------------------------------------------------------------------------------------------------
-
-
-def test_files_of_a_copy_are_stored_as_they_change(url):
-    with working_copy(remote_path(url), SILENT) as copy:
-        (copy.folder / "certificates").mkdir()
-        for name in ("config.json", "certificates/step_5.json", "metrics.tmp", ".hidden", "checkpoints", "data"):
-            path = copy.folder / name
-            path.mkdir() if name in local_copy.APART else path.write_text("1")
-        (copy.folder / "data" / "tokens.u32").write_text("1")
-        copy.upload()
-        assert sorted(list_objects(url)) == [LEASE_FILE, "certificates/step_5.json", "config.json"]
-        (copy.folder / "config.json").write_text("22")
-        (copy.folder / "certificates" / "step_5.json").unlink()
-        copy.upload()
-        assert list_objects(url, without=()) == {LEASE_FILE: list_objects(url)[LEASE_FILE], "config.json": 2}
-        (copy.folder / "late").write_text("1")
-    assert sorted(list_objects(url)) == ["config.json", "late"]  # stored at the end; no lease is left
-
-
-def test_the_store_counts_when_a_run_starts_again(url):
-    """Another host may have gone on since."""
-    with working_copy(remote_path(url), SILENT) as copy:
-        (copy.folder / "metrics.jsonl").write_text("old")
-        (copy.folder / "only_here").write_text("old")
-    store_of(url).write("metrics.jsonl", b"newer").result()
-    store_of(url).write("only_here", None).result()
-    with working_copy(remote_path(url), SILENT) as again:
-        assert again.folder == copy.folder
-        assert (again.folder / "metrics.jsonl").read_text() == "newer"
-        assert not (again.folder / "only_here").exists()
-
-
-def test_files_are_stored_while_the_run_works(url, monkeypatch):
-    monkeypatch.setattr(local_copy, "UPLOAD_SECONDS", 0.05)
-    with working_copy(remote_path(url), SILENT) as copy:
-        (copy.folder / "heartbeat.json").write_text("1")
-        deadline = time.monotonic() + 20
-        while "heartbeat.json" not in list_objects(url):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def test_an_error_names_the_url_and_the_copy_is_still_stored(url):
-    def run() -> None:
-        with working_copy(remote_path(url), SILENT) as copy:
-            (copy.folder / "certificate.json").write_text("1")
-            raise ConfigError(f"{copy.folder / 'config.json'} is no JSON")
-
-    with pytest.raises(ConfigError, match=f"^{url}/config.json is no JSON$"):
-        run()
-    assert "certificate.json" in list_objects(url)
-
-
-def test_a_store_that_fails_in_a_save_stops_the_run(url, monkeypatch):
-    def fail(*_):
-        raise StorageError(f"{url}: gone")
-
-    def run() -> None:
-        with working_copy(remote_path(url), SILENT) as copy:
-            (copy.folder / "config.json").write_text("1")
-            monkeypatch.setattr(local_copy, "upload", fail)
-            copy.upload()
-
-    with pytest.raises(StorageError, match="gone"):
-        run()
-
-
-def test_prepared_data_are_stored_once_and_fetched_whole(url, tmp_path, monkeypatch):
-    with working_copy(remote_path(url), SILENT) as copy:
-        data = copy.folder / "data"
-        data.mkdir()
-        for name in ("meta.json", "a-train.u32", "verified.json"):
-            (data / name).write_text(name)
-        store_data(copy.folder)
-        assert "data/verified.json" not in list_objects(url)
-        monkeypatch.setattr(local_copy, "upload", None)
-        store_data(copy.folder)  # stores nothing
-        monkeypatch.undo()
-    monkeypatch.setenv("FLMJAX_SCRATCH", str(tmp_path / "other host"))
-    with working_copy(remote_path(url), SILENT) as other:
-        assert other.folder != copy.folder
-        assert {path.name for path in (other.folder / "data").iterdir()} == {"meta.json", "a-train.u32"}
-        (other.folder / "data" / "a-train.u32").write_text("cut")
-        fetch_data(other.folder)
-        assert (other.folder / "data" / "a-train.u32").read_text() == "a-train.u32"
-
-
-def test_data_that_are_not_stored_whole_are_not_fetched(url):
-    store_of(url).write("data/a-train.u32", b"1").result()
-    with working_copy(remote_path(url), SILENT) as copy:
-        assert not (copy.folder / "data").exists()
-
-
-def test_a_reader_changes_nothing_and_fetches_no_tokens(url):
-    for name in ("config.json", "data/meta.json", "data/a-train.u32", "tensorboard/events", "checkpoints/5/d"):
-        store_of(url).write(name, b"1").result()
-    before = list_objects(url)
-    with leased(url, SILENT), reading_copy(remote_path(url)) as folder:  # a run is at work
-        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        assert names == {"config.json", "data/meta.json", ".origin.json"}
-        assert folder.name == url.rpartition("/")[2]
-        assert str(checkpoint_directory(folder)) == f"{url}/checkpoints"
-    assert list_objects(url) == before
-
-
-# ---- the lease -------------------------------------------------------------------------------------------------------
-
-
-def test_a_second_run_is_refused_and_told_whose_the_lease_is(url):
-    words = rf"{url} is in use by process {os.getpid()} on {socket.gethostname()}, since .*, whose lease lasts until \d"
-    with leased(url, SILENT), pytest.raises(ConfigError, match=words), leased(url, SILENT):
-        pass
-    assert list_objects(url) == {}  # given back
-
-
-def test_the_lease_of_a_dead_process_is_taken_over_at_once(url):
-    lines: list[str] = []
-    write_lease(url, socket.gethostname(), 2**22 - 1, None, time.time() + 60)
-    with leased(url, lines.append):
-        pass
-    assert [line.partition(" on ")[0] for line in lines] == [f"{url}: the lease of process {2**22 - 1}"]
-    assert lines[0].endswith("which has ended, is taken over")
-
-
-def test_a_lease_of_another_host_is_waited_for_while_it_lasts(url, monkeypatch):
-    monkeypatch.setattr(lease, "LEASE_SECONDS", 1.0)
-    write_lease(url, "elsewhere", 7, None, time.time() + 60)
-    lines: list[str] = []
-    start = time.monotonic()
-    with leased(url, lines.append):
-        assert time.monotonic() - start > 1.0
-    assert lines[0].startswith(f"{url} was in use by process 7 on elsewhere, since 2026-01-01 00:00:00, whose lease")
-    assert "the lease of process 7 on elsewhere" in lines[1]
-
-
-def test_a_lease_that_ended_long_ago_is_taken_over_at_once(url):
-    write_lease(url, "elsewhere", 7, None, time.time() - 2 * lease.LEASE_SECONDS)
-    start = time.monotonic()
-    with leased(url, SILENT):
-        assert time.monotonic() - start < 10
-
-
-def test_a_run_on_another_host_that_renews_its_lease_is_respected(url):
-    write_lease(url, "elsewhere", 7, None, time.time() + 60)
-    renewal = threading.Timer(0.5, write_lease, (url, "elsewhere", 7, None, time.time() + 80))
-    renewal.start()
-    with pytest.raises(ConfigError, match="in use by process 7 on elsewhere, since 2026"), leased(url, SILENT):
-        pass
-    renewal.join()
-
-
-def test_a_lease_is_renewed_by_a_thread(url, monkeypatch):
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
-    with leased(url, SILENT):
-        first = read_object(f"{url}/{LEASE_FILE}")
-        deadline = time.monotonic() + 20
-        while read_object(f"{url}/{LEASE_FILE}") == first:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def test_a_run_whose_lease_was_taken_stores_nothing_more(url, monkeypatch):
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
-
-    def run() -> None:
-        with working_copy(remote_path(url), SILENT) as copy:
-            write_lease(url, "elsewhere", 7, None, time.time() + 60)
-            time.sleep(1)
-            (copy.folder / "config.json").write_text("1")
-            copy.upload()
-
-    with pytest.raises(LeaseLostError, match=f"{url} is in use by process 7"):
-        run()
-    assert list(list_objects(url)) == [LEASE_FILE]  # of the other
-
-
-def test_of_two_runs_that_start_at_once_one_gets_the_lease(url, monkeypatch):
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.5)
-    monkeypatch.setattr(Owner, "is_local", property(lambda self: True))
-    both, results = threading.Barrier(2), []
-
-    def run() -> None:
-        both.wait()
-        try:
-            with leased(url, SILENT):
-                time.sleep(1.5)
-                results.append("has it")
-        except ConfigError:
-            results.append("refused")
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(results) == ["has it", "refused"]
-
-
-def test_a_renewal_whose_answer_was_lost_is_no_loss(url):
-    held = Lease(url, SILENT)
-    held.acquire()
-    before = held._generation
-    assert held._write(before)
-    held._generation = before  # as if the answer had not come
-    held._renew()
-    held.confirm()
-    held.release()
-    assert list_objects(url) == {}
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +142,20 @@ def test_a_version_of_orbax_built_otherwise_is_refused(monkeypatch):
 def test_load_names_a_url_without_a_run(url):
     with pytest.raises(ConfigError, match=f"{url} is no workdir of a run"):
         flmjax.load(url)
+
+
+@pytest.mark.parametrize("call", [whole_steps, saved_steps, is_complete, was_complete])
+def test_a_store_that_does_not_answer_is_named(call, s3, monkeypatch):
+    """etils lets errors of aiohttp, botocore and google.auth through, which the command line does not expect."""
+    from etils import epath
+
+    def fail(_):
+        raise type("ConnectionClosedError", (Exception,), {})("closed\nby the server")
+
+    for name in ("is_file", "is_dir", "iterdir"):
+        monkeypatch.setattr(epath.gpath._GPath, name, fail)
+    with pytest.raises(StorageError, match=f"^{s3}/a: closed by the server$"):
+        call(remote_path(f"{s3}/a"))
 
 
 def test_what_another_process_writes_is_seen_at_once(url):

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from flmjax.lock import remove_held
+from flmjax.lock import release_held
 from flmjax.sharding.environment import why_unreachable
 
 END, ALIVE, SAID = "flmjax/end/", "flmjax/alive/", "flmjax/said/"
@@ -328,7 +328,7 @@ def _end_once(text: str | None, status: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # a full disk, or a stream that this thread was just writing to
                 stream.flush()
-        remove_held()  # last: until here this process may write
+        release_held()  # last: until here this process may write
     finally:
         os._exit(status)
 

@@ -3,13 +3,13 @@
 import contextlib
 import re
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 from absl import logging
+from jax._src import compilation_cache as jax_cache
 from jax.experimental.compilation_cache import compilation_cache
 
 from flmjax.config import RunConfig
@@ -29,9 +29,9 @@ def compile_cache(config: RunConfig, workdir: Path) -> Iterator[None]:
     code, of its compiler's options, and of the versions and devices: a folder that several runs share is never wrong.
     The folder may be deleted at any time. JAX_ENABLE_COMPILATION_CACHE=false switches it off.
     """
-    own_folder = jax.config.values[FOLDER_OPTION]
-    if own_folder is not None and config.compile_cache is None:
-        with _damaged_entries_removed(own_folder):
+    jax_folder = jax.config.values[FOLDER_OPTION]
+    if jax_folder is not None and config.compile_cache is None:
+        with _damaged_entries_removed(jax_folder):
             yield
         return
     folder = config.compile_cache or str(workdir / CACHE_FOLDER)
@@ -94,12 +94,9 @@ def _remove_damaged(folder: Path, program: str) -> int:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether an entry can be decompressed.
-
-    An entry in Zstandard's format, which JAX takes where that library is, counts as damaged: it is stored again.
-    """
+    """Whether JAX can decompress an entry, by Zstandard if that library is installed, else by zlib."""
     try:
-        zlib.decompress(path.read_bytes())
-    except (OSError, zlib.error):
+        jax_cache.decompress_executable(path.read_bytes())
+    except Exception:  # the libraries raise classes of their own; an entry that is removed is only compiled again
         return False
     return True

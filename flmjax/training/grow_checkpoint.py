@@ -80,10 +80,11 @@ def plan_checkpoint(config: RunConfig, source: Path, workdir: Path | None) -> st
         (leaf.path, str(leaf.old_shape), f"-> {leaf.new_shape}", "; ".join(leaf.rules) or "unchanged") for leaf in plan
     ]
     before, after = (count_parameters(abstract_params(model)[0]) for model in (origin.stage.model, new))
+    sizes = f"parameters {before:,} -> {after:,}"
     return "\n".join(
         [
             text_table(rows, left=4),
-            f"'{growth_config.family}' from {source} step {origin.step}: parameters {before:,} -> {after:,}; dry run",
+            f"'{growth_config.family}' from {_name(source)} step {origin.step}: {sizes}; dry run",
         ]
     )
 
@@ -120,9 +121,9 @@ def _grow_in(config: RunConfig, source: Path, copy: WorkingCopy, weights_only: b
         _target(config, origin)  # raises before data is prepared
         first_mesh, *_ = validate_meshes(config, jax.device_count())
         check_backends(config, jax.devices()[0].platform)
-        check_mesh(_on_mesh(origin.stage.model, config), first_mesh, f"--source={source}")
+        check_mesh(_on_mesh(origin.stage.model, config), first_mesh, f"--source={_name(source)}")
         check_vocabulary(config, source, origin, workdir)
-        begin_growth(workdir, origin_url(source) or source)
+        begin_growth(workdir, _name(source))
         copy.upload()
         try:
             with entry.time.during("growth"):
@@ -159,7 +160,7 @@ def _grow(
         if is_complete(checkpoint_directory(source) / str(origin.step)):
             raise
         newest = _newest(source)  # the source is in training and keeps its newest checkpoints alone
-        LOG(f"{source}: the checkpoint at step {origin.step} is gone; that at step {newest.step} is grown")
+        LOG(f"{_name(source)}: the checkpoint at step {origin.step} is gone; that at step {newest.step} is grown")
         _grow(config, source, newest, workdir, mesh, entry, weights_only)
         return
     program = jit_growth(before, after, growth)
@@ -173,7 +174,7 @@ def _grow(
         (mesh, mesh),
         (state.params, grown.params),
         growth,
-        GrowthPoint(0, f"{origin_url(source) or source} step {origin.step}", config.stages[0].name),
+        GrowthPoint(0, f"{_name(source)} step {origin.step}", config.stages[0].name),
         LOG,
     )
     stream, first_sample = _lineage(stream, source, origin)
@@ -202,9 +203,9 @@ def _lineage(stream: TrainingStream, source: Path, origin: Position) -> tuple[Tr
     """The stream of the new run, and its first sample: the next one of the source's data if both streams are one."""
     continued = shifted(stream, origin.samples_seen)
     if has_read(origin, continued):
-        LOG(f"data: training goes on at sample {origin.samples_seen:,}, where {source} stopped")
+        LOG(f"data: training goes on at sample {origin.samples_seen:,}, where {_name(source)} stopped")
         return continued, origin.samples_seen
-    LOG(f"data: not the data, order or mixture of {source}: training starts at sample 0, and samples may repeat")
+    LOG(f"data: not the data, order or mixture of {_name(source)}: training starts at sample 0, and samples may repeat")
     return stream, 0
 
 
@@ -243,18 +244,33 @@ def check_vocabulary(config: RunConfig, source: Path, origin: Position, workdir:
     fault = "it would be trained anew" if new is None else vocabulary_fault(old, new)
     if fault is None:
         return
-    settings = vocabulary_settings(old_directory)
+    cures = _vocabulary_cures(config, source, origin, is_prepared)
+    if is_prepared and not any("--config.data.directory=" in cure for cure in cures):
+        cures.append(f"another --workdir (or no {directory})")
+    run = "the new run" if workdir is None else workdir
+    raise ConfigError(f"the vocabulary of {run} is not the source's: {fault}; {' and '.join(cures)} takes the source's")
+
+
+def _vocabulary_cures(config: RunConfig, source: Path, origin: Position, is_prepared: bool) -> list[str]:
+    """The flags that take the source's vocabulary, as one text; [] if the config has them.
+
+    Flags cannot name data on object storage: these are to be copied to a local folder first.
+    """
+    directory = data_directory(origin.config, source)
+    settings = vocabulary_settings(directory)
     if settings is None:
-        cure: dict[str, object] = {"directory": str(old_directory)}
+        cure: dict[str, object] = {"directory": str(directory)}
     else:
         cure = {name: value for name, value in settings.items() if getattr(config.data, name) != value}
         if is_prepared and config.data.directory is not None:
             cure["directory"] = None
-    cures = [" ".join(shlex.quote(f"--config.data.{name}={value}") for name, value in cure.items())] if cure else []
-    if is_prepared and "directory" not in cure:
-        cures.append(f"another --workdir (or no {directory})")
-    run = "the new run" if workdir is None else workdir
-    raise ConfigError(f"the vocabulary of {run} is not the source's: {fault}; {' and '.join(cures)} takes the source's")
+    if not cure:
+        return []
+    copying, url = "", origin_url(source)
+    if url is not None and any(str(value).startswith(str(directory)) for value in cure.values()):
+        copying = f"copy {url}/data to a local folder, DATA; "
+        cure = {name: str(value).replace(str(directory), "DATA") for name, value in cure.items()}
+    return [copying + " ".join(shlex.quote(f"--config.data.{name}={value}") for name, value in cure.items())]
 
 
 def _ready_vocabulary(config: RunConfig) -> Tokenizer | None:
@@ -279,13 +295,18 @@ def vocabulary_fault(old: Tokenizer, new: Tokenizer) -> str | None:
     return None if differs is None else f"id {differs} means {new.decode([differs])!r}, there {old.decode([differs])!r}"
 
 
+def _name(source: Path) -> Path | str:
+    """The source as its user named it: the URL, not its reading copy."""
+    return origin_url(source) or source
+
+
 def _newest(source: Path) -> Position:
     position = newest_position(source)
     if position is None:
-        raise ConfigError(f"--source={source} is no workdir of a run: it has no complete checkpoint")
+        raise ConfigError(f"--source={_name(source)} is no workdir of a run: it has no complete checkpoint")
     if position.step in position.stage.ramp:
         raise ConfigError(
-            f"--source={source} is at step {position.step}, but its growth mask is open only at step "
+            f"--source={_name(source)} is at step {position.step}, but its growth mask is open only at step "
             f"{position.stage.ramp.stop}; continue its training first"
         )
     return position

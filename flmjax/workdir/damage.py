@@ -15,6 +15,10 @@ import jax
 # The names of files are part of a checkpoint: one that is absent, or another kind of file, is damage.
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 OF_THE_MACHINE = (MemoryError, jax.errors.JaxRuntimeError)
+# Packages through which object storage is read. Few of their errors are OSErrors: those of a lost connection, of a
+# server and of credentials have classes of their own.
+STORES = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3"})
+NOT_FOUND = 404  # HTTP status of an absent object
 # TensorStore raises ValueError and RuntimeError that begin with a code and have the error of the operating system:
 # `UNKNOWN: Error opening "zarr" driver: [...] Failed to open: "x": Input/output error [os_error_code='5']`.
 CODES = re.compile(
@@ -34,8 +38,21 @@ def _is_of_the_machine(error: BaseException) -> bool:
         return not isinstance(error, ABSENT)
     if isinstance(error, OF_THE_MACHINE) or not isinstance(error, Exception):
         return True
+    if type(error).__module__.partition(".")[0] in STORES:
+        return _http_status(error) != NOT_FOUND  # s3fs raises its FileNotFoundError from botocore's ClientError
     text = str(error)
     return bool(CODES.search(text) or SYSTEM.search(text))
+
+
+def _http_status(error: BaseException) -> int | None:
+    """HTTP status of a store's answer; None for an error without an answer, as where the connection is lost."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:  # aiohttp; gcsfs and google.api_core; requests
+        status = getattr(error, "status", None) or getattr(error, "code", None)
+        status = status or getattr(response, "status_code", None)
+    return int(status) if str(status).isdigit() else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from flmjax.config import ConfigError
 from flmjax.disk import writing
 from flmjax.lock import SHOW, Log, locked
 from flmjax.sharding.processes import barrier, from_writer, is_writer
@@ -33,27 +34,30 @@ from flmjax.workdir.storage import (
     upload,
 )
 
-SCRATCH = "FLMJAX_SCRATCH"  # variable of the environment: the folder of the copies
+SCRATCH = "FLMJAX_SCRATCH"  # environment variable that names the folder of the local copies
 UPLOAD_SECONDS = 15.0
-APART = ("checkpoints", "data")  # folders that are not part of the copy
+NOT_COPIED = ("checkpoints", "data")  # folders of the workdir that the copy of a working run leaves out
+NOT_READ = ("checkpoints", "compile_cache", "profile", "tensorboard")  # folders that a reading copy leaves out
 DATA_META = "data/meta.json"  # stored last: without it the data are not complete
-OF_THIS_HOST = "data/verified.json"
-TOKEN_FILES = (".u32", ".u64", ".u8", ".i64")  # of prepared data, which training alone reads
+DATA_ORIGIN = ".data.sha256"  # SHA-256 of data/meta.json when the store had the same data
+VERIFIED_FILE = "data/verified.json"  # names files by their inodes on this host, so it is not stored
+TOKEN_FILES = (".u32", ".u64", ".u8", ".i64")  # endings of the files of prepared data that training alone reads
 
 
 class WorkingCopy:
     """The folder in which a run works: its workdir, or the local copy of a workdir on object storage.
 
     Args:
-        folder: of the run on this machine.
-        url: of the workdir on object storage; None for a local one, of which nothing is stored.
-        lease: of the process that writes.
+        folder: folder of the run on this machine.
+        url: URL of the workdir on object storage; None: the workdir is local, and nothing is stored.
+        lease: lease of the workdir in the process that writes; None in the others.
     """
 
     def __init__(self, folder: Path, url: str | None = None, lease: Lease | None = None) -> None:
         self.folder = folder
         self._url, self._lease = url, lease
-        self._stored: dict[str, tuple[int, int]] = {}  # size and time of every file as it was stored or fetched
+        # Size and time of every file as it was stored or fetched; None: the copy is not complete yet.
+        self._stored: dict[str, tuple[int, int]] | None = None
         self._mutex, self._stop = threading.Lock(), threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._upload_until_closed, daemon=True)
@@ -72,24 +76,24 @@ class WorkingCopy:
             if not origin.exists() or origin.read_text(encoding="utf-8") != this_start:
                 for name in _files(self.folder):
                     (self.folder / name).unlink()
-                for name in list_objects(self._url, without=APART):
-                    if name != LEASE_FILE:
+                for name in list_objects(self._url, without=NOT_COPIED):
+                    if name != LEASE_FILE:  # one that the writer has removed since is left out
                         download(f"{self._url}/{name}", self.folder / name)
                 with writing(origin):
                     origin.write_text(this_start, encoding="utf-8")
+        fetch_data(self.folder)
         if self._lease is not None:
             self._stored = _files(self.folder)
             self._thread.start()
-        fetch_data(self.folder)
 
     def upload(self) -> None:
-        """Store the files that have changed, and remove those that are gone, if this process writes.
+        """Store the files that have changed, and remove those that are gone, if this process writes an open copy.
 
         Raises:
             StorageError: for a store that does not answer, now or in the thread.
             LeaseLostError: if another run is at work in the workdir.
         """
-        if self._lease is None:
+        if self._lease is None or self._stored is None:
             return
         self._lease.confirm()
         with self._mutex:
@@ -98,7 +102,7 @@ class WorkingCopy:
             for name in sorted(files, key=lambda name: name == CONFIG_FILE):  # the others are there when it is
                 stamp = files[name]
                 if self._stored.get(name) != stamp:
-                    with contextlib.suppress(FileNotFoundError):  # replaced or removed in this moment
+                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                         upload(self.folder / name, f"{self._url}/{name}")
                         self._stored[name] = stamp
             for name in self._stored.keys() - files.keys():
@@ -131,30 +135,35 @@ def working_copy(workdir: Path, log: Log = SHOW) -> Iterator[WorkingCopy]:
         log: prints a line.
 
     Raises:
-        ConfigError: for a store that cannot be used, or a workdir in use, naming the owner.
+        ConfigError: for a store that cannot be used, a workdir in use (with the owner) or a local copy (with its URL).
         StorageError, LeaseLostError: as WorkingCopy.upload.
     """
-    if not is_url(workdir):
+    url = origin_url(workdir)
+    if url is None:
         yield WorkingCopy(workdir)
         return
-    url = str(workdir)
+    if not is_url(workdir):  # its checkpoints are on the store, of which this run would have no lease
+        raise ConfigError(f"{workdir} is the local copy of {url}; name --workdir={url}")
     connect(url)
     folder = copy_folder(url)
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(url, log)) if is_writer() else None
         session = from_writer(random.SystemRandom().getrandbits(30))
         copy = WorkingCopy(folder, url, lease)
-        with _naming(url, folder):
-            if lease is not None:
-                copy.open(session)
-            barrier("the writer has copied the workdir")
-            if lease is None:
-                copy.open(session)
+        with _named_by_url(url, folder):
             try:
+                if lease is not None:
+                    copy.open(session)
+                barrier("the writer has copied the workdir")
+                if lease is None:
+                    copy.open(session)
                 yield copy
             except BaseException:
-                with contextlib.suppress(Exception):  # the error of the block counts
+                try:
                     copy.close()
+                except Exception as error:  # the error of the block is raised
+                    reason = " ".join(str(error).split())
+                    log(f"warning: {url}: what changed since the last save is not stored: {reason}")
                 raise
             copy.close()
 
@@ -163,7 +172,8 @@ def working_copy(workdir: Path, log: Log = SHOW) -> Iterator[WorkingCopy]:
 def reading_copy(workdir: Path) -> Iterator[Path]:
     """A folder with the small files of the run in `workdir`, which is only read; a local workdir is this folder.
 
-    Token files are not fetched. Checkpoints are read from the store.
+    Token files and the folders NOT_READ are not fetched. Checkpoints are read from the store. A file that the run
+    removes meanwhile is left out.
 
     Raises:
         ConfigError: for a store that cannot be used.
@@ -177,8 +187,8 @@ def reading_copy(workdir: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="flmjax-") as parent:
         folder = Path(parent) / workdir.name
         folder.mkdir()
-        with _naming(url, folder):
-            for name in list_objects(url, without=("checkpoints", "tensorboard")):
+        with _named_by_url(url, folder):
+            for name in list_objects(url, without=NOT_READ):
                 if name != LEASE_FILE and not name.endswith(TOKEN_FILES):
                     download(f"{url}/{name}", folder / name)
             (folder / ORIGIN_FILE).write_text(json.dumps({"url": url}), encoding="utf-8")
@@ -196,26 +206,43 @@ def copy_folder(url: str) -> Path:
 
 
 def fetch_data(folder: Path) -> None:
-    """Fetch the prepared data of the run to its local copy, if the store has them; nothing for a local workdir.
+    """Make the data in the local copy those of the store; nothing for a local workdir.
 
-    Files that are there with their size are kept: their checksums are compared when the data are opened.
+    Without data on the store, data that were there once are removed: their run was deleted. Data of this start that are
+    not stored yet stay. Files of the same data that are there with their size are kept: their checksums are compared
+    when the data are opened.
+
+    Raises:
+        StorageError: for a store that does not answer.
     """
     url = origin_url(folder)
-    meta = None if url is None else read_object(f"{url}/{DATA_META}")
-    if meta is None:
+    if url is None:
         return
-    target, partial = folder / "data", folder / ".data.fetched"
+    noted = _noted_digest(folder)  # before the store is read: another process may store data in this moment
+    meta = read_object(f"{url}/{DATA_META}")
     with locked(folder / ".copy.lock", str(folder), wait=True):
-        sizes = {name: size for name, size in list_objects(f"{url}/data").items() if f"data/{name}" != OF_THIS_HOST}
-        if (folder / DATA_META).exists() and (folder / DATA_META).read_bytes() != meta:
+        target = folder / "data"
+        local_digest = _digest((folder / DATA_META).read_bytes()) if (folder / DATA_META).exists() else None
+        if meta is None:
+            if local_digest is not None and local_digest == noted:
+                shutil.rmtree(target)
+            return
+        digest = _digest(meta)
+        if local_digest not in (None, digest):
             shutil.rmtree(target)  # of another run at this URL
+        partial = folder / f".data.fetched-{digest[:12]}"
+        for other in folder.glob(".data.fetched*"):
+            if other != partial:
+                shutil.rmtree(other)
         place = target if target.exists() else partial
+        sizes = {name: size for name, size in list_objects(f"{url}/data").items() if f"data/{name}" != VERIFIED_FILE}
         for name, size in sorted(sizes.items(), key=lambda item: f"data/{item[0]}" == DATA_META):
             path = place / name
-            if not path.exists() or path.stat().st_size != size:
-                download(f"{url}/data/{name}", path)
+            if (not path.exists() or path.stat().st_size != size) and not download(f"{url}/data/{name}", path):
+                raise StorageError(f"{url}/data/{name}: removed while the data were fetched")
         if place == partial:
             partial.replace(target)
+        _note_stored(folder, meta)
 
 
 def store_data(folder: Path) -> None:
@@ -223,12 +250,31 @@ def store_data(folder: Path) -> None:
     url = origin_url(folder)
     if url is None or not is_writer() or not (folder / DATA_META).exists():
         return
-    if read_object(f"{url}/{DATA_META}") == (folder / DATA_META).read_bytes():
-        return
-    names = [str(path.relative_to(folder)) for path in (folder / "data").rglob("*") if path.is_file()]
-    for name in sorted(names, key=lambda name: name == DATA_META):
-        if name != OF_THIS_HOST:
-            upload(folder / name, f"{url}/{name}")
+    meta = (folder / DATA_META).read_bytes()
+    if read_object(f"{url}/{DATA_META}") != meta:
+        names = [str(path.relative_to(folder)) for path in (folder / "data").rglob("*") if path.is_file()]
+        for name in sorted(names, key=lambda name: name == DATA_META):
+            if name != VERIFIED_FILE:
+                upload(folder / name, f"{url}/{name}")
+    _note_stored(folder, meta)
+
+
+def _note_stored(folder: Path, meta: bytes) -> None:
+    """Note that the store has the data with this meta.json."""
+    with writing(folder / DATA_ORIGIN):
+        (folder / DATA_ORIGIN).write_text(_digest(meta), encoding="ascii")
+
+
+def _noted_digest(folder: Path) -> str | None:
+    """Digest of the data that the store had when this copy was last compared with it; None: it has never had data."""
+    try:
+        return (folder / DATA_ORIGIN).read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -236,7 +282,7 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
     files = {}
     for parent, folders, names in os.walk(folder):
         relative = Path(parent).relative_to(folder)
-        folders[:] = [name for name in folders if not name.startswith(".") and str(relative / name) not in APART]
+        folders[:] = [name for name in folders if not name.startswith(".") and str(relative / name) not in NOT_COPIED]
         for name in names:
             if not name.startswith(".") and not name.endswith(".tmp"):
                 with contextlib.suppress(FileNotFoundError):  # replaced in this moment
@@ -246,7 +292,7 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _naming(url: str, folder: Path) -> Iterator[None]:
+def _named_by_url(url: str, folder: Path) -> Iterator[None]:
     """Name the workdir by its URL, not by its local copy, in an error of the block."""
     try:
         yield

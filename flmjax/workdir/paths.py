@@ -10,7 +10,7 @@ from flmjax.config import ConfigError, RunConfig, from_stored, to_stored
 from flmjax.config.validate import validate
 from flmjax.disk import writing
 from flmjax.lock import locked
-from flmjax.workdir.storage import COMMIT_FILE, is_url, remote_path
+from flmjax.workdir.storage import COMMIT_FILE, access, is_url, remote_path
 
 CONFIG_FILE = "config.json"
 PARENT_FILE = "parent.json"
@@ -152,32 +152,57 @@ def latest_whole_step(directory: Path) -> int | None:
 
 
 def whole_steps(directory: Path) -> list[int]:
-    """The complete steps in `directory`, in order; [] if the folder does not exist."""
-    folders = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(folder.name) for folder in folders if folder.name.isdigit() and is_complete(folder))
+    """The complete steps in `directory`, in order; [] if the folder does not exist.
+
+    Raises:
+        StorageError: for a store that does not answer.
+    """
+    return sorted(int(folder.name) for folder in _step_folders(directory) if is_complete(folder))
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps in `directory` that were saved, in order, though files may be absent since; [] if it does not exist."""
-    folders = directory.iterdir() if directory.is_dir() else ()
-    steps = [folder for folder in folders if folder.name.isdigit()]
-    return sorted(int(folder.name) for folder in steps if was_complete(folder))
+    """The steps in `directory` that were saved, in order, though files may be absent since; [] if it does not exist.
+
+    Raises:
+        StorageError: for a store that does not answer.
+    """
+    return sorted(int(folder.name) for folder in _step_folders(directory) if was_complete(folder))
+
+
+def _step_folders(directory: Path) -> list[Path]:
+    with _store_errors(directory):
+        folders = directory.iterdir() if directory.is_dir() else ()
+        return [folder for folder in folders if folder.name.isdigit()]
 
 
 def was_complete(folder: Path) -> bool:
-    """Whether a step's folder was complete once: on disk it gets its name then, on object storage its last object."""
-    if is_url(folder):
-        return (folder / COMMIT_FILE).is_file()
-    return any(path.is_file() for path in folder.rglob("*"))
+    """Whether a step's folder was complete once: on disk it gets its name then, on object storage its last object.
+
+    Raises:
+        StorageError: for a store that does not answer.
+    """
+    with _store_errors(folder):
+        if is_url(folder):
+            return (folder / COMMIT_FILE).is_file()
+        return any(path.is_file() for path in folder.rglob("*"))
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the checkpoint in `folder` was written to its end.
 
     On object storage, which cannot rename a complete folder, the last object says so.
+
+    Raises:
+        StorageError: for a store that does not answer.
     """
-    is_committed = not is_url(folder) or (folder / COMMIT_FILE).is_file()
-    return is_committed and (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
+    with _store_errors(folder):
+        is_committed = not is_url(folder) or (folder / COMMIT_FILE).is_file()
+        return is_committed and (folder / "_CHECKPOINT_METADATA").is_file() and (folder / "params").is_dir()
+
+
+def _store_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn an error of etils in the block into a StorageError that names the URL; nothing for a local folder."""
+    return access(str(folder)) if is_url(folder) else contextlib.nullcontext()
 
 
 def read_config(workdir: Path) -> RunConfig:

@@ -17,10 +17,10 @@ from typing import Any, cast
 from flmjax.config import ConfigError
 from flmjax.config.values import local_path
 
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # of the schemes
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # fsspec's package for each scheme of a URL
 PREFIXES = tuple(f"{scheme}://" for scheme in PACKAGES)
-COMMIT_FILE = "commit_success.txt"  # the last object of a checkpoint that Orbax writes to a store
-SMALL_BYTES = 64 << 20
+COMMIT_FILE = "commit_success.txt"  # last object that Orbax writes of a checkpoint on object storage
+SMALL_BYTES = 64 << 20  # a smaller file is read whole and stored by one request; larger ones are stored in parts
 
 
 class StorageError(OSError):
@@ -36,7 +36,7 @@ def run_path(text: str, name: str) -> Path:
     """The folder of a run, local or on object storage.
 
     Args:
-        name: of the setting or the flag, for messages.
+        name: name of the setting or the flag, for messages.
 
     Raises:
         ConfigError: for a URL of another scheme or without a bucket, and as local_path.
@@ -61,7 +61,7 @@ def remote_path(url: str) -> Path:
     from etils import epath
     from etils.epath import gpath
 
-    file_system(url.partition("://")[0])  # etils takes the file system that is set up there
+    _on_store(url)  # etils takes the file system that is set up there
     os.environ["EPATH_USE_TF"] = "false"  # TensorFlow, where it is installed, knows no s3://
     gpath._is_tf_installed.cache_clear()  # its answer is older where local paths were used before
     return cast(Path, epath.Path(url.rstrip("/")))
@@ -84,18 +84,24 @@ def file_system(scheme: str) -> Any:
     return fsspec.filesystem(scheme)
 
 
+def _on_store(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path BUCKET/OBJECT in it."""
+    scheme, _, path = url.partition("://")
+    return file_system(scheme), path
+
+
 def connect(url: str) -> None:
     """Check that the bucket of `url` exists and can be read.
 
     Raises:
         ConfigError: in one line that names the URL, for a package, a bucket, credentials or a server that is missing.
     """
-    scheme, _, rest = url.partition("://")
-    files, bucket = file_system(scheme), rest.partition("/")[0]
+    files, path = _on_store(url)
+    bucket = path.partition("/")[0]
     try:
         with access(url):
             # Listing the folder needs no right to list the bucket; an absent folder and an absent bucket look alike.
-            if not files.exists(rest) and not files.exists(bucket):
+            if not files.exists(path) and not files.exists(bucket):
                 raise ConfigError(f"{url}: there is no bucket {bucket}, or it is not yours to read")
     except StorageError as error:
         raise ConfigError(str(error)) from error
@@ -125,7 +131,7 @@ def list_objects(url: str, without: tuple[str, ...] = ()) -> dict[str, int]:
     Args:
         without: names of folders of `url` that are not listed.
     """
-    files, root = file_system(url.partition("://")[0]), url.partition("://")[2]
+    files, root = _on_store(url)
     sizes: dict[str, int] = {}
     with access(url):
         try:
@@ -144,36 +150,54 @@ def list_objects(url: str, without: tuple[str, ...] = ()) -> dict[str, int]:
 
 def read_object(url: str) -> bytes | None:
     """The content of an object; None if it does not exist."""
+    files, path = _on_store(url)
     with access(url):
         try:
-            return file_system(url.partition("://")[0]).cat_file(url)
+            return files.cat_file(path)
         except FileNotFoundError:
             return None
 
 
-def upload(path: Path, url: str) -> None:
-    """Store a file as an object. A file that grows is stored as far as it goes now."""
-    files = file_system(url.partition("://")[0])
+def upload(file: Path, url: str) -> None:
+    """Store a file as an object. A file that grows is stored as far as it goes now.
+
+    Raises:
+        FileNotFoundError: for an absent file.
+        StorageError: for a store that does not answer.
+    """
+    files, path = _on_store(url)
+    content = file.read_bytes() if file.stat().st_size < SMALL_BYTES else None
     with access(url):
-        if path.stat().st_size < SMALL_BYTES:
-            files.pipe_file(url, path.read_bytes())
+        if content is not None:
+            files.pipe_file(path, content)
         else:
-            files.put_file(str(path), url)
+            files.put_file(str(file), path)
 
 
-def download(url: str, path: Path) -> None:
-    """Write the content of an object to a file; a kill leaves no partial one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
+def download(url: str, file: Path) -> bool:
+    """Write the content of an object to a file; a kill leaves no partial one.
+
+    Returns:
+        Whether the object exists.
+    """
+    files, path = _on_store(url)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.tmp")
     with access(url):
-        file_system(url.partition("://")[0]).get_file(url, str(partial))
-    partial.replace(path)
+        try:
+            files.get_file(path, str(partial))
+        except FileNotFoundError:
+            partial.unlink(missing_ok=True)
+            return False
+    partial.replace(file)
+    return True
 
 
 def remove_object(url: str) -> None:
     """Remove an object, which may be absent."""
+    files, path = _on_store(url)
     with access(url), contextlib.suppress(FileNotFoundError):
-        file_system(url.partition("://")[0]).rm_file(url)
+        files.rm_file(path)
 
 
 def remove_tree(folder: Path) -> None:
@@ -182,9 +206,9 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
         return
     remove_object(str(folder / COMMIT_FILE))
-    files = file_system(str(folder).partition("://")[0])
+    files, path = _on_store(str(folder))
     with access(str(folder)), contextlib.suppress(FileNotFoundError):
-        files.rm(str(folder), recursive=True)
+        files.rm(path, recursive=True)
 
 
 def move_tree(folder: Path, target: Path) -> None:
@@ -192,9 +216,9 @@ def move_tree(folder: Path, target: Path) -> None:
     if not is_url(folder):
         folder.rename(target)
         return
-    files = file_system(str(folder).partition("://")[0])
+    files, path = _on_store(str(folder))
     with access(str(folder)):
-        files.copy(str(folder), str(target), recursive=True)
+        files.copy(path, _on_store(str(target))[1], recursive=True)
     remove_tree(folder)
 
 
