@@ -16,7 +16,7 @@ from launch_cases import A800, BUCKET, PYXIS, ROOT, SITE, TWO_SLICES, V5P, write
 from flmjax import cli
 from flmjax.config import ConfigError
 from flmjax.launch import launch_file
-from flmjax.launch.launch_file import KINDS, Run
+from flmjax.launch.launch_file import KINDS, TrainCommand
 from flmjax.launch.site import read_site
 
 GOLDEN = Path(__file__).parent / "golden" / "launch"
@@ -177,7 +177,7 @@ def test_settings_that_a_site_leaves_out_have_the_defaults(tmp_path):
     ],
 )
 def test_names_are_those_that_clusters_accept(workdir, name):
-    text = Run((), workdir).name
+    text = TrainCommand((), workdir).name
     assert text == (name or text)
     assert len(text) <= 40
     assert text.strip("-") == text
