@@ -198,7 +198,11 @@ def test_a_container_sees_the_workdir_at_its_own_path(workdir, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to("elsewhere")
     assert stubs.run(file, **JOB).returncode == 0
-    mounts = [f"{tmp_path}:{tmp_path}", *([f"{tmp_path}/run:{tmp_path}/run"] if workdir == "run" else []), "/data:/data"]
+    mounts = [
+        f"{tmp_path}:{tmp_path}",
+        *([f"{tmp_path}/run:{tmp_path}/run"] if workdir == "run" else []),
+        "/data:/data",
+    ]
     assert f"--container-mounts={','.join(mounts)}" in stubs.calls("srun")[0]
     assert not (tmp_path / "gs:").exists()
 
