@@ -61,7 +61,7 @@ def write(folder: Path, kind: str, *flags: str, site: str | None = None, name: s
 
 
 RECORD = """#!/bin/bash
-{ printf '%s\\0' "$(basename "$0")" "$@"; printf '\\036\\0'; } >> "$STUBS/calls"
+printf '%s\\0' "$(basename "$0")" "$@" $'\\036' >> "$STUBS/calls"
 """
 
 
@@ -93,6 +93,7 @@ class Stubs:
             ["bash", str(file)],
             cwd=self.folder,
             env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=60,

@@ -157,14 +157,14 @@ class SlurmCluster:
         assert done.returncode == 0, (command, done.stdout, done.stderr, self.logs())
         return done.stdout
 
-    def until(self, condition: Callable[[], object], seconds: float, what: str) -> object:
+    def until(self, condition: Callable[[], object], seconds: float, claim: str) -> object:
         """The first value of the condition that is true; fails with the daemons' logs if there is none in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if value := condition():
                 return value
             time.sleep(0.1)
-        raise AssertionError(f"not within {seconds:g} s: {what}\n{self.logs()}")
+        raise AssertionError(f"not within {seconds:g} s: {claim}\n{self.logs()}")
 
     def states(self) -> list[str]:
         """The state of every node: idle, alloc, down, idle*..."""

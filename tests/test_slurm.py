@@ -61,9 +61,9 @@ class Job(NamedTuple):
         (file,) = [*self.folder.glob(f"*.{self.number}.out")] or [Path(os.devnull)]
         return file.read_text(errors="replace")
 
-    def until(self, condition, seconds: float, what: str):
+    def until(self, condition, seconds: float, claim: str):
         try:
-            return self.cluster.until(condition, seconds, what)
+            return self.cluster.until(condition, seconds, claim)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.output[-4000:]}") from None
 
@@ -163,7 +163,7 @@ def test_a_run_trains_on_two_nodes(plain):
 
 
 @pytest.mark.slow
-def test_one_process_a_gpu_has_as_many_devices(plain, cluster, text, tmp_path):
+def test_four_tasks_on_two_nodes_make_the_same_run(plain, cluster, text, tmp_path):
     """Four processes with a device each are the mesh of two processes with two: the losses differ by rounding alone."""
     job = submit(cluster, tmp_path, text, "--ntasks-per-node=2", "--gpus-per-node=2", devices=1)
     job.ends("COMPLETED", 180)
@@ -220,12 +220,35 @@ def test_crashes_in_a_row_end_at_the_cap(cluster, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_command_that_cannot_be_meant_is_not_queued_again(cluster, text, tmp_path):
+def test_a_crash_is_not_hidden_by_a_task_that_saves(cluster, text, tmp_path):
+    """One task fails; srun ends the other by SIGTERM, on which it saves and ends with 75, the larger status."""
+    task = "trap 'echo saves; exit 75' TERM; for _ in {1..600}; do sleep 0.1; done"
+    job = submit(cluster, tmp_path, text, stand_in=f"if [ $SLURM_PROCID = 1 ]; then sleep 2; exit 1; fi; {task}")
+    job.until(lambda: "queued again" in job.output, 60, "the job is queued again")
+    cluster.run("scancel", job.number)
+    assert "saves" in job.output
+    assert "exit status 1, crash 1 of 3 in a row at checkpoint 0; queued again" in job.output
+
+
+@pytest.mark.nightly
+def test_the_time_limit_saves_and_queues_the_job_again(cluster, text, tmp_path):
+    """Slurm sends SIGTERM up to a minute earlier than it is asked to."""
+    first = "trap 'exit 75' TERM; for _ in {1..1800}; do sleep 0.1; done; exit 1"
+    again = 'if [ "${SLURM_RESTART_COUNT:-0}" = 1 ]; then exit 0; fi'
+    job = submit(cluster, tmp_path, text, "--time=2", "--signal=TERM@60", stand_in=f"{again}; {first}")
+    job.ends("COMPLETED", 180)
+    assert job.restarts == 1
+    assert "saved; queued again" in job.output
+    assert "crash" not in job.output
+
+
+@pytest.mark.slow
+def test_a_wrong_command_is_not_queued_again(cluster, text, tmp_path):
     """One task refuses at once, the other three seconds later; srun would have killed it and reported that."""
     job = submit(cluster, tmp_path, text, stand_in='sleep $((SLURM_PROCID * 3)); echo "flmjax: no" >&2; exit 2')
     job.ends("FAILED", 60)
     assert (job.restarts, cluster.job(job.number)["ExitCode"]) == (0, "2:0")
-    assert "exit status 2: the command or the config cannot be meant; not queued again" in job.output
+    assert "exit status 2: the command or the config is wrong; not queued again" in job.output
 
 
 @pytest.mark.slow

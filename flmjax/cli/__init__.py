@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     """Run a command line (without the program's name).
 
     Returns:
-        The exit status: 0, 1 for an error while the command ran, 2 for a command line that cannot be meant, 75 for a
+        The exit status: 0, 1 for an error while the command ran, 2 if the command line or the config is wrong, 75 for a
         run that was stopped and goes on with the same command, 130 for Ctrl-C.
     """
     _show_any_characters()
@@ -68,7 +68,7 @@ def _check_processes(command: str) -> None:
 
 
 def _refuse(text: str) -> int:
-    """Print why a command line cannot be meant; of several processes, the first one does."""
+    """Print why the command line or the config is wrong; of several processes, the first one does."""
     if is_first():
         print(f"flmjax: {text}", file=sys.stderr)
     return 2

@@ -140,9 +140,9 @@ def launch(
     config: RunConfig, *, kind: str, flags: tuple[str, ...], workdir: str, output: str, site: str | None
 ) -> None:
     """Write the file that starts a run on the hosts of a cluster."""
-    from flmjax.launch.launch_file import Run, write_launch_file
+    from flmjax.launch.launch_file import TrainCommand, write_launch_file
 
-    start = write_launch_file(kind, config, Run(flags, workdir), site, output)
+    start = write_launch_file(kind, config, TrainCommand(flags, workdir), site, output)
     print(f"{output}: start the run by: {start}", flush=True)
 
 

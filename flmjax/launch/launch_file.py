@@ -12,34 +12,36 @@ import jinja2
 from flmjax.config import ConfigError, RunConfig, nearest
 from flmjax.config.validate import validate_meshes
 from flmjax.config.values import local_path
-from flmjax.launch.site import read_site
+from flmjax.launch.site import GkeJobset, Site, Slurm, TpuVm, Xpk, read_site
 from flmjax.planning.topology import Topology, parse_topology
 
-# The first line of every launch file after a shell's; a file with it may be replaced.
+# Stands in the first two lines of every launch file; only a file that has it is overwritten.
 MARK = "# A launch file, written by: "
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuName:
-    """What Google calls a family of TPUs.
+    """Google's names of a TPU family.
 
     Attributes:
-        cloud: of `gcloud compute tpus`; None where it has none.
-        gke: of the node selector cloud.google.com/gke-tpu-accelerator.
-        xpk: before the shape in --tpu-type of xpk.
+        cloud: value of --type of gcloud; None: Cloud TPU has no such machines.
+        gke: value of the node selector cloud.google.com/gke-tpu-accelerator.
+        gke_machine: machine type of a node pool, without the number of chips of a node.
+        xpk: first part of --tpu-type.
     """
 
     cloud: str | None
     gke: str
+    gke_machine: str
     xpk: str
 
 
 TPU_NAMES = {
-    "v4": TpuName("v4", "tpu-v4-podslice", "v4"),
-    "v5e": TpuName("v5litepod", "tpu-v5-lite-podslice", "v5litepod"),
-    "v5p": TpuName("v5p", "tpu-v5p-slice", "v5p"),
-    "v6e": TpuName("v6e", "tpu-v6e-slice", "v6e"),
-    "v7x": TpuName(None, "tpu7x", "tpu7x"),
+    "v4": TpuName("v4", "tpu-v4-podslice", "ct4p-hightpu", "v4"),
+    "v5e": TpuName("v5litepod", "tpu-v5-lite-podslice", "ct5lp-hightpu", "v5litepod"),
+    "v5p": TpuName("v5p", "tpu-v5p-slice", "ct5p-hightpu", "v5p"),
+    "v6e": TpuName("v6e", "tpu-v6e-slice", "ct6e-standard", "v6e"),
+    "v7x": TpuName(None, "tpu7x", "tpu7x-standard", "tpu7x"),
 }
 
 
@@ -48,10 +50,10 @@ class Machine:
     """The hosts of a run.
 
     Attributes:
-        topology: of mesh.topology.
-        family, shape: of its name: a800 and 24x8; v5p and 4x8x8.
-        hosts: number of hosts, of TPUs in a slice.
-        chips: GPUs or TPU chips of a host.
+        topology: the machine that mesh.topology names.
+        family, shape: the two parts of mesh.topology: "a800" and "24x8", "v5p" and "4x8x8".
+        hosts: number of hosts; for TPUs, of one slice.
+        chips: GPUs or TPU chips of one host.
     """
 
     topology: Topology
@@ -61,8 +63,8 @@ class Machine:
     chips: int
 
     @property
-    def words(self) -> str:
-        """The machine in words."""
+    def description(self) -> str:
+        """One line for the header of the launch file."""
         if self.topology.platform == "cuda":
             return f"{self.hosts} nodes of {self.chips} {self.topology.chip.kind} GPUs"
         slices = "1 slice" if self.topology.slices == 1 else f"{self.topology.slices} slices"
@@ -70,20 +72,20 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What a launch file starts.
+class TrainCommand:
+    """The command that a launch file starts on every host.
 
     Attributes:
-        flags: those of `flmjax train` that make the config.
-        workdir: the folder as every host sees it.
+        flags: flags of `flmjax train` that make the config.
+        workdir: the folder as every host sees it, or its URL.
     """
 
     flags: tuple[str, ...]
     workdir: str
 
     @property
-    def command(self) -> str:
-        """The command that every process runs."""
+    def line(self) -> str:
+        """The command line, quoted for a shell."""
         return shlex.join(["flmjax", "train", *self.flags, f"--workdir={self.workdir}"])
 
     @property
@@ -99,10 +101,10 @@ class Kind:
     """A kind of launch file.
 
     Attributes:
-        template: file of flmjax/launch/templates.
-        platform: of the machines: "cuda" or "tpu".
+        template: name of its file in flmjax/launch/templates.
+        platform: platform of the machines: "cuda" or "tpu".
         needs: site settings that must not be empty.
-        next_command: starts the run, with the launch file in place of {}.
+        next_command: command that starts the run, with {} in place of the launch file.
     """
 
     template: str
@@ -130,13 +132,13 @@ def check_kind(word: str) -> str:
     return word
 
 
-def write_launch_file(kind: str, config: RunConfig, run: Run, site_file: str | None, output: str) -> str:
+def write_launch_file(kind: str, config: RunConfig, command: TrainCommand, site_file: str | None, output: str) -> str:
     """Write a launch file.
 
     Args:
         kind: a name of KINDS.
-        site_file: of --site; None: the defaults.
-        output: the file; a launch file that stands there is replaced.
+        site_file: value of --site; None: the defaults.
+        output: path of the launch file; an older launch file there is replaced.
 
     Returns:
         The command that starts the run.
@@ -145,45 +147,64 @@ def write_launch_file(kind: str, config: RunConfig, run: Run, site_file: str | N
         ConfigError: for a machine that the kind does not start, site settings that are missing or wrong, and an output
             that is another file.
     """
-    text = launch_file(kind, config, run, site_file)
+    text = launch_file(kind, config, command, site_file)
     path = local_path(output, "--output")
     if path.is_dir():
         raise ConfigError(f"--output={output} is a folder; name a file")
-    if path.exists() and MARK not in path.read_text(errors="replace"):
+    if path.exists() and not any(line.startswith(MARK) for line in path.read_text(errors="replace").splitlines()[:2]):
         raise ConfigError(f"--output={output} exists and is no launch file; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return KINDS[kind].next_command.format(shlex.quote(str(path)))
 
 
-def launch_file(kind: str, config: RunConfig, run: Run, site_file: str | None) -> str:
+def launch_file(kind: str, config: RunConfig, command: TrainCommand, site_file: str | None) -> str:
     """The text of a launch file; arguments and errors are those of write_launch_file."""
     machine, site = _machine(kind, config), read_site(site_file)
-    for text in (*run.flags, run.workdir):
+    for text in (*command.flags, command.workdir):
         if not text.isprintable():
             raise ConfigError(f"{text!r} cannot stand in a launch file: it has characters that are not printable")
-    settings = getattr(site, kind)
-    if missing := [f"{kind}.{name}" for name in KINDS[kind].needs if not getattr(settings, name)]:
-        where = f"empty in {site_file}" if site_file else "of your site; name its file: --site=FILE"
-        raise ConfigError(f"'{kind}' needs {' and '.join(missing)}, {where}")
-    if kind == "slurm" and bool(settings.container) != bool(settings.image):
-        raise ConfigError(f"slurm.container and slurm.image must both be set or both be empty in {site_file}")
-    if KINDS[kind].platform == "tpu" and "://" not in run.workdir:
+    settings = _settings(kind, site, site_file)
+    is_url = "://" in command.workdir
+    if KINDS[kind].platform == "tpu" and not is_url:
         raise ConfigError(
-            f"--workdir={run.workdir} is lost with the hosts of a slice; name a folder of a bucket: gs://BUCKET/FOLDER"
+            f"--workdir={command.workdir} is lost with the hosts of a slice; name a folder of a bucket: "
+            "gs://BUCKET/FOLDER"
         )
-    written_by = ["flmjax", "launch", kind, *run.flags, f"--workdir={run.workdir}"]
+    if not is_url:  # ~ stays ~ in quotes
+        command = dataclasses.replace(command, workdir=str(local_path(command.workdir, "--workdir")))
+    written_by = ["flmjax", "launch", kind, *command.flags, f"--workdir={command.workdir}"]
     written_by += [f"--site={site_file}"] if site_file else []
     template = _templates().get_template(KINDS[kind].template)
     return template.render(
         mark=MARK + shlex.join(written_by),
         machine=machine,
-        run=run,
+        command=command,
+        is_url=is_url,
         env={name: value for name, value in site.env.items() if value},
         site=site,
         settings=settings,
         tpu=TPU_NAMES.get(machine.family),
     )
+
+
+def _settings(kind: str, site: Site, site_file: str | None) -> Slurm | TpuVm | GkeJobset | Xpk:
+    """The site's settings of one kind of launch file.
+
+    Raises:
+        ConfigError: for settings that are missing.
+    """
+    settings = getattr(site, kind)
+    if missing := [f"{kind}.{name}" for name in KINDS[kind].needs if not getattr(settings, name)]:
+        where = site_file or "a copy of flmjax/launch/site.toml, and name it: --site=COPY"
+        raise ConfigError(f"'{kind}' needs {' and '.join(missing)}; set them in {where}")
+    if kind == "tpu_vm" and not site.setup:
+        raise ConfigError(
+            f"'tpu_vm' needs setup: a new slice has neither flmjax nor the config file; {site_file} is to install them"
+        )
+    if kind == "slurm" and bool(settings.container) != bool(settings.image):
+        raise ConfigError(f"slurm.container and slurm.image must both be set or both be empty in {site_file}")
+    return settings
 
 
 def _machine(kind: str, config: RunConfig) -> Machine:
@@ -209,8 +230,8 @@ def _machine(kind: str, config: RunConfig) -> Machine:
     sizes = [int(size) for size in shape.split("x")]
     if platform == "cuda":
         return Machine(topology, family, shape, *sizes)
-    # A host of a slice has 4 chips; a slice of fewer is one host.
-    chips = min(4, math.prod(sizes))
+    # A host of a slice has 4 chips; a slice of fewer is one host, and so is one of 2x4 on Cloud TPU.
+    chips = 8 if kind == "tpu_vm" and shape == "2x4" else min(4, math.prod(sizes))
     return Machine(topology, family, shape, math.prod(sizes) // chips, chips)
 
 

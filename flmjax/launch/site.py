@@ -17,7 +17,7 @@ Section = TypeVar("Section")
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """Settings of a Slurm cluster; site.toml says what each is, and has the values of those that a site leaves out."""
+    """Settings of a Slurm cluster; site.toml explains each and has its default."""
 
     partition: str
     account: str
@@ -59,6 +59,7 @@ class Xpk:
     project: str
     zone: str
     image: str
+    max_restarts: int
     options: tuple[str, ...]
 
 
@@ -68,8 +69,8 @@ class Site:
 
     Attributes:
         setup: shell lines before the run.
-        max_crashes: crashes in a row without a new checkpoint after which nothing is started again.
-        grace_seconds: from SIGTERM to the end of the processes.
+        max_crashes: the launch file gives up after this number of crashes without a new checkpoint.
+        grace_seconds: seconds between SIGTERM and SIGKILL.
         env: environment variables of the run, by name.
         slurm, tpu_vm, gke_jobset, xpk: settings of one kind of launch file.
     """
@@ -131,14 +132,14 @@ def _section(cls: type[Section], settings: Mapping[str, Any], file: str, section
         if dataclasses.is_dataclass(hint):
             values[name] = _section(typing.cast(type[Any], hint), value, file, f"{name}.")
             continue
-        if problem := _problem(value, hint):
-            raise ConfigError(f"--site={file}: {path}={value!r} must be {problem}")
+        if requirement := _requirement(value, hint):
+            raise ConfigError(f"--site={file}: {path}={value!r} must be {requirement}")
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
 
-def _problem(value: Any, hint: Any) -> str:
-    """What a value must be instead; "" if it is that."""
+def _requirement(value: Any, hint: Any) -> str:
+    """The rule that a value breaks, for the message; "" if it breaks none."""
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         return "" if value in choices else "one of " + ", ".join(f'"{choice}"' for choice in choices)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 {{ mark }}
-# {{ machine.words }} (mesh.topology={{ machine.topology.name }}).
-# Every pod finds the others by the variables that GKE sets for TPUs. xpk restarts the run after every exit status but 2
-# (the command or the config cannot be meant), --max-restarts times in all.
+# {{ machine.description }} (mesh.topology={{ machine.topology.name }}).
+# Every pod finds the others by the variables that GKE sets for TPUs. xpk restarts the run --max-restarts times in all,
+# and counts crashes, saved runs and preemptions alike; exit status 2 (the command or the config is wrong) ends the run.
 set -euo pipefail
 
 pod_command() {
@@ -11,12 +11,12 @@ pod_command() {
 {{ line }}
 {% endfor %}
 export PYTHONUNBUFFERED=1
-exec {{ run.command }}
+exec {{ command.line }}
 FLMJAX_END
 }
 
 exec xpk workload create \
-  --workload={{ run.name }} \
+  --workload={{ command.name }} \
   --cluster={{ settings.cluster | shell }} \
 {% for option in ("project", "zone") if settings[option] %}
   --{{ option }}={{ settings[option] | shell }} \
@@ -24,7 +24,7 @@ exec xpk workload create \
   --tpu-type={{ tpu.xpk }}-{{ machine.shape }} \
   --num-slices={{ machine.topology.slices }} \
   --docker-image={{ settings.image | shell }} \
-  --max-restarts={{ site.max_crashes }} \
+  --max-restarts={{ settings.max_restarts }} \
   --restart-on-exit-codes=1,3-126 \
   --termination-grace-period-seconds={{ site.grace_seconds }} \
 {% for name, value in env.items() %}
@@ -33,4 +33,4 @@ exec xpk workload create \
 {% for option in settings.options %}
   {{ option | shell }} \
 {% endfor %}
-  --command="$(pod_command)"
+  --command="eval \"\$(base64 -d <<< $(pod_command | base64 -w 0))\"" # xpk's own YAML takes one line only
