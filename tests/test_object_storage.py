@@ -156,7 +156,7 @@ def test_two_runs_in_one_url_are_refused(lab, s3, scratch):
     assert not list(scratch.glob("*"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_grows_between_urls(lab, s3, scratch):
     source, target, log = f"{s3}/small", f"{s3}/grown", lab / "grown.batches"
     start(lab, "never", source, log=log)

@@ -54,8 +54,8 @@ def config(folder: Path, **settings: Any) -> RunConfig:
         rng = random.Random(0)
         (folder / "text").mkdir()
         text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz     ", k=200_000))
-        for number in range(4):
-            (folder / "text" / f"{number}.txt").write_text(text)
+        for number in range(40):  # documents enough that some are held out
+            (folder / "text" / f"{number}.txt").write_text(text[: len(text) // 10])
     steps = settings.pop("steps")
     data = DataConfig(sources=(str(folder / "text"),), vocabulary="bytes", workers=1, directory=str(folder / "data"))
     stage = StageConfig(steps=steps, batch_size=BATCH, learning_rate=1e-4)
