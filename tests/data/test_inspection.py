@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_the_command_line_prints_the_table_and_samples(config, tmp_path, capsys)
     assert cli.main(["prepare", config, f"--workdir={tmp_path}/w", "--inspect=12"]) == 0
     out = capsys.readouterr().out
     assert out.count("--- sample") == 12
-    assert "sample 0, text: 48 tokens" in out
+    assert re.search(r"sample \d+, text: 48 tokens", out)  # the order of the sources depends on their paths
     assert "? ⟧😈" in out or "? ⟧😡" in out
 
 
