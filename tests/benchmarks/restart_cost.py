@@ -53,11 +53,12 @@ def config(folder: Path, **settings: Any) -> RunConfig:
     if not (folder / "text").exists():
         rng = random.Random(0)
         (folder / "text").mkdir()
-        text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz     ", k=200_000))
         for number in range(40):  # documents enough that some are held out
-            (folder / "text" / f"{number}.txt").write_text(text[: len(text) // 10])
+            words = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz     ", k=20_000))
+            (folder / "text" / f"{number}.txt").write_text(words)
     steps = settings.pop("steps")
-    data = DataConfig(sources=(str(folder / "text"),), vocabulary="bytes", workers=1, directory=str(folder / "data"))
+    text = {"sources": (str(folder / "text"),), "vocabulary": "bytes", "validation_fraction": 0.2}
+    data = DataConfig(**text, workers=1, directory=str(folder / "data"))
     stage = StageConfig(steps=steps, batch_size=BATCH, learning_rate=1e-4)
     common = {"evaluate_every": NEVER, "evaluation_rows": 1, "sample_tokens": 0, "log_every": 1}
     return RunConfig(model=MODEL, stages=(stage,), data=data, **common, **settings)
