@@ -35,12 +35,11 @@ def prepare(config: RunConfig, workdir: Path, inspect: int) -> None:
     from flmjax.data.inspection import show_samples, summary
     from flmjax.data.loader import TrainingStream
     from flmjax.data.prepare import prepare as run
-    from flmjax.workdir.local_copy import fetch_data, store_data, working_copy
+    from flmjax.workdir.local_copy import store_data, working_copy
     from flmjax.workdir.paths import data_directory
 
     raise_interrupts()
     with working_copy(workdir) as copy:
-        fetch_data(copy.folder)
         directory, mixtures = data_directory(config, copy.folder), mixtures_of(config)
         data = run(config.data, directory, mixtures=mixtures, progress=True, full_check=True)
         store_data(copy.folder)

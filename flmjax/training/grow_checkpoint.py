@@ -41,7 +41,7 @@ from flmjax.training.state import (
 )
 from flmjax.training.step import jit_growth
 from flmjax.workdir.checkpoint import CheckpointError, Checkpoints
-from flmjax.workdir.local_copy import WorkingCopy, fetch_data, store_data, working_copy
+from flmjax.workdir.local_copy import WorkingCopy, store_data, working_copy
 from flmjax.workdir.paths import (
     Parent,
     begin_growth,
@@ -144,7 +144,6 @@ def _grow(
 ) -> None:
     """Prepare the data, grow, prove and write what grow_checkpoint promises."""
     with entry.time.during("data preparation"):
-        fetch_data(workdir)
         data = prepare(config.data, data_directory(config, workdir), mixtures=mixtures_of(config), progress=True)
         store_data(workdir)
     user_config, config = config, with_vocabulary(config, data)
